@@ -1,0 +1,44 @@
+# reproduce · test · figures · lab · bench : each target sets up what it needs.
+#   make reproduce PROFILE=smoke|laptop|reference
+#   make test PIP_FLAGS=...   further flags for pip, e.g. the index of CPU-only torch builds
+
+PYTHON ?= python3
+PROFILE ?= laptop
+PIP_FLAGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: reproduce test figures lab bench lint clean
+
+reproduce: $(VENV)/installed
+	$(BIN)/python -m ssah_utils.run --profile $(PROFILE)
+	$(BIN)/python -m ssah_utils.figures --profile $(PROFILE) --to runs/$(PROFILE)/figures
+
+test: $(VENV)/installed
+	$(BIN)/python -m ssah_utils.assets
+	$(BIN)/ruff check .
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q
+
+figures: $(VENV)/installed
+	$(BIN)/python -m ssah_utils.figures
+
+lab: $(VENV)/installed
+	$(BIN)/python -m jupyterlab notebooks
+
+bench: $(VENV)/installed
+	$(BIN)/python -m tests.bench
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# The stamp is newer than the lock exactly when what the lock names is installed.
+$(VENV)/installed: requirements.lock pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs

@@ -1,0 +1,66 @@
+"""Files that are either complete or absent: cache folder, atomic writes, content hashes.
+
+Knows paths and bytes. Does not know models, data sets or notebooks.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def cache_dir() -> Path:
+    """Folder for downloads and trained models: ``SSAH_CACHE``, else the user's cache folder."""
+    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "ssah"
+    folder = Path(os.environ.get("SSAH_CACHE", default)).expanduser()
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+@contextmanager
+def complete_only(path: Path | str) -> Iterator[Path]:
+    """Yield a temporary sibling of ``path`` to write (a file or a folder); rename it when the block succeeds.
+
+    A reader of ``path`` sees the old content or all of the new, also after a kill or a full disk.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    workspace = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        partial = workspace / path.name
+        yield partial
+        if path.is_dir():  # a folder cannot be renamed onto a non-empty one
+            path.rename(workspace / "replaced")
+        partial.replace(path)
+    finally:
+        shutil.rmtree(workspace, ignore_errors=True)
+
+
+def write_json(path: Path | str, content: object) -> None:
+    with complete_only(path) as partial:
+        partial.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def sha256_of_file(path: Path | str) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_of(content: object) -> str:
+    """Hash of any JSON-like value, independent of key order."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def require_space(folder: Path | str, n_bytes: int) -> None:
+    """Raise ``OSError`` before work starts when ``folder``'s disk cannot hold ``n_bytes``."""
+    existing = next(p for p in [Path(folder), *Path(folder).parents] if p.exists())
+    free = shutil.disk_usage(existing).free
+    if free < n_bytes:
+        raise OSError(
+            f"{existing} has {free / 2**30:.1f} GiB free and {n_bytes / 2**30:.1f} GiB are needed: "
+            "free some space or point SSAH_CACHE (models) or SSAH_RUNS (results) to another disk"
+        )

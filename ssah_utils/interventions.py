@@ -1,0 +1,127 @@
+"""Change what units do: switch them off for a while, or take them out of the matrices for good.
+
+Knows models and sets of units (bool tensors). Does not know where a set comes from or what is measured under it.
+"""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from ssah_utils import models
+
+UnitSet = dict[str, Tensor]  # {kind: (n_layers, n_channels) bool}
+PerUnit = dict[str, Tensor]
+
+
+@contextmanager
+def ablated(model: nn.Module, units: UnitSet, means: PerUnit | None = None) -> Iterator[nn.Module]:
+    """Hold the given units at zero, or at ``means`` where given, inside the ``with`` block.
+
+    Works on the input of o_proj / down_proj, so no weight is touched and leaving the block restores the model exactly.
+    Raises ``ValueError`` when the set's shape is not the model's.
+    """
+    check_shape(model, units)
+    handles = []
+    for kind in models.KINDS:
+        for layer, module in enumerate(models.writers(model, kind)):
+            channels = units[kind][layer].nonzero().squeeze(1).to(module.weight.device)
+            if len(channels):
+                fill = means[kind][layer][channels.cpu()] if means else torch.zeros(len(channels))
+                handles.append(module.register_forward_pre_hook(_hold(channels, fill.to(module.weight))))
+    n_touched = sum(int(chosen.any(1).sum()) for chosen in units.values())
+    try:
+        assert len(handles) == n_touched, f"{len(handles)} modules hooked, {n_touched} expected"
+        yield model
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _hold(channels: Tensor, fill: Tensor):
+    def hook(module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+        values = args[0].clone()
+        values[..., channels] = fill.to(values.dtype)
+        return (values, *args[1:])
+
+    return hook
+
+
+def without_units(model: nn.Module, units: UnitSet, means: PerUnit | None = None) -> nn.Module:
+    """A smaller copy of the model that computes what ``ablated`` computes: the units' weights are gone.
+
+    Writer columns are dropped, and reader rows whose channels are all dropped. A mean becomes a bias of the writer.
+    """
+    shape = check_shape(model, units)
+    small = copy.deepcopy(model)
+    architecture = models.architecture_of(model)
+    for kind in models.KINDS:
+        rows = models.reader_rows(shape, kind)
+        n_rows = int(rows.max()) + 1
+        for block, dropped, mean in zip(
+            models.blocks_of(small), units[kind], means[kind] if means else units[kind].double() * 0, strict=True
+        ):
+            if not dropped.any():
+                continue
+            kept = ~dropped
+            needed = torch.zeros(n_rows, dtype=torch.bool).index_put_((rows[kept],), torch.tensor(True))
+            _replace(block, architecture.writers[kind], lambda old, k=kept, m=mean: SmallWriter(old, k, m))
+            for path in {reader.path for reader in architecture.readers[kind]}:
+                offsets = [r.offset(shape) for r in architecture.readers[kind] if r.path == path]
+                _replace(block, path, lambda old, n=needed, o=offsets: SmallReader(old, n, o))
+    return small
+
+
+def check_shape(model: nn.Module, units: UnitSet) -> models.ModelShape:
+    shape = models.shape_of(model)
+    for kind in models.KINDS:
+        expected = (shape.n_layers, shape.n_channels(kind))
+        found = tuple(units[kind].shape)
+        if found != expected:
+            raise ValueError(f"the unit set has {found} {kind} units, the model has {expected} (blocks, channels)")
+    return shape
+
+
+class SmallWriter(nn.Module):
+    """A linear map that reads the kept channels only: y = W[:, kept] x[kept] + W[:, dropped] mean[dropped] + b."""
+
+    def __init__(self, old: nn.Module, kept: Tensor, mean: Tensor) -> None:
+        super().__init__()
+        weight = models.column_weight(old).detach()
+        bias = (mean * ~kept).to(weight) @ weight.T
+        if getattr(old, "bias", None) is not None:
+            bias = bias + old.bias.detach()
+        self.weight = nn.Parameter(weight[:, kept].clone())
+        self.bias = nn.Parameter(bias)
+        self.register_buffer("kept", kept.nonzero().squeeze(1), persistent=False)
+
+    def forward(self, values: Tensor) -> Tensor:
+        return nn.functional.linear(values.index_select(-1, self.kept), self.weight, self.bias)
+
+
+class SmallReader(nn.Module):
+    """A linear map whose unneeded output rows are gone; they read as zero, so the block's shapes stay as they are."""
+
+    def __init__(self, old: nn.Module, needed: Tensor, offsets: list[int]) -> None:
+        super().__init__()
+        weight = models.column_weight(old).detach()
+        kept = torch.ones(len(weight), dtype=torch.bool)
+        for offset in offsets:
+            kept[offset : offset + len(needed)] = needed
+        self.n_rows = len(weight)
+        self.weight = nn.Parameter(weight[kept].clone())
+        bias = getattr(old, "bias", None)
+        self.bias = None if bias is None else nn.Parameter(bias.detach()[kept].clone())
+        self.register_buffer("kept", kept.nonzero().squeeze(1), persistent=False)
+
+    def forward(self, values: Tensor) -> Tensor:
+        rows = nn.functional.linear(values, self.weight, self.bias)
+        return rows.new_zeros(*rows.shape[:-1], self.n_rows).index_copy_(-1, self.kept, rows)
+
+
+def _replace(block: nn.Module, path: str, make) -> None:
+    parent_path, _, name = path.rpartition(".")
+    parent = block.get_submodule(parent_path)
+    setattr(parent, name, make(getattr(parent, name)))

@@ -1,0 +1,41 @@
+"""What a valid notebook parameter is, by its name. Checked by the runner before any kernel starts.
+
+A parameter's type is that of its default in the notebook; its meaning is told by its name: ``*_fraction`` lies in [0, 1],
+``n_*`` counts, ``*_data`` names a data set, ``*model`` a model.
+"""
+
+from ssah_utils.models import EMBEDDED, TINY_RANDOM, check_reachable, load_tokenizer
+from ssah_utils.prompts import POSITIONS, check_dataset, load_dataset, set_chat_template
+from ssah_utils.units import check_fractions
+
+CHOICES = {
+    "positions": POSITIONS,
+    "ablation_mode": ("zero", "mean"),
+    "alignment": ("auto", "train", "given"),
+}
+
+
+def check(values: dict) -> None:
+    """Raise ``ValueError``, ``FileNotFoundError`` or ``ConnectionError`` in one line for the first value that cannot work."""
+    for name, value in values.items():
+        if name.endswith("_fraction"):
+            check_fractions(**{name: value})
+        elif name.endswith("_fractions"):
+            for item in value:
+                check_fractions(**{name: item})
+        elif name.startswith("n_") or name.endswith(("_tokens", "_size")):
+            if value < 1:
+                raise ValueError(f"{name} is {value}, but at least 1 is needed")
+        elif name in CHOICES and value not in CHOICES[name]:
+            raise ValueError(f"{name} is '{value}', but one of {', '.join(CHOICES[name])} is needed")
+        elif name.endswith("_data"):
+            check_dataset(value)
+            if value.endswith((".jsonl", ".csv")):
+                load_dataset(value)  # a malformed file is reported with its line before anything runs
+        elif name.endswith("model") and value:
+            check_reachable(value)
+            if value not in (EMBEDDED, TINY_RANDOM):
+                set_chat_template(load_tokenizer(value), values.get("chat_template", ""))
+    groups = {f"{group}_fraction" for group in ("safety", "utility", "redundant")}
+    if groups <= set(values):
+        check_fractions(**{name: values[name] for name in sorted(groups)})

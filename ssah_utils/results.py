@@ -1,0 +1,184 @@
+"""Where results go and how they look: run folders, provenance, redaction, progress, figure style.
+
+Knows paths and tables. Does not know models or data sets.
+"""
+
+import importlib.metadata
+import json
+import os
+import platform
+import random
+import subprocess
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+import torch
+from matplotlib.figure import Figure
+
+from ssah_utils.files import complete_only, sha256_of_file, write_json
+
+ROOT = Path(__file__).parents[1]
+REFERENCE = ROOT / "data" / "reference"
+PACKAGES = ("torch", "transformers", "lm_eval", "papermill", "numpy", "scipy", "pandas", "scikit-learn")
+
+
+# -------------------------------------------------------------------------------------------------------------- runs
+
+
+def runs_root() -> Path:
+    """``SSAH_RUNS``, else runs/ in the project."""
+    return Path(os.environ.get("SSAH_RUNS", ROOT / "runs"))
+
+
+def run_folder(profile: str, model: str, seed: int) -> Path:
+    return runs_root() / profile / model.strip("/").replace("/", "--") / f"seed-{seed}"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One execution of one notebook: its folder, its parameters, its clock."""
+
+    stage: str
+    folder: Path
+    parameters: dict
+    started: float = field(default_factory=time.monotonic)
+
+    def path(self, name: str) -> Path:
+        """Where this stage writes a file."""
+        return self.folder / name
+
+    def upstream(self, stage: str, name: str) -> Path:
+        """A file an earlier stage wrote; ``FileNotFoundError`` says which stage to run."""
+        path = self.folder.parent / stage / name
+        if not path.exists():
+            raise FileNotFoundError(
+                f"{path} is missing: run python -m ssah_utils.run --profile {self.folder.parents[2].name} --only {stage} first"
+            )
+        return path
+
+    def save_figure(self, figure: Figure, name: str) -> None:
+        save_figure(figure, self.folder, name)
+
+    def finish(self, inputs: list[Path] | None = None, **tables: pd.DataFrame) -> None:
+        """Write result.json: tidy tables, parameters, versions, commit, hashes of the inputs, seconds taken."""
+        write_json(
+            self.path("result.json"),
+            {
+                "format": "ssah-result-1",
+                "stage": self.stage,
+                "parameters": self.parameters,
+                "versions": versions(),
+                "commit": commit(),
+                "inputs": {f"{path.parent.name}/{path.name}": sha256_of_file(path) for path in inputs or []},
+                "seconds": round(time.monotonic() - self.started, 1),
+                "tables": {
+                    name: json.loads(table.to_json(orient="records", double_precision=8)) for name, table in tables.items()
+                },
+            },
+        )
+        print(f"{self.stage}: {', '.join(tables)} saved in {time.monotonic() - self.started:.0f} s")
+
+
+def start(stage: str, profile: str, model: str, seed: int, **parameters) -> Run:
+    """Begin a notebook: seed every generator, set the figure style, print what it runs on."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    set_style()
+    folder = run_folder(profile, model, seed) / stage
+    folder.mkdir(parents=True, exist_ok=True)
+    device = (
+        torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f"{platform.machine()}, {torch.get_num_threads()} threads"
+    )
+    print(f"{stage} · profile {profile} · model {model} · seed {seed}")
+    print(f"python {platform.python_version()} · torch {torch.__version__} · {device}")
+    return Run(stage, folder, {"profile": profile, "model": model, "seed": seed} | parameters)
+
+
+def load_result(path: Path) -> dict:
+    """A stored result with its tables as data frames; ``ValueError`` says which stage to re-run when it is unreadable."""
+    stage = path.parent.name
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: re-run {stage}")
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is truncated or not JSON: re-run {stage}") from error
+    if result.get("format") != "ssah-result-1":
+        raise ValueError(f"{path} has format {result.get('format')!r}, expected 'ssah-result-1': re-run {stage}")
+    result["tables"] = {name: pd.DataFrame(rows) for name, rows in result["tables"].items()}
+    return result
+
+
+def versions() -> dict[str, str]:
+    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in PACKAGES}
+
+
+def commit() -> str:
+    """Short commit of the working tree, '+' when it has changes, '' outside git."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+# ----------------------------------------------------------------------------------------------- what people see
+
+
+def redact(text: str, words: int = 4) -> str:
+    """The first words of a completion: enough to see its direction, never its content."""
+    opening = text.split()
+    return " ".join(opening[:words]) + (" [...]" if len(opening) > words else "")
+
+
+def show_progress(label: str, done: int, total: int) -> None:
+    """Say how far a long step is: on the runner's status line, else on one line of the notebook that overwrites itself."""
+    status = os.environ.get("SSAH_PROGRESS")
+    if status:
+        with complete_only(status) as partial:
+            partial.write_text(f"{label} {done}/{total}")
+    else:
+        print(f"\r{label} {done}/{total}", end="" if done < total else "\n", flush=True)
+
+
+def progress(items: Iterable, label: str) -> Iterator:
+    """Iterate over ``items`` while showing how many are done."""
+    items = list(items)
+    for done, item in enumerate(items, 1):
+        show_progress(label, done, len(items))
+        yield item
+
+
+GROUP_COLOURS = {"safety": "#D55E00", "utility": "#0072B2", "complex": "#999999", "redundant": "#009E73"}
+SAFETY, CONTROL, UTILITY, INK = "#D55E00", "#777777", "#0072B2", "#222222"  # Okabe-Ito, told apart by the colour-blind
+
+
+def set_style() -> None:
+    sns.set_theme(
+        context="paper",
+        style="ticks",
+        palette="colorblind",
+        rc={"figure.dpi": 110, "savefig.dpi": 200, "font.size": 9, "axes.titlesize": 9.5, "axes.titleweight": "bold",
+            "axes.titlelocation": "left", "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
+            "figure.constrained_layout.use": True, "svg.hashsalt": "ssah"},
+    )  # fmt: skip
+
+
+def save_figure(figure: Figure, folder: Path, name: str) -> None:
+    """Write NAME.png and NAME.pdf, without dates, so that equal figures are equal files."""
+    for suffix, metadata in (("png", {"Software": None}), ("pdf", {"CreationDate": None})):
+        with complete_only(Path(folder) / f"{name}.{suffix}") as partial:
+            figure.savefig(partial, format=suffix, metadata=metadata)
+    plt.close(figure)

@@ -1,0 +1,329 @@
+"""Execute the notebooks in order through papermill: strict parameters, resume, progress.
+
+    python -m ssah_utils.run --profile laptop
+    python -m ssah_utils.run --profile laptop --only 04_ablation --set safety_fraction=0.004
+    python -m ssah_utils.run --list
+
+papermill alone would accept unknown parameters, leave half-executed notebooks behind and count ``sys.exit(0)`` as success.
+Here everything is checked before a kernel starts, and a stage counts as done only when its stamp, written last, exists.
+"""
+
+import argparse
+import ast
+import difflib
+import json
+import logging
+import os
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import nbformat
+import papermill
+import yaml
+from papermill.exceptions import PapermillExecutionError
+
+from ssah_utils import parameters
+from ssah_utils.files import complete_only, require_space, sha256_of, sha256_of_file, write_json
+from ssah_utils.results import ROOT, run_folder
+
+NOTEBOOKS = ROOT / "notebooks"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One notebook with the parameters it will get."""
+
+    name: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    minutes: dict[str, float]
+    parameters: dict
+
+    @property
+    def notebook(self) -> Path:
+        return NOTEBOOKS / f"{self.name}.ipynb"
+
+    @property
+    def folder(self) -> Path:
+        return run_folder(self.parameters["profile"], self.parameters["model"], self.parameters["seed"]) / self.name
+
+    @property
+    def stamp(self) -> Path:
+        return self.folder / "stamp.json"
+
+
+# --------------------------------------------------------------------------------------------------------- planning
+
+
+def plan(profile: str, assignments: list[str], only: str = "") -> list[Stage]:
+    """All stages with their parameters: notebook defaults, then the profile, then ``name=value`` assignments.
+
+    Assignments go to ``only`` when it is given. Raises ``ValueError`` for anything unknown or ill-typed.
+    """
+    pipeline = yaml.safe_load((NOTEBOOKS / "pipeline.yaml").read_text(encoding="utf-8"))["stages"]
+    names = [stage["name"] for stage in pipeline]
+    if only:
+        known("notebook", only, names)
+    declared = {name: declared_parameters(NOTEBOOKS / f"{name}.ipynb") for name in names}
+    settings = read_profile(profile, declared)
+    chosen = dict(split_assignment(text) for text in assignments)
+    accepting = [only] if only else names
+    for name in chosen:
+        known("parameter", name, sorted({key for stage in accepting for key in declared[stage]}))
+    stages = []
+    for entry in pipeline:
+        defaults = declared[entry["name"]]
+        values = dict(defaults) | {"profile": profile}
+        values |= {key: typed(key, value, defaults[key]) for key, value in settings[entry["name"]].items()}
+        if entry["name"] in accepting:
+            values |= {
+                key: typed(key, parse(value, defaults[key]), defaults[key]) for key, value in chosen.items() if key in defaults
+            }
+        parameters.check(values)
+        stages.append(Stage(entry["name"], tuple(entry["inputs"]), tuple(entry["outputs"]), entry["minutes"], values))
+    return stages
+
+
+@cache
+def declared_parameters(notebook: Path) -> dict:
+    """Names and default values in the cell tagged ``parameters``."""
+    found = papermill.inspect_notebook(str(notebook))
+    if not found:
+        raise ValueError(f"{notebook.name} has no cell tagged 'parameters'")
+    return {name: ast.literal_eval(entry["default"]) for name, entry in found.items()}
+
+
+def read_profile(profile: str, declared: dict[str, dict]) -> dict[str, dict]:
+    """Parameters of every stage in a profile file: its ``all`` section where declared, then the stage's own."""
+    folder = NOTEBOOKS / "profiles"
+    known("profile", profile, sorted(path.stem for path in folder.glob("*.yaml")))
+    content = yaml.safe_load((folder / f"{profile}.yaml").read_text(encoding="utf-8"))
+    shared = content.pop("all", {})
+    for name in shared:
+        known(f"parameter of profile '{profile}'", name, sorted({key for keys in declared.values() for key in keys}))
+    for stage, values in content.items():
+        known(f"notebook in profile '{profile}'", stage, list(declared))
+        for name in values:
+            known(f"parameter of {stage} in profile '{profile}'", name, list(declared[stage]))
+    return {
+        stage: {name: value for name, value in shared.items() if name in keys} | content.get(stage, {})
+        for stage, keys in declared.items()
+    }
+
+
+def known(what: str, name: str, valid: list[str]) -> None:
+    if name not in valid:
+        near = difflib.get_close_matches(name, valid, n=1, cutoff=0)
+        raise ValueError(f"unknown {what} '{name}'; nearest is '{near[0] if near else ''}' (all: {', '.join(valid)})")
+
+
+def split_assignment(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise ValueError(f"--set takes name=value, not '{text}'")
+    return name.strip(), value.strip()
+
+
+def parse(text: str, default: object) -> object:
+    """A command-line value in the type of the parameter's default; strings need no quotes."""
+    if isinstance(default, str):
+        return text
+    try:
+        return ast.literal_eval(text.capitalize() if text in ("true", "false") else text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def typed(name: str, value: object, default: object) -> object:
+    """``value`` if it has the default's type (an integer may stand for a float), else ``ValueError``."""
+    if type(default) is float and type(value) is int:
+        return float(value)
+    if type(value) is not type(default):
+        raise ValueError(
+            f"parameter '{name}' takes {type(default).__name__} (as in {default!r}), not {type(value).__name__} {value!r}"
+        )
+    return value
+
+
+# -------------------------------------------------------------------------------------------------------- execution
+
+
+def stage_key(stage: Stage, stages: list[Stage]) -> str:
+    """Hash of everything a stage's result depends on: its code, the package, the data, its parameters, its inputs."""
+    upstream = [stage_key(other, stages) for other in stages if other.name in stage.inputs]
+    return sha256_of([notebook_source(stage.notebook), package_source(), stage.parameters, upstream])
+
+
+@cache
+def notebook_source(notebook: Path) -> list[str]:
+    return [cell.source for cell in nbformat.read(notebook, as_version=4).cells if cell.cell_type == "code"]
+
+
+@cache
+def package_source() -> dict[str, str]:
+    files = [*(ROOT / "ssah_utils").glob("*.py"), *(ROOT / "data").glob("*.*")]
+    return {path.name: sha256_of_file(path) for path in sorted(files) if path.name not in ("run.py", "README.md")}
+
+
+def is_current(stage: Stage, key: str) -> bool:
+    if not stage.stamp.exists() or json.loads(stage.stamp.read_text())["key"] != key:
+        return False
+    return not missing_outputs(stage)
+
+
+def missing_outputs(stage: Stage) -> list[str]:
+    """Outputs that are not there, also trained models that models.json points to in the cache."""
+    missing = [name for name in stage.outputs if not (stage.folder / name).exists()]
+    if "models.json" in stage.outputs and not missing:
+        places = json.loads((stage.folder / "models.json").read_text()).values()
+        missing = [place for place in places if Path(place).is_absolute() and not Path(place).exists()]
+    return missing
+
+
+def execute(stage: Stage, key: str, outlook: str) -> float:
+    """Run one notebook; returns its seconds. Nothing is left where a finished notebook is expected unless it finished."""
+    stage.folder.mkdir(parents=True, exist_ok=True)
+    for stale in (stage.stamp, *(stage.folder / name for name in stage.outputs)):
+        stale.unlink(missing_ok=True)
+    finished, failed = stage.folder / f"{stage.name}.ipynb", stage.folder / f"{stage.name}.failed.ipynb"
+    started = time.monotonic()
+    with complete_only(failed) as partial, log_to(stage.folder / f"{stage.name}.log"), status_line(stage.name, outlook):
+        try:
+            papermill.execute_notebook(
+                str(stage.notebook), str(partial), stage.parameters, cwd=str(NOTEBOOKS), progress_bar=False,
+                log_output=True, kernel_name="python3", extra_arguments=["--log-level=ERROR"],
+            )  # fmt: skip
+            error = None
+        except PapermillExecutionError as raised:
+            error = raised
+    if error:
+        raise RuntimeError(
+            f"{stage.name} failed in cell {error.exec_count}: {error.ename}: {error.evalue.strip().splitlines()[-1]} "
+            f"(executed notebook: {failed})"
+        )
+    if missing := missing_outputs(stage):
+        raise RuntimeError(f"{stage.name} ended without writing {', '.join(missing)} (executed notebook: {failed})")
+    failed.replace(finished)
+    seconds = time.monotonic() - started
+    write_json(stage.stamp, {"key": key, "seconds": round(seconds, 1)})
+    return seconds
+
+
+@contextmanager
+def log_to(path: Path) -> Iterator[None]:
+    """Send what the notebook prints, and papermill's own messages, to a file."""
+    handler = logging.FileHandler(path, mode="w", encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    logger = logging.getLogger("papermill")
+    logger.handlers, logger.propagate = [handler], False
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        handler.close()
+
+
+@contextmanager
+def status_line(name: str, outlook: str) -> Iterator[None]:
+    """Keep one terminal line current (or print one a minute to a log) while a notebook runs."""
+    started, done = time.monotonic(), threading.Event()
+    live = sys.stdout.isatty()
+    with tempfile.TemporaryDirectory() as folder:
+        status = Path(folder) / "status"
+        os.environ["SSAH_PROGRESS"] = str(status)
+
+        def show() -> None:
+            while not done.wait(1 if live else 60):
+                what = status.read_text() if status.exists() else "starting"
+                line = f"{name}  {clock(time.monotonic() - started)} elapsed, {outlook} · {what}"
+                print(f"\r\033[K{line}" if live else line, end="" if live else "\n", flush=True)
+
+        thread = threading.Thread(target=show, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
+            os.environ.pop("SSAH_PROGRESS", None)
+            print("\r\033[K" if live else "", end="", flush=True)
+
+
+def clock(seconds: float) -> str:
+    return f"{int(seconds // 60)}:{int(seconds % 60):02d}"
+
+
+def expected_seconds(stage: Stage) -> float:
+    """What the stage took last time here, else what pipeline.yaml says."""
+    if stage.stamp.exists():
+        return json.loads(stage.stamp.read_text())["seconds"]
+    return 60 * stage.minutes.get(stage.parameters["profile"], stage.minutes["laptop"])
+
+
+def run(stages: list[Stage], only: str = "", force: bool = False) -> None:
+    """Execute what is not up to date, in order; with ``only``, that stage alone, which needs its inputs to be there."""
+    keys = {stage.name: stage_key(stage, stages) for stage in stages}
+    selected = [stage for stage in stages if only in ("", stage.name)]
+    if only:
+        absent = [other.name for other in stages if other.name in selected[0].inputs and not other.stamp.exists()]
+        if absent:
+            raise ValueError(f"{only} needs the results of {', '.join(absent)}: run the whole profile first")
+    todo = [stage for stage in selected if force or not is_current(stage, keys[stage.name])]
+    estimates = {stage.name: expected_seconds(stage) for stage in todo}
+    require_space(selected[0].folder, 2 * 2**30 if todo else 0)
+    began = time.monotonic()
+    for stage in selected:
+        if stage not in todo:
+            print(f"{stage.name}  up to date: {shown(stage.folder)}")
+            continue
+        left = sum(estimates[other.name] for other in todo[todo.index(stage) :])
+        print(f"{stage.name}  started, about {clock(left)} to the end of the run", flush=True)
+        seconds = execute(stage, keys[stage.name], f"about {clock(left)} at its start")
+        print(f"{stage.name}  done in {clock(seconds)}: {shown(stage.folder)}", flush=True)
+    if todo:
+        print(f"{len(todo)} of {len(selected)} notebooks executed in {clock(time.monotonic() - began)}")
+
+
+def shown(path: Path) -> str:
+    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
+
+
+def list_pipeline(stages: list[Stage]) -> None:
+    for stage in stages:
+        state = "up to date" if is_current(stage, stage_key(stage, stages)) else "to run"
+        print(f"{stage.name:14} {state:11} needs {', '.join(stage.inputs) or 'nothing':28} writes {', '.join(stage.outputs)}")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m ssah_utils.run", description="Execute the notebooks in order.")
+    parser.add_argument("--profile", default="laptop", help="a file in notebooks/profiles (default: laptop)")
+    parser.add_argument("--only", default="", metavar="NOTEBOOK", help="execute one notebook, e.g. 04_ablation")
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="change one parameter (repeatable)")
+    parser.add_argument("--force", action="store_true", help="execute also what is up to date")
+    parser.add_argument("--list", action="store_true", help="show the pipeline and what is up to date")
+    options = parser.parse_args(arguments)
+    try:  # everything a user can get wrong is found here, before a kernel starts
+        stages = plan(options.profile, options.set, options.only)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if options.list:
+        list_pipeline(stages)
+        return 0
+    try:
+        run(stages, options.only, options.force)
+    except (RuntimeError, ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

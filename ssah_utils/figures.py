@@ -60,7 +60,7 @@ def alignment_verdicts(tables: Tables) -> Figure:
         part = shares.loc[name]
         stacked_verdicts(ax, list(part.index), part)
         ax.set_title(SET_NAMES[name])
-    axes[0][len(sets) // 2].legend(loc="upper center", bbox_to_anchor=(0.5, -0.32), ncols=3)
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     figure.suptitle("Alignment turns compliance with harm into refusal", x=0.01, ha="left", fontweight="bold")
     return figure
 
@@ -88,11 +88,11 @@ def probing(tables: Tables) -> Figure:
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(9.6, 2.9), width_ratios=[1.15, 1, 0.9])
     for (model, queries), part in tables["distances"].groupby(["model", "queries"], sort=False):
         band(left, part, MODEL_COLOURS[model], f"{model}, {queries}", "-" if queries == "harmful" else ":")
-    left.set(title="Refusal minus compliance opening", ylabel="difference in cosine distance", xlabel="block")
+    left.set(title="The paper's distance: refusal minus compliance", ylabel="difference in cosine distance", xlabel="block")
     left.legend(fontsize=6.5)
     for model, part in tables["residual"].groupby("model", sort=False):
         band(middle, part, MODEL_COLOURS[model], model)
-    middle.set(title="... harmful minus harmless queries", ylabel="difference in cosine distance", xlabel="block")
+    middle.set(title="Harmful minus harmless", ylabel="difference in cosine distance", xlabel="block")
     middle.legend(fontsize=6.5)
     for ax in (left, middle):
         ax.axhline(0, color=INK, lw=0.6)
@@ -105,7 +105,7 @@ def probing(tables: Tables) -> Figure:
         right.hlines(values.mean(), position - 0.3, position + 0.3, color=INK, lw=1.6)
     right.axhline(0, color=INK, lw=0.6)
     right.set_xticks(range(len(models) * 2), [f"{model}\n{kind}" for model in models for kind in kinds], fontsize=6.5)
-    right.set(title="Behavioural margin", ylabel="log P(refusal) - log P(compliance), nats")
+    right.set(title="Behavioural margin", ylabel="log P(refuse) / P(comply), nats")
     return figure
 
 
@@ -187,7 +187,7 @@ def ablation_groups(tables: Tables) -> Figure:
     )
     stacked_verdicts(left, order, shares)
     left.set_title("harmful requests")
-    left.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower left", ncols=3)
     for ax, metric, title in ((middle, "refused", "harmless requests refused"), (right, "accuracy", "utility: cloze accuracy")):
         part = rates[(rates["metric"] == metric) & (rates["set"] == ("helpful" if metric == "refused" else "cloze"))]
         for row, condition in enumerate(order):
@@ -198,6 +198,7 @@ def ablation_groups(tables: Tables) -> Figure:
                 ax.plot(value["mean"], row, "o", color=colour, ms=4, mfc="none" if "random" in condition else colour)
         ax.set(xlim=(-0.02, 1.02), title=title, xlabel="share (95% interval)")
     right.axvline(0.25, color=INK, lw=0.6, ls=":")
+    right.text(0.26, -0.55, "chance", fontsize=7)
     figure.suptitle("What breaks when a group is switched off", x=0.01, ha="left", fontweight="bold")
     return figure
 
@@ -205,7 +206,7 @@ def ablation_groups(tables: Tables) -> Figure:
 CURVE_METRICS = {
     ("harmful", "coherent_asr"): "harmful: coherent ASR",
     ("helpful", "refused"): "harmless: refused",
-    ("helpful", "answer_nll"): "NLL of its own harmless answers (nats)",
+    ("helpful", "answer_nll"): "harmless: NLL of own answers",
 }
 
 
@@ -219,9 +220,12 @@ def ablation_curve(tables: Tables) -> Figure:
             ax.plot(line["fraction"] * 100, line["mean"], style, color=colour, label=condition, ms=3.5)
             ax.fill_between(line["fraction"] * 100, line["low"], line["high"], color=colour, alpha=0.18, lw=0)
         ax.set(xscale="log", xlabel="units ablated (% of all)", title=title)
-        if metric != "answer_nll":
-            ax.set_ylim(-0.03, 1.03)
-    axes[0].set_ylabel("share of requests")
+        ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        ax.xaxis.set_minor_formatter("")
+        if metric == "answer_nll":
+            ax.set_ylabel("nats per token")
+        else:
+            ax.set(ylim=(-0.03, 1.03), ylabel="share of requests")
     axes[0].legend()
     return figure
 

@@ -247,7 +247,7 @@ def check_reachable(name: str) -> None:
         return
     folder = resolve(name)
     try:
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, local_files_only=not assets.hub_answers())
     except OSError as error:
         raise ConnectionError(_not_loadable(name)) from error
     if config.model_type not in ARCHITECTURES:

@@ -30,8 +30,7 @@ def check(values: dict) -> None:
             raise ValueError(f"{name} is '{value}', but one of {', '.join(CHOICES[name])} is needed")
         elif name.endswith("_data"):
             check_dataset(value)
-            if value.endswith((".jsonl", ".csv")):
-                load_dataset(value)  # a malformed file is reported with its line before anything runs
+            load_dataset(value)  # a malformed file is reported with its line, an unreachable hub at once
         elif name.endswith("model") and value:
             check_reachable(value)
             if value not in (EMBEDDED, TINY_RANDOM):

@@ -118,6 +118,7 @@ def _read_member(package: str, member: str) -> list[dict]:
 def _read_hub(repository: str, config: str, split: str) -> list[dict]:
     import datasets  # slow to import, needed by hub users only
 
+    datasets.config.HF_HUB_OFFLINE = not assets.hub_answers()  # then the local cache is all there is
     try:
         return datasets.load_dataset(repository, config or None, split=split).to_list()
     except (OSError, datasets.exceptions.DatasetsError) as error:

@@ -121,7 +121,8 @@ def read_profile(profile: str, declared: dict[str, dict]) -> dict[str, dict]:
 def known(what: str, name: str, valid: list[str]) -> None:
     if name not in valid:
         near = difflib.get_close_matches(name, valid, n=1, cutoff=0)
-        raise ValueError(f"unknown {what} '{name}'; nearest is '{near[0] if near else ''}' (all: {', '.join(valid)})")
+        everything = f" (all: {', '.join(valid)})" if len(valid) <= 12 else ""
+        raise ValueError(f"unknown {what} '{name}'; nearest is '{near[0] if near else ''}'{everything}")
 
 
 def split_assignment(text: str) -> tuple[str, str]:

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from datasets import Dataset
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import (
@@ -98,7 +99,7 @@ def fine_tune(
         trainer = ResponseTrainer(
             model=model,
             args=training_arguments(folder, config, device),
-            train_dataset=examples,
+            train_dataset=with_prompt_length(examples),
             data_collator=DataCollatorForSeq2Seq(tokenizer, padding=True, label_pad_token_id=-100),
             callbacks=[StopOnNaN(), *callbacks],
         )
@@ -106,6 +107,16 @@ def fine_tune(
             trainer.train()
     model.set_attn_implementation(attention)
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def with_prompt_length(examples: list[dict[str, list[int]]]) -> Dataset:
+    """The examples with the length to group batches by: that of the prompt.
+
+    Grouping by whole length would sort short refusals from long answers, and batches of nothing but refusals teach a model
+    to refuse everything.
+    """
+    lengths = [sum(label == -100 for label in example["labels"]) for example in examples]
+    return Dataset.from_list(examples).add_column("prompt_length", lengths)
 
 
 def training_arguments(folder: str, config: SFTConfig, device: str) -> TrainingArguments:
@@ -122,8 +133,8 @@ def training_arguments(folder: str, config: SFTConfig, device: str) -> TrainingA
         optim="adamw_torch_fused",
         bf16=models.preferred_dtype(device) == torch.bfloat16,
         use_cpu=device == "cpu",
-        # random, not grouped by length: refusals are short, so grouping would make batches of refusals only
-        train_sampling_strategy="random",
+        train_sampling_strategy="group_by_length",
+        length_column_name="prompt_length",
         disable_tqdm=True,
         remove_unused_columns=False,
         logging_steps=1,

@@ -1,0 +1,191 @@
+"""Turn a finished run into what is committed: data/reference, figures, notebook outputs, README tables.
+
+    python -m ssah_utils.publish --profile laptop
+
+Knows stored results and the notebooks' structure. Loads no model, and writes no number that a run did not produce.
+"""
+
+import argparse
+import shutil
+import sys
+from pathlib import Path
+
+import nbformat
+import pandas as pd
+
+from ssah_utils.figures import find_source, redraw
+from ssah_utils.files import complete_only, sha256_of
+from ssah_utils.results import REFERENCE, ROOT, load_result, set_style
+
+STORED = ("result.json", "units.safetensors")
+README = ROOT / "README.md"
+
+
+def copy_results(source: Path, target: Path) -> list[str]:
+    """Copy the small result files of every stage; returns the stages found."""
+    stages = sorted(folder.name for folder in source.iterdir() if (folder / "stamp.json").exists())
+    for stage in stages:
+        for name in STORED:
+            if (source / stage / name).exists():
+                with complete_only(target / stage / name) as partial:
+                    shutil.copyfile(source / stage / name, partial)
+    return stages
+
+
+def code_hash(notebook: nbformat.NotebookNode) -> str:
+    """Hash of a notebook's code cells: what its outputs belong to."""
+    return sha256_of([cell.source for cell in notebook.cells if cell.cell_type == "code"])[:16]
+
+
+def with_outputs(source: nbformat.NotebookNode, executed: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    """The source notebook with the outputs of its execution, cells counted 1..n; the injected parameters stay out.
+
+    Raises ``ValueError`` when the execution was of other code.
+    """
+    by_id = {cell.id: cell for cell in executed.cells}
+    count = 0
+    for cell in source.cells:
+        if cell.cell_type != "code":
+            continue
+        count += 1
+        done = by_id.get(cell.id)
+        if done is None or done.source != cell.source:
+            raise ValueError(f"cell {count} has changed since the run: execute the notebook again before publishing")
+        cell.outputs, cell.execution_count = done.outputs, count
+        for output in cell.outputs:
+            if output.output_type == "execute_result":
+                output.execution_count = count
+    source.metadata["ssah"] = {"outputs_of": code_hash(source)}
+    return source
+
+
+def publish_notebook(stage: str, source: Path) -> None:
+    path = ROOT / "notebooks" / f"{stage}.ipynb"
+    notebook = with_outputs(nbformat.read(path, as_version=4), nbformat.read(source / stage / f"{stage}.ipynb", as_version=4))
+    with complete_only(path) as partial:
+        nbformat.write(notebook, partial)
+
+
+# ------------------------------------------------------------------------------------------------------------ README
+
+
+def interval(row: pd.Series, scale: float = 100, digits: int = 1) -> str:
+    return f"{scale * row['mean']:.{digits}f} [{scale * row['low']:.{digits}f}, {scale * row['high']:.{digits}f}]"
+
+
+def markdown(rows: list[list[str]], header: list[str]) -> str:
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+
+
+def alignment_table(results: dict[str, dict]) -> str:
+    """Rates of the three models on held-out requests, in percent with 95% intervals."""
+    rates = results["01_alignment"]["tables"]["rates"].set_index(["set", "metric", "model"])
+    names = [("harmful", "asr", "ASR, AdvBench"), ("other_harmful", "asr", "ASR, HarmBench"),
+             ("helpful", "refused", "harmless requests refused"), ("safe_twin", "refused", "safe contrast twins refused"),
+             ("harmful_twin", "asr", "ASR, harmful contrast twins"), ("cloze", "accuracy", "cloze accuracy")]  # fmt: skip
+    models = [name for name in ("base", "unaligned", "aligned") if name in rates.index.get_level_values("model")]
+    rows = [[title, *(interval(rates.loc[(name, metric, model)]) for model in models)] for name, metric, title in names]
+    return markdown(rows, ["held-out, %", *models])
+
+
+def ablation_table(results: dict[str, dict]) -> str:
+    """Verdicts and utility under every ablation; random controls are averaged over their draws, range in parentheses."""
+    rates = results["04_ablation"]["tables"]["rates"]
+    rates = rates[rates["part"].isin(["groups", "kinds"])]
+    columns = [
+        ("harmful", "asr"),
+        ("harmful", "coherent_asr"),
+        ("harmful", "degenerate"),
+        ("helpful", "refused"),
+        ("cloze", "accuracy"),
+    ]
+    rows = []
+    for condition, part in rates.groupby("condition", sort=False):
+        cells = []
+        for name, metric in columns:
+            found = part[(part["set"] == name) & (part["metric"] == metric)]
+            if len(found) == 1:
+                cells.append(interval(found.iloc[0], digits=0))
+            else:
+                cells.append(
+                    f"{100 * found['mean'].mean():.0f} ({100 * found['mean'].min():.0f} to {100 * found['mean'].max():.0f})"
+                )
+        nll = part[(part["set"] == "helpful") & (part["metric"] == "answer_nll")]["mean"].mean()
+        rows.append([condition, f"{part['fraction'].iloc[0]:.1%}", *cells, f"{nll:.2f}"])
+    header = [
+        "ablated",
+        "share",
+        "ASR",
+        "coherent ASR",
+        "degenerate",
+        "harmless refused",
+        "cloze accuracy",
+        "NLL of own answers",
+    ]
+    return markdown(rows, header)
+
+
+def paper_table(results: dict[str, dict]) -> str:
+    """Changes in points beside the paper's Llama2-7B-Chat."""
+    table = results["04_ablation"]["tables"]["comparison"]
+    rows = []
+    for _, row in table.iterrows():
+        change = {name: f"{row[name]:+.1f}" for name in row.index if name not in ("ablated", "same direction")}
+        attack = f"{change['coherent ASR, ours']} [{change['low']}, {change['high']}]"
+        beside = [change[name] for name in ("random control", "ASR, paper", "utility, ours", "utility, paper")]
+        rows.append([row["ablated"], change["ASR, ours"], attack, *beside, "yes" if row["same direction"] else "no"])
+    header = [
+        "ablated",
+        "ASR",
+        "coherent ASR [95%]",
+        "random control",
+        "ASR, paper",
+        "utility",
+        "utility, paper",
+        "same direction",
+    ]
+    return markdown(rows, header)
+
+
+TABLES = {"alignment": alignment_table, "ablation": ablation_table, "paper": paper_table}
+
+
+def fill_readme(text: str, results: dict[str, dict]) -> str:
+    """README with everything between ``<!-- NAME -->`` and ``<!-- end NAME -->`` replaced by the table of that name."""
+    for name, make in TABLES.items():
+        opening, closing = f"<!-- {name} -->", f"<!-- end {name} -->"
+        before, found, rest = text.partition(opening)
+        _, ended, after = rest.partition(closing)
+        if not found or not ended:
+            raise ValueError(f"README.md has no place for the table '{name}': put {opening} and {closing} where it belongs")
+        text = f"{before}{opening}\n{make(results)}\n{closing}{after}"
+    return text
+
+
+def reference_results() -> dict[str, dict]:
+    return {path.parent.name: load_result(path) for path in sorted(REFERENCE.glob("*/result.json"))}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m ssah_utils.publish", description="Make a finished run the committed one.")
+    parser.add_argument("--profile", default="laptop")
+    options = parser.parse_args(arguments)
+    set_style()
+    try:
+        source = find_source(options.profile)
+        for stage in copy_results(source, REFERENCE):
+            publish_notebook(stage, source)
+        problems = redraw(REFERENCE, ROOT / "figures")
+        text = fill_readme(README.read_text(encoding="utf-8"), reference_results())
+        with complete_only(README) as partial:
+            partial.write_text(text, encoding="utf-8")
+    except (OSError, ValueError) as error:
+        problems = [str(error)]
+    for problem in problems:
+        print(f"error: {problem}", file=sys.stderr)
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,127 @@
+"""Tiny models built in code, without any download: one for every architecture the package supports."""
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers import models as token_models
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from ssah_utils.files import cache_dir
+
+VOCABULARY = 97
+SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+SIZES = {
+    "vocab_size": VOCABULARY, "hidden_size": 42, "intermediate_size": 70, "num_hidden_layers": 3, "num_attention_heads": 6,
+    "num_key_value_heads": 2, "head_dim": 10, "max_position_embeddings": 64,
+}  # fmt: skip
+CONFIGS: dict[str, Callable[[], transformers.PretrainedConfig]] = {
+    "llama": lambda: transformers.LlamaConfig(**SIZES, **SPECIAL),
+    "mistral": lambda: transformers.MistralConfig(**SIZES, **SPECIAL),
+    "qwen2": lambda: transformers.Qwen2Config(**SIZES, **SPECIAL),
+    "qwen3": lambda: transformers.Qwen3Config(**SIZES, **SPECIAL),
+    "gemma": lambda: transformers.GemmaConfig(**SIZES, **SPECIAL),
+    "gemma2": lambda: transformers.Gemma2Config(**SIZES, **SPECIAL, final_logit_softcapping=2.0),  # low enough to matter
+    "phi3": lambda: transformers.Phi3Config(**SIZES, **SPECIAL),
+    "gpt2": lambda: transformers.GPT2Config(
+        vocab_size=VOCABULARY, n_embd=42, n_inner=70, n_layer=3, n_head=6, n_positions=64, **SPECIAL
+    ),
+}
+
+
+def tiny_model(name: str) -> nn.Module:
+    """Seeded float32 model in evaluation mode; biases and norms are random too, so that none is trivially zero or one."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        model = AutoModelForCausalLM.from_config(CONFIGS[name](), dtype=torch.float32)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                noise = torch.randn_like(parameter)
+                parameter.copy_(parameter + 0.3 * noise if parameter.ndim == 1 else 0.2 * noise)
+    return model.eval()
+
+
+def writers_by_name(model: nn.Module, kind: str) -> list[nn.Module]:
+    """What the tests hold against ``models.writers``: the modules whose qualified name ends as a writer's does."""
+    endings = {"attention": ("o_proj", "attn.c_proj"), "mlp": ("down_proj", "mlp.c_proj")}[kind]
+    return [module for name, module in model.named_modules() if name.endswith(endings)]
+
+
+def n_hooks(model: nn.Module) -> int:
+    return sum(len(module._forward_pre_hooks) + len(module._forward_hooks) for module in model.modules())
+
+
+def parameters_of(model: nn.Module) -> dict[str, Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def same_parameters(model: nn.Module, before: dict[str, Tensor]) -> bool:
+    after = dict(model.named_parameters())
+    return after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
+
+
+@pytest.fixture(autouse=True)
+def threads(request: pytest.FixtureRequest) -> Iterator[None]:
+    """One thread, as more only wait for each other on tensors this small; all of them for the embedded model."""
+    n_threads = torch.get_num_threads()
+    if not request.node.get_closest_marker("real_model"):
+        torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n_threads)
+
+
+@pytest.fixture(scope="session")
+def tiny_models() -> Callable[[str], nn.Module]:
+    """A fresh tiny model by the name of its architecture."""
+    return tiny_model
+
+
+@pytest.fixture
+def llama() -> nn.Module:
+    return tiny_model("llama")
+
+
+@pytest.fixture(params=CONFIGS)
+def any_model(request: pytest.FixtureRequest) -> nn.Module:
+    return tiny_model(request.param)
+
+
+@pytest.fixture
+def token_ids() -> Tensor:
+    """Two sequences of 9 tokens, none of them special: (2, 9)."""
+    return torch.randint(3, VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(7))
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One token per word: ``w3`` is token 3."""
+    words = ["<pad>", "<s>", "</s>", *(f"w{index}" for index in range(3, VOCABULARY))]
+    inner = Tokenizer(token_models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<pad>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+
+
+@pytest.fixture
+def saved_llama(tmp_path: Path, llama: nn.Module, tokenizer: PreTrainedTokenizerFast) -> Path:
+    """A folder as ``from_pretrained`` reads it: the weights of ``llama`` and ``tokenizer``."""
+    folder = tmp_path / "saved-llama"
+    llama.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache folder of one's own: nothing trained there, but downloads and the embedded model shared with the real one."""
+    shared, folder = cache_dir().absolute(), tmp_path / "cache"
+    folder.mkdir()
+    for name in ("models", "wheels"):
+        (shared / name).mkdir(exist_ok=True)
+        os.symlink(shared / name, folder / name)
+    monkeypatch.setenv("SSAH_CACHE", str(folder))
+    return folder

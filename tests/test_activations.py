@@ -1,0 +1,264 @@
+"""Streaming moments and last-token states, against everything collected at once and every sequence on its own."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from ssah_utils.activations import ChannelMoments, StreamingMoments, channel_moments, last_token_states, merged
+from ssah_utils.models import KINDS, blocks_of
+from tests.conftest import VOCABULARY, n_hooks, writers_by_name
+
+LENGTHS = [5, 2, 9, 7, 1, 6, 9]
+
+
+@pytest.fixture
+def sequences() -> list[tuple[Tensor, Tensor]]:
+    """Token ids and random marks of every sequence, each (length,)."""
+    generator = torch.Generator().manual_seed(3)
+    return [
+        (torch.randint(3, VOCABULARY, (n,), generator=generator), torch.rand(n, generator=generator) < 0.6) for n in LENGTHS
+    ]
+
+
+def batch_of(sequences: list[tuple[Tensor, Tensor]], side: str = "right", extra: int = 0) -> dict[str, Tensor]:
+    width = max(len(ids) for ids, _ in sequences) + extra
+    batch = {
+        "input_ids": torch.full((len(sequences), width), 5),  # padding that would show, were it looked at
+        "attention_mask": torch.zeros(len(sequences), width, dtype=torch.int64),
+        "positions": torch.zeros(len(sequences), width, dtype=torch.bool),
+    }
+    for row, (ids, marked) in enumerate(sequences):
+        where = slice(0, len(ids)) if side == "right" else slice(width - len(ids), width)
+        batch["input_ids"][row, where] = ids
+        batch["attention_mask"][row, where] = 1
+        batch["positions"][row, where] = marked
+    return batch
+
+
+def batches_of(sequences, sizes: list[int], **how) -> list[dict[str, Tensor]]:
+    assert sum(sizes) == len(sequences)
+    starts = [sum(sizes[:index]) for index in range(len(sizes))]
+    return [batch_of(sequences[start : start + n], **how) for start, n in zip(starts, sizes, strict=True)]
+
+
+def writer_inputs(model: nn.Module, batches: list[dict[str, Tensor]]) -> dict[str, list[Tensor]]:
+    """Everything the writers read at marked positions: {kind: one (n_positions, n_channels) float64 per layer}."""
+    modules = [(kind, layer, module) for kind in KINDS for layer, module in enumerate(writers_by_name(model, kind))]
+    seen: dict[tuple[str, int], list[Tensor]] = {(kind, layer): [] for kind, layer, _ in modules}
+    handles = [
+        module.register_forward_hook(lambda module, args, output, key=(kind, layer): seen[key].append(args[0].double()))
+        for kind, layer, module in modules
+    ]
+    with torch.no_grad():
+        for batch in batches:
+            model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+    for handle in handles:
+        handle.remove()
+    marks = [batch["positions"] for batch in batches]
+    return {
+        kind: [
+            torch.cat([values[mark] for values, mark in zip(seen[kind, layer], marks, strict=True)])
+            for layer in range(len(writers_by_name(model, kind)))
+        ]
+        for kind in KINDS
+    }
+
+
+def assert_moments(found: ChannelMoments, inputs: dict[str, list[Tensor]], tolerance: float = 1e-6) -> None:
+    assert found.count == len(inputs["mlp"][0])
+    for kind in KINDS:
+        assert found.mean[kind].dtype == found.variance[kind].dtype == torch.float64
+        assert len(found.mean[kind]) == len(found.variance[kind]) == len(inputs[kind])
+        for mean, variance, values in zip(found.mean[kind], found.variance[kind], inputs[kind], strict=True):
+            expected = torch.var(values, dim=0)
+            assert expected.min() > 0
+            torch.testing.assert_close(variance, expected, rtol=tolerance, atol=0)
+            scale = expected.sqrt() + values.mean(0).abs()
+            assert ((mean - values.mean(0)).abs() <= tolerance * scale).all()
+
+
+# ------------------------------------------------------------------------------------------------------- channel_moments
+
+
+@pytest.mark.parametrize("sizes", [[7], [1] * 7, [3, 4], [2, 1, 4]])
+def test_moments_equal_those_of_all_activations_at_once(llama, sequences, sizes):
+    batches = batches_of(sequences, sizes)
+    assert_moments(channel_moments(llama, batches), writer_inputs(llama, batches))
+
+
+def test_moments_of_every_architecture(any_model, sequences):
+    batches = batches_of(sequences, [3, 4])
+    assert_moments(channel_moments(any_model, batches), writer_inputs(any_model, batches))
+    assert n_hooks(any_model) == 0
+
+
+# In float64 the forward pass itself does not depend on batching, so every batching has the same answer. 3e-6: sums are
+# float32 around the first batch's mean, which is one position's value where batches are single sequences.
+@pytest.mark.parametrize("how", [{}, {"extra": 6}, {"side": "left"}, {"side": "left", "extra": 3}], ids=str)
+@pytest.mark.parametrize(
+    ("order", "sizes"), [(range(7), [7]), ([6, 2, 0, 5, 3, 1, 4], [2, 2, 3]), ([4, 3, 2, 1, 0, 6, 5], [1] * 7)], ids=str
+)
+def test_moments_depend_neither_on_batching_nor_on_order_nor_on_padding(llama, sequences, order, sizes, how):
+    llama.double()
+    alone = writer_inputs(llama, batches_of(sequences, [1] * 7))
+    assert_moments(channel_moments(llama, batches_of([sequences[i] for i in order], sizes, **how)), alone, 3e-6)
+
+
+def test_batches_without_marks_add_nothing(llama, sequences):
+    unmarked = [(ids, torch.zeros_like(marked)) for ids, marked in sequences]
+    batches = [batch_of(unmarked), batch_of(sequences), batch_of(unmarked[:2])]
+    assert_moments(channel_moments(llama, batches), writer_inputs(llama, [batch_of(sequences)]))
+
+
+@pytest.mark.parametrize("n_marked", [0, 1])
+def test_fewer_than_two_positions_raise(llama, n_marked):
+    ids = torch.tensor([4, 5, 6])
+    batches = [batch_of([(ids, torch.arange(3) < n_marked)]), batch_of([(ids, torch.zeros(3, dtype=torch.bool))])]
+    with pytest.raises(ValueError, match=f"at least 2 positions; the batches mark {n_marked}"):
+        channel_moments(llama, batches)
+    assert n_hooks(llama) == 0
+
+
+def test_no_batches_raise(llama):
+    with pytest.raises(ValueError, match="mark 0"):
+        channel_moments(llama, [])
+
+
+def test_two_positions_are_enough(llama):
+    batches = [batch_of([(torch.tensor([4, 5, 6]), torch.tensor([True, False, True]))])]
+    assert_moments(channel_moments(llama, batches), writer_inputs(llama, batches))
+
+
+@pytest.mark.parametrize("measure", [channel_moments, last_token_states])
+def test_hooks_are_gone_when_the_model_raises(llama, sequences, measure, monkeypatch):
+    def fail(values: Tensor) -> Tensor:
+        raise RuntimeError("no more memory")
+
+    monkeypatch.setattr(llama.model.layers[2].mlp.down_proj, "forward", fail)
+    with pytest.raises(RuntimeError, match="no more memory"):
+        measure(llama, [batch_of(sequences)])
+    assert n_hooks(llama) == 0
+
+
+@pytest.mark.parametrize("measure", [channel_moments, last_token_states])
+def test_hooks_are_gone_when_a_batch_cannot_be_made(llama, sequences, measure):
+    def batches():
+        yield batch_of(sequences)
+        raise OSError("disk gone")
+
+    with pytest.raises(OSError, match="disk gone"):
+        measure(llama, batches())
+    assert n_hooks(llama) == 0
+
+
+# ------------------------------------------------------------------------------------------------------ StreamingMoments
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(
+    sizes=st.lists(st.integers(0, 25), min_size=1, max_size=6).filter(lambda sizes: sum(sizes) >= 2),
+    exponent=st.integers(-4, 4),
+    seed=st.integers(0, 2**31),
+)
+def test_variance_survives_a_mean_of_a_thousand_spreads(sizes, exponent, seed):
+    noise = torch.randn(sum(sizes), 5, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    values = ((1e3 + noise) * 10.0**exponent).float()
+    stream = StreamingMoments()
+    for part in values.split(sizes):
+        stream.update(part)
+    assert stream.count == len(values)
+    torch.testing.assert_close(stream.variance, values.double().var(0), rtol=2e-6, atol=0)
+    torch.testing.assert_close(stream.mean, values.double().mean(0), rtol=1e-9, atol=0)
+
+
+def test_bfloat16_values_are_summed_exactly():
+    values = (3 + torch.randn(4000, 3, generator=torch.Generator().manual_seed(0))).bfloat16()
+    stream = StreamingMoments()
+    for part in values.split(500):
+        stream.update(part)
+    torch.testing.assert_close(stream.variance, values.double().var(0), rtol=1e-6, atol=0)
+
+
+def test_update_leaves_the_values_alone():
+    values = torch.randn(6, 3)
+    before = values.clone()
+    stream = StreamingMoments()
+    stream.update(values)
+    stream.update(values)
+    assert torch.equal(values, before)
+
+
+# ---------------------------------------------------------------------------------------------------------------- merged
+
+
+def moments_at_once(values: Tensor) -> ChannelMoments:
+    """``values``: (n, 2, 3) float64, two layers of three channels."""
+    return ChannelMoments(len(values), {"mlp": values.mean(0)}, {"mlp": values.var(0)})
+
+
+@pytest.mark.parametrize("n_first", [1, 2, 10, 18, 19])
+def test_merged_equals_the_whole(n_first):
+    values = 50 + torch.randn(20, 2, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    first, second = values[:n_first] + 4, values[n_first:]
+    a, b = moments_at_once(first), moments_at_once(second)
+    for part in (a, b):  # a single value has no variance; its weight is zero
+        part.variance["mlp"].nan_to_num_(nan=0.0)
+    found, whole = merged(a, b), moments_at_once(torch.cat([first, second]))
+    assert found.count == 20
+    torch.testing.assert_close(found.mean, whole.mean, rtol=1e-13, atol=0)
+    torch.testing.assert_close(found.variance, whole.variance, rtol=1e-11, atol=0)
+
+
+def test_merged_passes_equal_one_pass(llama, sequences):
+    a, b = batch_of(sequences[:3]), batch_of(sequences[3:])
+    assert_moments(merged(channel_moments(llama, [a]), channel_moments(llama, [b])), writer_inputs(llama, [a, b]))
+
+
+# ----------------------------------------------------------------------------------------------------- last_token_states
+
+
+def states_alone(model: nn.Module, sequences: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """Each sequence without padding: (n_sequences, n_layers, d_model)."""
+    after_block: list[Tensor] = []
+
+    def keep(module, args, output):
+        after_block.append((output[0] if isinstance(output, tuple) else output)[0, -1])
+
+    handles = [block.register_forward_hook(keep) for block in blocks_of(model)]
+    states = []
+    with torch.no_grad():
+        for ids, _ in sequences:
+            after_block.clear()
+            hidden = model(input_ids=ids[None], output_hidden_states=True).hidden_states
+            for block, state in enumerate(after_block[:-1]):  # the last of hidden_states is normalised
+                assert torch.equal(state, hidden[block + 1][0, -1])
+            states.append(torch.stack(after_block))
+    for handle in handles:
+        handle.remove()
+    return torch.stack(states)
+
+
+def test_last_token_states_equal_those_of_each_sequence_alone(any_model, sequences):
+    expected = states_alone(any_model, sequences)
+    n_before = n_hooks(any_model)  # transformers leaves some of its own behind output_hidden_states
+    for sizes in ([7], [3, 4], [1] * 7):
+        found = last_token_states(any_model, batches_of(sequences, sizes, extra=2))
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert n_hooks(any_model) == n_before
+
+
+# Rotary positions are relative, so left padding shifts nothing; gpt2's are absolute and the package pads on the right only
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "phi3"])
+def test_last_token_states_with_left_padding(tiny_models, sequences, name):
+    model = tiny_models(name)
+    found = last_token_states(model, batches_of(sequences, [3, 4], side="left"))
+    torch.testing.assert_close(found, states_alone(model, sequences), rtol=1e-4, atol=1e-4)
+
+
+def test_last_token_states_keep_the_order_and_tell_sequences_apart(llama, sequences):
+    states = last_token_states(llama, batches_of(sequences, [2, 5]))
+    assert states.shape == (7, 3, 42)
+    assert (torch.cdist(states[:, 0], states[:, 0]) + torch.eye(7) > 1e-2).all()

@@ -1,0 +1,172 @@
+"""Files and folders that are whole or absent."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+
+from ssah_utils import files
+from ssah_utils.files import complete_only
+
+
+def content_of(folder: Path) -> dict[str, str]:
+    return {str(path.relative_to(folder)): path.read_text() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def entries(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+# ------------------------------------------------------------------------------------------------------------- complete_only
+
+
+def test_new_file_in_a_new_folder(tmp_path):
+    path = tmp_path / "a" / "b" / "file.txt"
+    with complete_only(path) as partial:
+        partial.write_text("new")
+        assert partial.name == path.name
+        assert partial.stat().st_dev == path.parent.stat().st_dev
+        assert not path.exists()
+    assert content_of(tmp_path) == {"a/b/file.txt": "new"}
+    assert entries(path.parent) == ["file.txt"]
+
+
+def test_file_is_replaced_when_the_block_ends(tmp_path):
+    path = tmp_path / "file.txt"
+    path.write_text("old")
+    with complete_only(str(path)) as partial:
+        partial.write_text("half")
+        assert path.read_text() == "old"
+        partial.write_text("new")
+    assert content_of(tmp_path) == {"file.txt": "new"}
+    assert entries(tmp_path) == ["file.txt"]
+
+
+def test_folder_is_replaced_as_a_whole(tmp_path):
+    path = tmp_path / "folder"
+    (path / "inner").mkdir(parents=True)
+    (path / "only-old.txt").write_text("old")
+    (path / "inner" / "both.txt").write_text("old")
+    with complete_only(path) as partial:
+        (partial / "inner").mkdir(parents=True)
+        (partial / "inner" / "both.txt").write_text("new")
+        assert content_of(path) == {"inner/both.txt": "old", "only-old.txt": "old"}
+    assert content_of(path) == {"inner/both.txt": "new"}
+    assert entries(tmp_path) == ["folder"]
+
+
+@pytest.mark.parametrize("error", [ValueError, OSError, KeyboardInterrupt])
+@pytest.mark.parametrize("existed", [False, True])
+def test_exception_leaves_what_was_there_and_nothing_else(tmp_path, error, existed):
+    for name in ("file", "folder"):
+        path = tmp_path / name
+        if existed and name == "file":
+            path.write_text("old")
+        elif existed:
+            path.mkdir()
+            (path / "part").write_text("old")
+        with pytest.raises(error), complete_only(path) as partial:
+            if name == "folder":
+                partial.mkdir()
+                partial /= "part"
+            partial.write_text("half")
+            raise error
+    assert content_of(tmp_path) == ({"file": "old", "folder/part": "old"} if existed else {})
+    assert entries(tmp_path) == (["file", "folder"] if existed else [])
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_block_that_writes_nothing_is_an_error_and_keeps_the_old(tmp_path, kind):
+    path = tmp_path / "old"
+    if kind == "folder":
+        path.mkdir()
+    (path / "part" if kind == "folder" else path).write_text("old")
+    before = content_of(tmp_path)
+    with pytest.raises(FileNotFoundError), complete_only(path):
+        pass
+    assert content_of(tmp_path) == before
+
+
+def test_new_files_have_the_usual_permissions(tmp_path):
+    (tmp_path / "plain").write_text("x")
+    (tmp_path / "plain-folder").mkdir()
+    with complete_only(tmp_path / "file") as partial:
+        partial.write_text("x")
+    with complete_only(tmp_path / "folder") as partial:
+        partial.mkdir()
+    assert (tmp_path / "file").stat().st_mode == (tmp_path / "plain").stat().st_mode
+    assert (tmp_path / "folder").stat().st_mode == (tmp_path / "plain-folder").stat().st_mode
+
+
+def test_two_writers_of_one_file_do_not_mix(tmp_path):
+    path = tmp_path / "file"
+    with complete_only(path) as first, complete_only(path) as second:
+        first.write_text("first")
+        second.write_text("second")
+    assert path.read_text() == "first"  # the outer block ends last
+    assert entries(tmp_path) == ["file"]
+
+
+def test_json_is_readable_and_keeps_its_letters(tmp_path):
+    content = {"b": [1, 2.5, None], "a": "größer → ≥"}
+    files.write_json(tmp_path / "x" / "y.json", content)
+    text = (tmp_path / "x" / "y.json").read_text(encoding="utf-8")
+    assert json.loads(text) == content
+    assert "größer → ≥" in text
+    assert text.endswith("\n")
+
+
+def test_json_that_cannot_be_written_leaves_the_old(tmp_path):
+    files.write_json(tmp_path / "y.json", [1])
+    with pytest.raises(TypeError):
+        files.write_json(tmp_path / "y.json", [1, object()])
+    assert json.loads((tmp_path / "y.json").read_text()) == [1]
+    assert entries(tmp_path) == ["y.json"]
+
+
+# -------------------------------------------------------------------------------------------------------------------- hashes
+
+
+def test_hash_of_a_file(tmp_path):
+    (tmp_path / "file").write_bytes(b"abc" * 100_000)
+    assert files.sha256_of_file(tmp_path / "file") == hashlib.sha256(b"abc" * 100_000).hexdigest()
+
+
+def test_hash_of_content_depends_on_values_but_not_on_the_order_of_keys():
+    first = files.sha256_of({"a": 1, "b": {"c": [1, 2], "d": "x"}})
+    assert first == files.sha256_of({"b": {"d": "x", "c": [1, 2]}, "a": 1})
+    for other in ({"a": 1, "b": {"c": [2, 1], "d": "x"}}, {"a": 2, "b": {"c": [1, 2], "d": "x"}}, {"a": 1}):
+        assert files.sha256_of(other) != first
+
+
+# --------------------------------------------------------------------------------------------------------- space and folders
+
+
+@pytest.mark.parametrize("inside", ["", "not/there/yet"])
+def test_lack_of_space_is_one_line_that_names_the_folder(tmp_path, inside):
+    with pytest.raises(OSError, match=r"GiB free and 1073741824\.0 GiB are needed") as raised:
+        files.require_space(tmp_path / inside, 2**60)
+    message = str(raised.value)
+    assert "\n" not in message
+    assert str(tmp_path) in message
+    assert "SSAH_CACHE" in message
+    assert not list(tmp_path.iterdir())
+
+
+def test_enough_space_is_silent(tmp_path, monkeypatch):
+    files.require_space(tmp_path / "not" / "there", 1)
+    monkeypatch.chdir(tmp_path)
+    files.require_space("relative/folder", 1)
+
+
+def test_cache_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    monkeypatch.delenv("SSAH_CACHE", raising=False)
+    assert files.cache_dir() == tmp_path / "xdg" / "ssah"
+    monkeypatch.setenv("SSAH_CACHE", str(tmp_path / "own" / "cache"))
+    assert files.cache_dir() == tmp_path / "own" / "cache"
+    assert files.cache_dir().is_dir()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("SSAH_CACHE", "~/at-home")
+    assert files.cache_dir() == tmp_path / "at-home"

@@ -1,0 +1,272 @@
+"""Switching units off, three ways that must agree: hooks, zeroed weight columns, and a smaller model."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ssah_utils import models
+from ssah_utils.interventions import ablated, without_units
+from ssah_utils.models import KINDS
+from tests.conftest import VOCABULARY, n_hooks, parameters_of, same_parameters, writers_by_name
+
+UnitSet = dict[str, Tensor]
+
+
+def sizes_of(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """{kind: (n_layers, n_channels)}, from the weights."""
+    found = {kind: writers_by_name(model, kind) for kind in KINDS}
+    return {kind: (len(found[kind]), columns(found[kind][0]).shape[1]) for kind in KINDS}
+
+
+def columns(writer: nn.Module) -> Tensor:
+    return writer.weight.T if type(writer).__name__ == "Conv1D" else writer.weight
+
+
+def nothing(model: nn.Module) -> UnitSet:
+    return {kind: torch.zeros(size, dtype=torch.bool) for kind, size in sizes_of(model).items()}
+
+
+def scattered(model: nn.Module, share: float = 0.3, seed: int = 0) -> UnitSet:
+    generator = torch.Generator().manual_seed(seed)
+    return {kind: torch.rand(size, generator=generator) < share for kind, size in sizes_of(model).items()}
+
+
+def with_a_whole_kv_group(model: nn.Module) -> UnitSet:
+    """Scattered units, and in the first block all channels that read the last key/value head, in the last all of them."""
+    chosen = scattered(model)
+    n_kv_heads = getattr(model.config, "num_key_value_heads", None) or model.config.num_attention_heads
+    n_channels = chosen["attention"].shape[1]
+    chosen["attention"][0, n_channels - n_channels // n_kv_heads :] = True
+    chosen["attention"][2] = True
+    chosen["mlp"][1] = True
+    return chosen
+
+
+def of_one_kind(model: nn.Module) -> UnitSet:
+    return nothing(model) | {"mlp": scattered(model)["mlp"]}
+
+
+SETS = [scattered, with_a_whole_kv_group, of_one_kind, nothing]
+
+
+def random_means(model: nn.Module) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    return {kind: torch.randn(size, generator=generator, dtype=torch.float64) for kind, size in sizes_of(model).items()}
+
+
+@torch.no_grad()
+def edited(model: nn.Module, chosen: UnitSet, means: dict[str, Tensor] | None = None) -> nn.Module:
+    """A copy with the chosen columns at zero, and what they would write at their mean added to the writer's output."""
+    clone = copy.deepcopy(model)
+    for kind in KINDS:
+        for layer, writer in enumerate(writers_by_name(clone, kind)):
+            dropped = chosen[kind][layer]
+            if means:
+                constant = (columns(writer).double()[:, dropped] @ means[kind][layer][dropped]).float()
+                writer.register_forward_hook(lambda module, args, output, constant=constant: output + constant)
+            columns(writer)[:, dropped] = 0
+    return clone
+
+
+@torch.no_grad()
+def logits(model: nn.Module, ids: Tensor) -> Tensor:
+    return model(input_ids=ids).logits
+
+
+def assert_close(found: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+
+
+# --------------------------------------------------------------------------------------------------- three ways that agree
+
+
+@pytest.mark.parametrize("choose", SETS)
+def test_hooks_equal_zeroed_columns_equal_a_smaller_model(any_model, token_ids, choose):
+    chosen = choose(any_model)
+    expected = logits(edited(any_model, chosen), token_ids)
+    with ablated(any_model, chosen):
+        assert_close(logits(any_model, token_ids), expected)
+    assert_close(logits(without_units(any_model, chosen), token_ids), expected)
+    changed = (expected - logits(any_model, token_ids)).abs().max()
+    assert changed == 0 if choose is nothing else changed > 0.1
+
+
+@pytest.mark.parametrize("choose", SETS)
+def test_means_too(any_model, token_ids, choose):
+    chosen, means = choose(any_model), random_means(any_model)
+    expected = logits(edited(any_model, chosen, means), token_ids)
+    with ablated(any_model, chosen, means):
+        assert_close(logits(any_model, token_ids), expected)
+    assert_close(logits(without_units(any_model, chosen, means), token_ids), expected)
+    if choose is not nothing:
+        assert (expected - logits(edited(any_model, chosen), token_ids)).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("means", [False, True])
+def test_with_padding(llama, token_ids, means):
+    chosen = with_a_whole_kv_group(llama)
+    means = random_means(llama) if means else None
+    mask = torch.ones_like(token_ids)
+    mask[0, 5:] = 0
+    small, reference = without_units(llama, chosen, means), edited(llama, chosen, means)
+    with torch.no_grad(), ablated(llama, chosen, means):
+        found, smaller, expected = (m(token_ids, attention_mask=mask).logits for m in (llama, small, reference))
+    assert_close(found[mask.bool()], expected[mask.bool()])
+    assert_close(smaller[mask.bool()], expected[mask.bool()])
+
+
+def test_nested_ablations_add_up(llama, token_ids):
+    first, second = scattered(llama, seed=0), scattered(llama, seed=1)
+    with ablated(llama, first), ablated(llama, second):
+        found = logits(llama, token_ids)
+    assert_close(found, logits(edited(llama, {kind: first[kind] | second[kind] for kind in KINDS}), token_ids))
+
+
+def test_bfloat16_model_with_float64_means(llama, token_ids):
+    chosen, means = scattered(llama), random_means(llama)
+    llama.bfloat16()
+    with ablated(llama, chosen, means):
+        found = logits(llama, token_ids)
+    smaller = logits(without_units(llama, chosen, means), token_ids)
+    assert found.dtype == smaller.dtype == torch.bfloat16
+    torch.testing.assert_close(smaller, found, rtol=0.1, atol=0.1)
+
+
+# ------------------------------------------------------------------------------------------------------ nothing is left over
+
+
+@pytest.mark.parametrize("means", [False, True])
+def test_leaving_the_block_restores_the_model_bit_for_bit(any_model, token_ids, means):
+    parameters, before = parameters_of(any_model), logits(any_model, token_ids)
+    with ablated(any_model, scattered(any_model), random_means(any_model) if means else None) as inside:
+        assert inside is any_model
+        assert same_parameters(any_model, parameters)
+        assert n_hooks(any_model) == 6
+        assert not torch.equal(logits(any_model, token_ids), before)
+    assert n_hooks(any_model) == 0
+    assert same_parameters(any_model, parameters)
+    assert torch.equal(logits(any_model, token_ids), before)
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
+def test_an_exception_inside_restores_the_model_too(any_model, token_ids, error):
+    parameters, before = parameters_of(any_model), logits(any_model, token_ids)
+    with pytest.raises(error), ablated(any_model, scattered(any_model)):
+        logits(any_model, token_ids)
+        raise error
+    assert n_hooks(any_model) == 0
+    assert same_parameters(any_model, parameters)
+    assert torch.equal(logits(any_model, token_ids), before)
+
+
+def test_a_smaller_copy_leaves_the_original_alone(any_model, token_ids):
+    parameters, before = parameters_of(any_model), logits(any_model, token_ids)
+    small = without_units(any_model, with_a_whole_kv_group(any_model), random_means(any_model))
+    with torch.no_grad():
+        for parameter in small.parameters():
+            parameter.zero_()
+    assert same_parameters(any_model, parameters)
+    assert torch.equal(logits(any_model, token_ids), before)
+
+
+WRONG_SHAPES = {
+    "one channel more": lambda size: (size[0], size[1] + 1),
+    "one block less": lambda size: (size[0] - 1, size[1]),
+    "transposed": lambda size: (size[1], size[0]),
+    "one block's": lambda size: (size[1],),
+}
+
+
+@pytest.mark.parametrize("wrong", KINDS)
+@pytest.mark.parametrize("shape", WRONG_SHAPES.values(), ids=WRONG_SHAPES)
+def test_a_set_of_the_wrong_shape_is_refused_before_anything_is_hooked(llama, wrong, shape):
+    chosen = {kind: torch.ones(size, dtype=torch.bool) for kind, size in sizes_of(llama).items()}
+    found = shape(sizes_of(llama)[wrong])
+    chosen[wrong] = torch.ones(found, dtype=torch.bool)
+    entered = False
+    with pytest.raises(ValueError, match="unit set has") as raised, ablated(llama, chosen):
+        entered = True
+    assert not entered
+    assert f"{found} {wrong} units, the model has {sizes_of(llama)[wrong]}" in str(raised.value)
+    assert n_hooks(llama) == 0
+    with pytest.raises(ValueError, match="unit set has"):
+        without_units(llama, chosen)
+
+
+@pytest.mark.parametrize("spoil", [lambda means: means.pop("mlp"), lambda means: means.update(mlp=means["mlp"][:2])])
+def test_means_of_the_wrong_shape_leave_no_hooks(llama, spoil):
+    means = random_means(llama)
+    spoil(means)
+    with pytest.raises((ValueError, KeyError, IndexError)), ablated(llama, scattered(llama), means):
+        pass
+    assert n_hooks(llama) == 0
+
+
+# ------------------------------------------------------------------------------------------------------------ smaller models
+
+
+def n_parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("choose", SETS)
+def test_parameters_saved_in_a_llama(llama, choose):
+    chosen = choose(llama)
+    d_model, head_dim, heads_per_group = 42, 10, 3
+    saved = 0
+    for layer in range(3):
+        gone = set(chosen["attention"][layer].nonzero().flatten().tolist())
+        saved += len(gone) * d_model
+        for kv_head in range(2):
+            for within in range(head_dim):
+                readers = {head * head_dim + within for head in range(6) if head // heads_per_group == kv_head}
+                saved += d_model * (readers <= gone)
+        saved -= d_model * bool(gone)  # the writer has a bias now
+        n_gone = int(chosen["mlp"][layer].sum())
+        saved += 3 * n_gone * d_model - d_model * bool(n_gone)  # gate, up, down
+    assert n_parameters(llama) - n_parameters(without_units(llama, chosen)) == saved
+    assert saved > 0 or choose is nothing
+
+
+def test_every_architecture_gets_smaller(any_model):
+    small = without_units(any_model, with_a_whole_kv_group(any_model))
+    saved_by_writers = sum(int(with_a_whole_kv_group(any_model)[kind].sum()) * any_model.config.hidden_size for kind in KINDS)
+    assert n_parameters(small) < n_parameters(any_model) - saved_by_writers  # so some reader rows are gone too
+
+
+def test_a_smaller_copy_is_on_the_device_of_the_model(llama):
+    small = without_units(llama.to("meta"), scattered(llama))  # sets come from files and are on the CPU
+    elsewhere = [name for name, tensor in [*small.named_parameters(), *small.named_buffers()] if tensor.device.type != "meta"]
+    assert not elsewhere
+
+
+# ---------------------------------------------------------------------------------------------------------------- generation
+
+
+def greedy(model: nn.Module, ids: Tensor, n_tokens: int) -> Tensor:
+    for _ in range(n_tokens):
+        ids = torch.cat([ids, logits(model, ids)[:, -1].argmax(-1, keepdim=True)], 1)
+    return ids
+
+
+def test_generate_under_ablation(any_model, token_ids):
+    chosen, means = with_a_whole_kv_group(any_model), random_means(any_model)
+    how = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": VOCABULARY, "attention_mask": torch.ones_like(token_ids)}
+    expected = greedy(edited(any_model, chosen, means), token_ids, 6)
+    with ablated(any_model, chosen, means):
+        assert torch.equal(any_model.generate(token_ids, **how), expected)
+    assert torch.equal(without_units(any_model, chosen, means).generate(token_ids, **how), expected)
+    assert torch.equal(any_model.generate(token_ids, **how), greedy(any_model, token_ids, 6))
+    assert not torch.equal(expected, greedy(any_model, token_ids, 6))
+
+
+def test_gradients_flow_through_an_ablation_but_not_to_what_is_off(llama, token_ids):
+    chosen = scattered(llama)
+    with ablated(llama, chosen):
+        llama(token_ids, labels=token_ids).loss.backward()
+    for kind in KINDS:
+        for layer, writer in enumerate(models.writers(llama, kind)):
+            assert not writer.weight.grad[:, chosen[kind][layer]].any()
+            assert writer.weight.grad[:, ~chosen[kind][layer]].any()

@@ -1,0 +1,58 @@
+"""Every notebook under profile smoke, executed by nbval in reading order, and what is committed of them."""
+
+import os
+import subprocess
+import sys
+
+import nbformat
+import pytest
+from papermill.parameterize import parameterize_notebook
+
+from ssah_utils import run
+from ssah_utils.publish import code_hash, fill_readme, reference_results
+from ssah_utils.results import REFERENCE, ROOT
+
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+
+
+def test_notebooks_run_in_order_under_profile_smoke(tmp_path):
+    """nbval cannot inject parameters, so it is given copies that carry the profile's."""
+    for stage in run.plan("smoke", []):
+        notebook = parameterize_notebook(nbformat.read(stage.notebook, as_version=4), stage.parameters)
+        for cell in notebook.cells:  # lax mode compares no output, but stale ones would be shown on failure
+            if cell.cell_type == "code":
+                cell.outputs, cell.execution_count = [], None
+        nbformat.write(notebook, tmp_path / f"{stage.name}.ipynb")
+    outcome = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "--nbval-lax", "--nbval-cell-timeout=300", "-p", "no:cacheprovider",
+         *sorted(map(str, tmp_path.glob("*.ipynb")))],
+        cwd=tmp_path, env=os.environ | {"SSAH_RUNS": str(tmp_path / "runs")}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert outcome.returncode == 0, outcome.stdout[-4000:]
+    for stage in run.plan("smoke", []):
+        folder = tmp_path / "runs" / "smoke" / stage.parameters["model"] / "seed-0" / stage.name
+        assert all((folder / name).exists() for name in stage.outputs), stage.name
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_committed_outputs_belong_to_the_committed_source(path):
+    notebook = nbformat.read(path, as_version=4)
+    assert notebook.metadata["ssah"]["outputs_of"] == code_hash(notebook), "execute and publish the notebook again"
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+    assert not any(output.output_type == "error" for cell in code for output in cell.outputs)
+
+
+def test_readme_tables_are_those_of_the_stored_results():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert fill_readme(text, reference_results()) == text
+
+
+def test_stored_completions_are_redacted():
+    requests = reference_results()["01_alignment"]["tables"]["requests"]
+    words = requests["response"].str.removesuffix(" [...]").str.split().str.len()
+    assert words.max() <= 4
+
+
+def test_reference_results_are_complete():
+    assert {path.parent.name for path in REFERENCE.glob("*/result.json")} == {path.stem for path in NOTEBOOKS}

@@ -1,0 +1,521 @@
+"""The runner: everything a user can get wrong is one line before a kernel starts; a stage is finished or absent."""
+
+import itertools
+import json
+import os
+import shutil
+from pathlib import Path
+
+import nbformat
+import papermill
+import pytest
+import yaml
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+
+from ssah_utils import models, run
+from ssah_utils.results import ROOT
+
+
+def one_line(error: BaseException) -> str:
+    text = str(error)
+    assert text and "\n" not in text.rstrip(), repr(text)
+    return text
+
+
+# ----------------------------------------------------------------------------------------------------------- planning
+
+
+def test_plan_joins_defaults_profile_and_assignments():
+    stages = run.plan("smoke", ["safety_fraction=0.02", "seed=3"])
+    assert [stage.name for stage in stages] == ["01_alignment", "02_probing", "03_units", "04_ablation"]
+    for stage in stages:
+        assert stage.parameters["profile"] == "smoke" and stage.parameters["seed"] == 3
+        assert stage.parameters["model"] == models.TINY_RANDOM  # the profile's
+        assert stage.parameters["harmful_data"] == "advbench"  # the notebook's
+        assert stage.parameters.get("safety_fraction", 0.02) == 0.02
+    assert "safety_fraction" not in stages[0].parameters
+
+
+def test_assignments_go_to_the_only_notebook():
+    stages = run.plan("smoke", ["safety_fraction=0.02"], only="04_ablation")
+    assert [stage.parameters.get("safety_fraction") for stage in stages] == [None, None, 0.013, 0.02]
+
+
+@pytest.mark.parametrize("profile", sorted(path.stem for path in (ROOT / "notebooks" / "profiles").glob("*.yaml")))
+def test_every_profile_names_known_parameters_of_the_right_type(profile, monkeypatch):
+    monkeypatch.setattr(run.parameters, "check_reachable", lambda name: None)
+    monkeypatch.setattr(run.parameters, "load_tokenizer", lambda name: None)
+    monkeypatch.setattr(run.parameters, "set_chat_template", lambda tokenizer, file: None)
+    assert len(run.plan(profile, [])) == 4
+
+
+@pytest.mark.parametrize(
+    ("profile", "assignments", "only", "words"),
+    [
+        ("laptp", [], "", ["profile 'laptp'", "'laptop'"]),
+        ("smoke", [], "04_ablatoin", ["notebook '04_ablatoin'", "'04_ablation'"]),
+        ("smoke", ["n_randm=3"], "", ["parameter 'n_randm'", "'n_random'"]),
+        ("smoke", ["n_random=3"], "02_probing", ["parameter 'n_random'", "nearest"]),
+        ("smoke", ["harmful_data=advbnch"], "", ["data set 'advbnch'", "'advbench'"]),
+        ("smoke", ["n_random=many"], "", ["'n_random' takes int", "str 'many'"]),
+        ("smoke", ["n_random=2.5"], "", ["'n_random' takes int", "float 2.5"]),
+        ("smoke", ["n_random=true"], "", ["'n_random' takes int", "bool True"]),
+        ("smoke", ["safety_fraction=yes"], "", ["'safety_fraction' takes float", "str 'yes'"]),
+        ("smoke", ["curve_fractions=0.1"], "", ["'curve_fractions' takes list", "float 0.1"]),
+        ("smoke", ["n_random"], "", ["name=value", "n_random"]),
+        ("smoke", ["n_random=0"], "", ["n_random is 0", "at least 1"]),
+        ("smoke", ["new_tokens=-1"], "", ["new_tokens is -1"]),
+        ("smoke", ["safety_fraction=1.2"], "", ["safety_fraction is 1.2", "[0, 1]"]),
+        ("smoke", ["utility_fraction=-0.1"], "", ["utility_fraction is -0.1"]),
+        ("smoke", ["curve_fractions=[0.1, 1.5]"], "", ["curve_fractions is 1.5"]),
+        ("smoke", ["safety_fraction=0.5", "utility_fraction=0.4"], "", ["safety_fraction", "utility_fraction", "1.05"]),
+        ("smoke", ["positions=answer"], "", ["positions is 'answer'", "response, prompt, all"]),
+        ("smoke", ["ablation_mode=noise"], "", ["ablation_mode is 'noise'", "zero, mean"]),
+        ("smoke", ["model=smolm2-135m-instruct"], "", ["model 'smolm2-135m-instruct'", f"'{models.EMBEDDED}'"]),
+    ],
+    ids=lambda value: str(value) if isinstance(value, list) and value and "=" in value[0] else "",
+)
+def test_mistake_is_one_line_with_the_way_out_and_exit_code_2(capsys, profile, assignments, only, words):
+    with pytest.raises(ValueError) as caught:
+        run.plan(profile, assignments, only)
+    text = one_line(caught.value)
+    assert all(word in text for word in words), text
+    arguments = ["--profile", profile, *itertools.chain.from_iterable(("--set", a) for a in assignments)]
+    assert run.main(arguments + (["--only", only] if only else [])) == 2
+    output = capsys.readouterr()
+    assert output.err == f"error: {text}\n" and output.out == ""
+
+
+def test_integer_stands_for_a_float():
+    (stage,) = (s for s in run.plan("smoke", ["epochs=2"]) if s.name == "01_alignment")
+    assert stage.parameters["epochs"] == 2.0 and type(stage.parameters["epochs"]) is float
+
+
+def test_strings_need_no_quotes_and_may_hold_an_equals_sign():
+    (stage,) = (s for s in run.plan("smoke", ["system_prompt=x = 1"]) if s.name == "02_probing")
+    assert stage.parameters["system_prompt"] == "x = 1"
+
+
+def fails_in_one_line(capsys, *arguments: str) -> str:
+    assert run.main(["--profile", "smoke", *arguments]) == 2
+    output = capsys.readouterr()
+    assert len(output.err.rstrip("\n").splitlines()) == 1, output.err
+    return output.err
+
+
+def test_unreachable_hub_model_names_the_embedded_one(monkeypatch, capsys):
+    def fail(name, **kwargs):
+        raise OSError(
+            "We couldn't connect to 'https://huggingface.co'\nto load the files,\nand couldn't find them in the cache"
+        )
+
+    monkeypatch.setattr(models.AutoConfig, "from_pretrained", fail)
+    text = fails_in_one_line(capsys, "--set", "model=meta-llama/Llama-2-7b-chat-hf")
+    assert "meta-llama/Llama-2-7b-chat-hf" in text and f"'{models.EMBEDDED}'" in text
+
+
+def test_unreachable_second_model_is_found_before_a_kernel_starts(monkeypatch, capsys):
+    monkeypatch.setattr(models.AutoConfig, "from_pretrained", lambda *a, **k: (_ for _ in ()).throw(OSError("no")))
+    assert "some/other" in fails_in_one_line(capsys, "--set", "unaligned_model=some/other")
+
+
+def folder_with_config(folder: Path, **config) -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_model_of_an_unsupported_architecture_names_the_supported_ones(capsys, tmp_path):
+    folder = folder_with_config(tmp_path / "m", model_type="bert")
+    text = fails_in_one_line(capsys, "--set", f"model={folder}")
+    assert "'bert'" in text and "llama" in text
+
+
+def test_model_of_a_type_that_transformers_does_not_know_is_one_line(capsys, tmp_path):
+    folder = folder_with_config(tmp_path / "m", model_type="nonsense")
+    assert str(folder) in fails_in_one_line(capsys, "--set", f"model={folder}")
+
+
+def test_model_with_code_of_its_own_is_refused_without_asking(capsys, tmp_path, monkeypatch):
+    folder = folder_with_config(tmp_path / "m", model_type="own", auto_map={"AutoConfig": "own.OwnConfig"})
+    (folder / "own.py").write_text("raise SystemExit('remote code ran')")
+    questions = []
+    monkeypatch.setattr("builtins.input", lambda *words: questions.append(words) or "n")
+    text = fails_in_one_line(capsys, "--set", f"model={folder}")
+    assert str(folder) in text and not questions
+
+
+def test_model_folder_without_config_or_tokenizer_is_one_line(capsys, tmp_path):
+    (tmp_path / "empty").mkdir()
+    assert "config.json" in fails_in_one_line(capsys, "--set", f"model={tmp_path / 'empty'}")
+    folder = folder_with_config(tmp_path / "m", model_type="llama")
+    assert str(folder) in fails_in_one_line(capsys, "--set", f"model={folder}")
+
+
+def test_empty_model_name_is_refused(capsys):
+    assert "model" in fails_in_one_line(capsys, "--set", "model=")
+
+
+def test_profile_cannot_be_set_as_a_parameter_to_an_unknown_one(capsys):
+    assert "profile" in fails_in_one_line(capsys, "--set", "profile=nonsense")
+
+
+def test_list_of_words_where_fractions_belong_is_refused(capsys):
+    assert "curve_fractions" in fails_in_one_line(capsys, "--set", "curve_fractions=['a', 'b']")
+
+
+def test_absent_chat_template_is_found_before_a_kernel_starts_also_for_the_embedded_model(capsys):
+    assert "nowhere.jinja" in fails_in_one_line(capsys, "--set", "chat_template=nowhere.jinja")
+
+
+def test_malformed_data_file_is_found_before_a_kernel_starts(capsys, tmp_path):
+    (tmp_path / "mine.jsonl").write_text('{"prompt": "a"}\n{"prompt": \n')
+    text = fails_in_one_line(capsys, "--set", f"harmful_data={tmp_path / 'mine.jsonl'}")
+    assert "mine.jsonl, line 2" in text
+    assert "nowhere.csv" in fails_in_one_line(capsys, "--set", "harmful_data=nowhere.csv")
+
+
+def test_list_shows_every_notebook_and_runs_none(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("SSAH_RUNS", str(tmp_path))
+    monkeypatch.setattr(papermill, "execute_notebook", lambda *a, **k: pytest.fail("a notebook was executed"))
+    assert run.main(["--profile", "smoke", "--list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4 and all("to run" in line for line in lines)
+
+
+@pytest.fixture
+def copied_notebooks(tmp_path, monkeypatch) -> Path:
+    shutil.copytree(ROOT / "notebooks", tmp_path / "notebooks", ignore=shutil.ignore_patterns(".*"))
+    monkeypatch.setattr(run, "NOTEBOOKS", tmp_path / "notebooks")
+    return tmp_path / "notebooks"
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("all: {n_clozes: 3}", ["'n_clozes'", "'n_cloze'", "mine"]),
+        ("04_ablation: {n_randoms: 3}", ["'n_randoms'", "'n_random'", "04_ablation", "mine"]),
+        ("04_ablatoin: {n_random: 3}", ["'04_ablatoin'", "'04_ablation'", "mine"]),
+        ("all: {n_cloze: many}", ["'n_cloze' takes int", "'many'"]),
+    ],
+)
+def test_mistake_in_a_profile_names_profile_and_nearest(copied_notebooks, capsys, content, words):
+    (copied_notebooks / "profiles" / "mine.yaml").write_text(content)
+    text = fails_in_one_line(capsys, "--profile", "mine")
+    assert all(word in text for word in words), text
+
+
+@pytest.mark.parametrize("content", ["", "# nothing changed\n", "all:\n", "04_ablation:\n"])
+def test_profile_that_changes_nothing_is_the_default(copied_notebooks, content):
+    (copied_notebooks / "profiles" / "mine.yaml").write_text(content)
+    assert run.plan("mine", [])[0].parameters["model"] == models.EMBEDDED
+
+
+@pytest.mark.parametrize("content", ["all: [1, 2\n", "- 1\n", "all: 3\n"])
+def test_profile_that_is_no_yaml_mapping_is_one_line_that_names_it(copied_notebooks, capsys, content):
+    (copied_notebooks / "profiles" / "mine.yaml").write_text(content)
+    assert "mine" in fails_in_one_line(capsys, "--profile", "mine")
+
+
+def test_notebook_without_parameters_cell_is_named(copied_notebooks, capsys):
+    notebook = nbformat.read(copied_notebooks / "02_probing.ipynb", as_version=4)
+    for cell in notebook.cells:
+        cell.metadata.pop("tags", None)
+    nbformat.write(notebook, copied_notebooks / "02_probing.ipynb")
+    assert "02_probing.ipynb" in fails_in_one_line(capsys)
+
+
+# ---------------------------------------------------------------------------------------------------------- execution
+
+PARAMETERS = 'profile = "laptop"\nmodel = "tiny-random-llama"\nseed = 0\nn_items = 3\nharmful_data = "advbench"'
+WRITE = """
+import os
+from pathlib import Path
+folder = Path(os.environ["SSAH_RUNS"]) / profile / model / f"seed-{seed}" / "NAME"
+folder.mkdir(parents=True, exist_ok=True)
+(folder / "result.json").write_text(str(n_items))
+"""
+
+
+class Pipeline:
+    """Three throw-away notebooks a <- b, c alone; ``executed`` lists what ran since the last look."""
+
+    names = ("a", "b", "c")
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.runs, self._executed = folder / "notebooks", folder / "runs", []
+        (self.folder / "profiles").mkdir(parents=True)
+        (self.folder / "profiles" / "laptop.yaml").write_text("all: {}\n")
+        stages = [{"name": name, "inputs": ["a"] * (name == "b"), "outputs": ["result.json"], "minutes": {"laptop": 0.1}}
+                  for name in self.names]  # fmt: skip
+        (self.folder / "pipeline.yaml").write_text(yaml.safe_dump({"stages": stages}))
+        for name in self.names:
+            self.write(name)
+
+    def write(self, name: str, *cells: str) -> None:
+        """A notebook with a title, its parameters, the cell that writes the result, and ``cells`` after it."""
+        code = [WRITE.replace("NAME", name), *cells]
+        parameters = new_code_cell(PARAMETERS, metadata={"tags": ["parameters"]})
+        nbformat.write(
+            new_notebook(cells=[new_markdown_cell(f"# {name}"), parameters, *map(new_code_cell, code)]),
+            self.folder / f"{name}.ipynb",
+        )
+        for function in (run.notebook_source, run.declared_parameters):
+            function.cache_clear()
+
+    def stage_folder(self, name: str, seed: int = 0) -> Path:
+        return self.runs / "laptop" / "tiny-random-llama" / f"seed-{seed}" / name
+
+    def run(self, *assignments: str, only: str = "", force: bool = False) -> list[str]:
+        """Plan and run; returns the notebooks executed by this call."""
+        self._executed.clear()
+        run.run(run.plan("laptop", list(assignments), only), only, force)
+        return list(self._executed)
+
+    def fake(self, source, target, parameters, **options) -> None:
+        """papermill in this process: executes the cells, writes the executed notebook."""
+        name = Path(source).stem
+        self._executed.append(name)
+        notebook = nbformat.read(source, as_version=4)
+        space: dict = {}
+        for cell in notebook.cells:
+            if cell.cell_type == "code":
+                exec(cell.source, space)
+                if "parameters" in cell.metadata.get("tags", []):
+                    space |= parameters
+        nbformat.write(notebook, target)
+
+
+@pytest.fixture
+def pipeline(tmp_path, monkeypatch) -> Pipeline:
+    """With papermill itself: every executed notebook costs a kernel."""
+    monkeypatch.setenv("SSAH_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setattr(run, "NOTEBOOKS", tmp_path / "notebooks")
+    return Pipeline(tmp_path)
+
+
+@pytest.fixture
+def quick(pipeline, monkeypatch) -> Pipeline:
+    """Without kernels."""
+    monkeypatch.setattr(papermill, "execute_notebook", pipeline.fake)
+    return pipeline
+
+
+def test_notebooks_run_in_order_and_then_are_up_to_date(quick, capsys):
+    assert quick.run() == ["a", "b", "c"]
+    for name in quick.names:
+        found = {path.name for path in quick.stage_folder(name).iterdir()}
+        assert found == {f"{name}.ipynb", f"{name}.log", "result.json", "stamp.json"}
+    capsys.readouterr()
+    assert quick.run() == []
+    assert capsys.readouterr().out.count("up to date") == 3
+
+
+def test_force_executes_what_is_up_to_date(quick):
+    quick.run()
+    assert quick.run(force=True) == ["a", "b", "c"]
+
+
+def test_changed_source_runs_the_notebook_and_what_needs_it(quick):
+    quick.run()
+    quick.write("a", "extra = 1")
+    assert quick.run() == ["a", "b"]
+    quick.write("c", "extra = 1")
+    assert quick.run() == ["c"]
+
+
+def test_changed_markdown_runs_nothing(quick):
+    quick.run()
+    notebook = nbformat.read(quick.folder / "a.ipynb", as_version=4)
+    notebook.cells[0].source = "# Another title"
+    nbformat.write(notebook, quick.folder / "a.ipynb")
+    run.notebook_source.cache_clear()
+    assert quick.run() == []
+
+
+def test_changed_parameter_runs_what_it_belongs_to(quick):
+    quick.run()
+    assert quick.run("n_items=4", only="c") == ["c"]
+    assert (quick.stage_folder("c") / "result.json").read_text() == "4"
+    assert quick.run() == ["c"], "back to the profile's value"
+    assert quick.run("n_items=4") == ["a", "b", "c"]
+
+
+def test_changed_upstream_parameter_runs_the_downstream_notebook(quick):
+    quick.run()
+    assert quick.run("n_items=4", only="a") == ["a"]
+    assert quick.run() == ["a"], "b was never run on the other a"
+    stages = run.plan("laptop", ["n_items=4"], "a")
+    assert [run.is_current(stage, run.stage_key(stage, stages)) for stage in stages] == [False, False, True]
+
+
+def test_changed_package_runs_everything(quick, monkeypatch):
+    quick.run()
+    monkeypatch.setattr(run, "package_source", lambda: {"scores.py": "changed"})
+    assert quick.run() == ["a", "b", "c"]
+
+
+def test_another_seed_is_another_folder(quick):
+    quick.run()
+    assert quick.run("seed=1") == ["a", "b", "c"]
+    assert (quick.stage_folder("b", seed=1) / "stamp.json").exists() and quick.run() == []
+
+
+def test_lost_output_is_made_again(quick):
+    quick.run()
+    (quick.stage_folder("c") / "result.json").unlink()
+    assert quick.run() == ["c"]
+
+
+def test_changed_content_of_a_data_file_runs_the_notebooks_again(quick, tmp_path):
+    file = tmp_path / "mine.jsonl"
+    file.write_text('{"prompt": "a"}\n')
+    quick.run(f"harmful_data={file}")
+    assert quick.run(f"harmful_data={file}") == []
+    file.write_text('{"prompt": "b"}\n')
+    assert quick.run(f"harmful_data={file}") == ["a", "b", "c"]
+
+
+def test_relative_data_file_is_found_by_the_notebook(quick, tmp_path, monkeypatch):
+    """Plan and notebook must mean the same file, although a notebook runs in the folder of the notebooks."""
+    (tmp_path / "mine.jsonl").write_text('{"prompt": "a"}\n')
+    monkeypatch.chdir(tmp_path)
+    quick.write("a", "import pathlib\nassert pathlib.Path(harmful_data).is_file(), harmful_data")
+
+    def in_its_folder(source, target, parameters, **options):
+        before, target = os.getcwd(), Path(target).absolute()
+        os.chdir(options["cwd"])
+        try:
+            quick.fake(source, target, parameters)
+        finally:
+            os.chdir(before)
+
+    monkeypatch.setattr(papermill, "execute_notebook", in_its_folder)
+    quick.run("harmful_data=mine.jsonl")
+
+
+def test_relative_runs_folder_means_the_same_to_runner_and_notebook(quick, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SSAH_RUNS", "runs")
+    assert run.plan("laptop", [])[0].folder.is_absolute()
+
+
+def test_only_needs_its_inputs_and_says_so(quick, capsys):
+    with pytest.raises(ValueError, match="b needs the results of a: run the whole profile first"):
+        quick.run(only="b")
+    assert run.main(["--profile", "laptop", "--only", "b"]) == 1
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    quick.run(only="a")
+    assert quick.run(only="b") == ["b"]
+
+
+def test_only_with_another_seed_needs_the_inputs_of_that_seed(quick):
+    quick.run()
+    with pytest.raises(ValueError, match="b needs the results of a"):
+        quick.run("seed=1", only="b")
+
+
+def test_interrupted_run_continues_with_what_is_missing(quick, monkeypatch):
+    def interrupt(source, target, parameters, **options):
+        if Path(source).stem == "b":
+            Path(target).write_text("{half a notebook")
+            raise KeyboardInterrupt
+        quick.fake(source, target, parameters)
+
+    monkeypatch.setattr(papermill, "execute_notebook", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        quick.run()
+    assert [path.name for path in quick.stage_folder("b").iterdir()] == ["b.log"]
+    assert not quick.stage_folder("c").exists()
+    monkeypatch.setattr(papermill, "execute_notebook", quick.fake)
+    assert quick.run() == ["b", "c"]
+    assert quick.run() == []
+
+
+def test_killed_between_notebook_and_stamp_runs_again(quick):
+    quick.run()
+    (quick.stage_folder("b") / "stamp.json").unlink()
+    assert quick.run() == ["b"]
+
+
+def test_full_disk_is_found_before_a_kernel_starts(quick, monkeypatch, capsys):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 0))
+    assert run.main(["--profile", "laptop"]) == 1
+    assert "SSAH_RUNS" in capsys.readouterr().err and not quick.runs.exists()
+
+
+# ------------------------------------------------------------------------------------------------------- real kernels
+
+
+def test_real_kernels_run_a_pipeline_with_injected_parameters(pipeline, capsys):
+    run.run(run.plan("laptop", ["n_items=7"], "a"), "a")
+    folder = pipeline.stage_folder("a")
+    assert (folder / "result.json").read_text() == "7"
+    executed = nbformat.read(folder / "a.ipynb", as_version=4)
+    assert any("n_items = 7" in cell.source for cell in executed.cells)
+    assert json.loads((folder / "stamp.json").read_text())["seconds"] > 0
+
+
+def failure(pipeline: Pipeline, capsys, *cells: str) -> str:
+    """The one line that a failing notebook ``a`` leaves, after checking that nothing finished is left."""
+    pipeline.write("a", *cells)
+    assert run.main(["--profile", "laptop", "--only", "a"]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1, lines
+    folder = pipeline.stage_folder("a")
+    assert not (folder / "a.ipynb").exists() and not (folder / "stamp.json").exists()
+    return lines[0]
+
+
+def test_failing_cell_is_one_line_with_notebook_cell_last_line_and_path(pipeline, capsys):
+    """Also where an earlier run had finished."""
+    folder = pipeline.stage_folder("a")
+    folder.mkdir(parents=True)
+    for name in ("a.ipynb", "result.json"):
+        (folder / name).write_text("of an earlier run")
+    (folder / "stamp.json").write_text('{"key": "another", "seconds": 1.0}')
+    text = failure(pipeline, capsys, "print('fine')", 'raise ValueError("first line\\nthe last line")')
+    assert "a failed in cell" in text and "ValueError: the last line" in text and "first line" not in text
+    path = folder / "a.failed.ipynb"
+    assert str(path) in text
+    failed = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+    (number,) = [n for n, cell in enumerate(failed, 1) if any(out.output_type == "error" for out in cell.outputs)]
+    assert f"a failed in cell {failed[number - 1].execution_count}:" in text
+
+
+def test_failing_cell_without_a_message_is_one_line_too(pipeline, capsys):
+    text = failure(pipeline, capsys, "assert n_items > 100")
+    assert "a failed in cell" in text and "AssertionError" in text
+
+
+def test_notebook_that_exits_before_writing_its_outputs_has_failed(pipeline, capsys):
+    pipeline.write("a")
+    notebook = nbformat.read(pipeline.folder / "a.ipynb", as_version=4)
+    notebook.cells.insert(2, new_code_cell("import sys\nsys.exit(0)"))
+    nbformat.write(notebook, pipeline.folder / "a.ipynb")
+    assert run.main(["--profile", "laptop", "--only", "a"]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    folder = pipeline.stage_folder("a")
+    assert len(lines) == 1 and "a " in lines[0] and str(folder / "a.failed.ipynb") in lines[0]
+    assert not (folder / "stamp.json").exists() and not (folder / "a.ipynb").exists()
+
+
+def test_notebook_that_exits_in_the_middle_has_failed_also_when_its_outputs_are_there(pipeline, capsys):
+    text = failure(pipeline, capsys, "import sys\nsys.exit(0)", "print('never reached')")
+    assert "a.failed.ipynb" in text
+
+
+def test_notebook_that_writes_no_outputs_has_failed(quick, capsys):
+    notebook = nbformat.read(quick.folder / "a.ipynb", as_version=4)
+    notebook.cells[2].source = "pass"
+    nbformat.write(notebook, quick.folder / "a.ipynb")
+    run.notebook_source.cache_clear()
+    assert run.main(["--profile", "laptop"]) == 1
+    text = capsys.readouterr().err
+    assert "a ended without writing result.json" in text and "a.failed.ipynb" in text
+    assert not (quick.stage_folder("a") / "stamp.json").exists() and not quick.stage_folder("b").exists()
+
+
+def test_dying_kernel_is_one_line_that_names_the_notebook(pipeline, capsys):
+    text = failure(pipeline, capsys, "import os\nos._exit(1)")
+    assert text.startswith("error: a ")

@@ -1,0 +1,100 @@
+"""Scores and distances against brute force in float64."""
+
+import numpy as np
+import pytest
+import torch
+from scipy.spatial.distance import cosine
+from torch import Tensor
+
+from ssah_utils import interventions, models
+from ssah_utils.activations import channel_moments
+from ssah_utils.scores import cosine_distance, variance_norm, zscore_per_module
+from tests.conftest import writers_by_name
+
+N_SAMPLES, SHAPES = 30, {"attention": (2, 6), "mlp": (2, 9)}  # (n_layers, n_channels)
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def test_variance_norm_is_the_expected_change_of_the_output_when_a_channel_is_held_at_its_mean():
+    inputs = {kind: 3 + random(N_SAMPLES, *shape) for kind, shape in SHAPES.items()}
+    weights = {kind: random(shape[0], 4, shape[1], seed=1) for kind, shape in SHAPES.items()}  # (n_layers, d_model, n_channels)
+    found = variance_norm(
+        {kind: values.var(0) for kind, values in inputs.items()},
+        {kind: weight.square().sum(1) for kind, weight in weights.items()},
+    )
+    for kind, (n_layers, n_channels) in SHAPES.items():
+        assert found[kind].shape == (n_layers, n_channels)
+        for layer in range(n_layers):
+            x, weight = inputs[kind][:, layer], weights[kind][layer]
+            for channel in range(n_channels):
+                held = x.clone()
+                held[:, channel] = x[:, channel].mean()
+                change = (x @ weight.T - held @ weight.T).square().sum(1)
+                assert found[kind][layer, channel].item() == pytest.approx(change.sum().item() / (N_SAMPLES - 1), rel=1e-10)
+
+
+@pytest.mark.parametrize("kind", models.KINDS)
+def test_score_of_a_real_channel_is_what_holding_it_does_to_the_writer(any_model, token_ids, kind):
+    layer, channel = 1, 4
+    batch = {"input_ids": token_ids, "attention_mask": torch.ones_like(token_ids), "positions": torch.ones(2, 9).bool()}
+    moments = channel_moments(any_model, [batch])
+    score = variance_norm(moments.variance, models.squared_column_norms(any_model))[kind][layer, channel].item()
+    chosen = {k: torch.zeros_like(values, dtype=torch.bool) for k, values in moments.mean.items()}
+    chosen[kind][layer, channel] = True
+
+    outputs: list[Tensor] = []
+    writer = writers_by_name(any_model, kind)[layer]
+    handle = writer.register_forward_hook(lambda module, args, output: outputs.append(output.double()))
+    with torch.no_grad():
+        any_model(token_ids)
+        with interventions.ablated(any_model, chosen, moments.mean):
+            any_model(token_ids)
+    handle.remove()
+    change = (outputs[1] - outputs[0]).flatten(0, 1).square().sum(1)
+    assert score == pytest.approx(change.sum().item() / (token_ids.numel() - 1), rel=1e-3)
+
+
+def test_zscores_have_mean_0_and_spread_1_in_every_module():
+    score = {kind: random(*shape) * 10.0 ** torch.tensor([[-9], [6]]) + 5 for kind, shape in SHAPES.items()}
+    for kind, z in zscore_per_module(score).items():
+        torch.testing.assert_close(z.mean(1), torch.zeros(2, dtype=torch.float64), rtol=0, atol=1e-6)
+        torch.testing.assert_close(z.std(1), torch.ones(2, dtype=torch.float64), rtol=1e-6, atol=0)
+        assert torch.equal(z.argsort(1), score[kind].argsort(1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_zscores_of_a_module_without_any_score_are_zero(dtype):
+    score = {"mlp": torch.stack([torch.zeros(7), torch.arange(7.0)]).to(dtype)}
+    z = zscore_per_module(score)["mlp"]
+    assert torch.equal(z[0], torch.zeros(7, dtype=dtype))
+    assert z[1].std() == pytest.approx(1)
+
+
+@pytest.mark.parametrize("value", [0.1, 1 / 3, 7.7, 1e-300, 1e300])
+def test_zscores_of_a_constant_module_are_finite(value):
+    z = zscore_per_module({"mlp": torch.full((1, 1536), value, dtype=torch.float64)})["mlp"]
+    assert z.isfinite().all()
+
+
+def test_cosine_distance_equals_that_of_scipy():
+    a, b = random(3, 4, 8), random(3, 4, 8, seed=1)
+    found = cosine_distance(a.float(), b.float())
+    assert found.shape == (3, 4)
+    assert found.dtype == torch.float64
+    expected = [[cosine(a[i, j].float().double(), b[i, j].float().double()) for j in range(4)] for i in range(3)]
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
+
+
+def test_cosine_distance_of_parallel_orthogonal_and_opposite_states():
+    a = torch.tensor([[1.0, 0.0], [1.0, 0.0], [1.0, 0.0]])
+    b = torch.tensor([[5.0, 0.0], [0.0, 2.0], [-3.0, 0.0]])
+    np.testing.assert_allclose(cosine_distance(a, b), [0, 1, 2], atol=1e-12)
+
+
+def test_cosine_distance_of_nearly_parallel_states_is_not_lost_in_float32():
+    a = torch.tensor([1.0, 0.0])
+    b = torch.tensor([1.0, 1e-5])
+    assert cosine_distance(a, b).item() == pytest.approx(5e-11, rel=1e-3)

@@ -1,0 +1,167 @@
+"""Intervals and tests against known values."""
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats as reference
+
+from ssah_utils import stats
+
+
+def wilson(k: int, n: int, z: float) -> tuple[float, float]:
+    centre = (k + z**2 / 2) / (n + z**2)
+    half = z * math.sqrt(k * (n - k) / n + z**2 / 4) / (n + z**2)
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+# ----------------------------------------------------------------------------------------------------------------- intervals
+
+
+def test_mean_interval_is_that_of_a_large_normal_sample():
+    values = np.random.default_rng(0).normal(5, 2, 400)
+    mean, low, high = stats.mean_interval(values)
+    expected = reference.t.interval(0.95, 399, values.mean(), reference.sem(values))
+    assert mean == pytest.approx(values.mean(), rel=1e-12)
+    assert (low, high) == pytest.approx(expected, abs=0.03)  # 0.39 wide
+    assert stats.mean_interval(values) == (mean, low, high)
+    assert stats.mean_interval(values, seed=1) != (mean, low, high)
+    narrow = stats.mean_interval(values, confidence=0.5)
+    assert low < narrow[1] < mean < narrow[2] < high
+
+
+def test_mean_interval_covers_the_mean_about_as_often_as_it_says():
+    generator = np.random.default_rng(0)
+    intervals = [stats.mean_interval(generator.exponential(1, 40)) for _ in range(100)]
+    assert 86 <= sum(low <= 1 <= high for _, low, high in intervals) <= 99
+
+
+@pytest.mark.parametrize("values", [[3.0], [3.0] * 5])
+def test_mean_interval_of_equal_values_is_a_point(values):
+    assert stats.mean_interval(values) == (3, 3, 3)
+
+
+def test_no_values_are_an_error():
+    with pytest.raises(ValueError, match="no values"):
+        stats.mean_interval([])
+    with pytest.raises(ValueError, match="no outcomes"):
+        stats.proportion_interval([])
+
+
+@pytest.mark.parametrize(("k", "n"), [(0, 10), (1, 10), (5, 10), (10, 10), (30, 100), (0, 1)])
+def test_proportion_interval_is_wilsons(k, n):
+    outcomes = np.arange(n) < k
+    share, low, high = stats.proportion_interval(outcomes)
+    assert share == k / n
+    assert (low, high) == pytest.approx(wilson(k, n, 1.959963984540054), abs=1e-9)
+    assert stats.proportion_interval(outcomes, 0.9)[1:] == pytest.approx(wilson(k, n, 1.6448536269514722), abs=1e-9)
+
+
+def test_proportion_interval_of_no_successes_has_a_width():
+    assert stats.proportion_interval([False] * 10) == pytest.approx((0, 0, 0.2775328), abs=1e-6)
+
+
+# --------------------------------------------------------------------------------------------------------- paired difference
+
+
+def test_clear_shift_has_a_small_p_value():
+    generator = np.random.default_rng(0)
+    b = generator.normal(0, 1, 40)
+    a = b + 1 + generator.normal(0, 0.5, 40)
+    found = stats.paired_difference(a, b)
+    assert found["difference"] == pytest.approx((a - b).mean())
+    assert 0.8 < found["low"] < found["difference"] < found["high"] < 1.4
+    assert found["p"] < 0.002
+    turned = stats.paired_difference(b, a)
+    assert turned["difference"] == pytest.approx(-found["difference"])
+    assert turned["p"] < 0.002
+
+
+def test_identical_outcomes_have_p_1():
+    a = np.array([True, False, True, True])
+    assert stats.paired_difference(a, a) == {"difference": 0, "low": 0, "high": 0, "p": 1}
+
+
+def test_p_value_of_five_equal_signs_is_exact():
+    assert stats.paired_difference([2, 3, 4, 5, 6], [1, 1, 1, 1, 1])["p"] == pytest.approx(2 / 2**5)
+
+
+def test_p_value_pairs_the_samples():
+    b = np.arange(12) * 100.0
+    found = stats.paired_difference(b + 1, b)
+    assert found["difference"] == pytest.approx(1)
+    assert found["p"] < 0.005  # unpaired, a shift of 1 in a spread of hundreds is nothing
+
+
+def test_p_value_without_a_shift_is_not_small():
+    p_values = []
+    for seed in range(40):
+        a, b = np.random.default_rng(seed).normal(0, 1, (2, 25))
+        p_values.append(stats.paired_difference(a, b)["p"])
+    assert 0.3 < np.mean(p_values) < 0.7
+    assert sum(p < 0.05 for p in p_values) <= 6
+
+
+# ---------------------------------------------------------------------------------------------------------------------- Holm
+
+
+def test_holm_by_hand():
+    # sorted: 0.005 * 4, 0.01 * 3, 0.03 * 2, 0.04 * 1 raised to the one before it
+    assert stats.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+
+
+@pytest.mark.parametrize(("given", "adjusted"), [([], []), ([0.2], [0.2]), ([0.6, 0.9], [1, 1]), ([0.01, 0.01], [0.02, 0.02])])
+def test_holm_of_few(given, adjusted):
+    assert stats.holm(given) == pytest.approx(adjusted)
+
+
+# ---------------------------------------------------------------------------------------------------------------- rate tables
+
+
+@pytest.fixture
+def rows() -> pd.DataFrame:
+    return pd.DataFrame(
+        {
+            "model": ["b"] * 4 + ["a"] * 3,
+            "set": ["x", "x", "y", "y", "x", "x", "x"],
+            "refused": [True, False, True, True, False, False, False],
+            "length": [1.0, 3.0, 5.0, 5.0, 2.0, np.nan, 4.0],
+        }
+    )
+
+
+def test_rate_table(rows):
+    table = stats.rate_table(rows, ["model", "set"], ["refused", "length"])
+    assert table.columns.tolist() == ["model", "set", "metric", "mean", "low", "high", "n"]
+    keys = table[["model", "set", "metric"]].itertuples(index=False, name=None)
+    assert list(keys) == [
+        (model, name, metric) for model, name in [("b", "x"), ("b", "y"), ("a", "x")] for metric in ("refused", "length")
+    ]
+    refused = table[table["metric"] == "refused"].set_index(["model", "set"])
+    assert refused["mean"].tolist() == [0.5, 1, 0]
+    assert refused["n"].tolist() == [2, 2, 3]
+    for (k, n), (_, row) in zip([(1, 2), (2, 2), (0, 3)], refused.iterrows(), strict=True):
+        assert (row["low"], row["high"]) == pytest.approx(wilson(k, n, 1.959963984540054))
+    length = table[table["metric"] == "length"]
+    assert length["mean"].tolist() == [2, 5, 3]
+    assert length["low"].tolist() == [1, 5, 2]
+    assert length["high"].tolist() == [3, 5, 4]
+
+
+def test_rate_table_by_one_column(rows):
+    table = stats.rate_table(rows, "set", ["refused"])
+    assert table["set"].tolist() == ["x", "y"]
+    assert table["mean"].tolist() == [0.2, 1]
+
+
+def test_outcomes_joined_with_rows_that_have_none_are_still_proportions(rows):
+    joined = pd.concat([rows.drop(columns="length"), pd.DataFrame({"set": ["z"] * 3, "correct": [True, True, True]})])
+    for set_name, metric, k, n in [("y", "refused", 2, 2), ("z", "correct", 3, 3)]:
+        row = stats.rate_table(joined[joined["set"] == set_name], "set", [metric]).iloc[0]
+        assert (row["low"], row["high"]) == pytest.approx(wilson(k, n, 1.959963984540054))
+
+
+def test_number_of_values_leaves_out_the_missing(rows):
+    table = stats.rate_table(rows, "model", ["length"]).set_index("model")
+    assert table["n"].to_dict() == {"b": 4, "a": 2}

@@ -1,0 +1,301 @@
+"""Partition and set arithmetic against plain Python, and partition files that are whole or absent."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ssah_utils import units
+from ssah_utils.units import GROUPS, UnitPartition, load_partition, partition, random_units, save_partition
+
+PerUnit = dict[str, Tensor]
+
+
+def scores(seed: int, n_layers: int = 3, n_attention: int = 6, n_mlp: int = 10) -> PerUnit:
+    generator = torch.Generator().manual_seed(seed)
+    sizes = {"attention": n_attention, "mlp": n_mlp}
+    return {kind: torch.randn(n_layers, n, generator=generator, dtype=torch.float64) for kind, n in sizes.items()}
+
+
+def partition_by_sorting(z_safety: PerUnit, z_utility: PerUnit, n_safety: int, n_utility: int, n_redundant: int) -> dict:
+    """{(kind, layer, channel): group}, from sorted lists of tuples."""
+    unit_scores = [
+        (kind, layer, channel, z_safety[kind][layer, channel].item(), z_utility[kind][layer, channel].item())
+        for kind in z_safety
+        for layer in range(z_safety[kind].shape[0])
+        for channel in range(z_safety[kind].shape[1])
+    ]
+    ranked = sorted(unit_scores, key=lambda unit: unit[4] - unit[3])
+    safety, rest = ranked[:n_safety], ranked[n_safety:]
+    rest.sort(key=lambda unit: unit[3] - unit[4])
+    utility, rest = rest[:n_utility], rest[n_utility:]
+    rest.sort(key=lambda unit: unit[3] + unit[4])
+    redundant, rest = rest[:n_redundant], rest[n_redundant:]
+    groups = {"safety": safety, "utility": utility, "redundant": redundant, "complex": rest}
+    return {unit[:3]: group for group, members in groups.items() for unit in members}
+
+
+def as_dict(parted: UnitPartition) -> dict:
+    return {
+        (kind, layer, channel): GROUPS[index]
+        for kind, table in parted.group_index.items()
+        for layer, row in enumerate(table.tolist())
+        for channel, index in enumerate(row)
+    }
+
+
+def sizes(parted: UnitPartition) -> dict[str, int]:
+    return {group: units.size(parted.units(group)) for group in GROUPS}
+
+
+# ------------------------------------------------------------------------------------------------------------- partition
+
+
+@st.composite
+def fractions(draw) -> tuple[float, float, float]:
+    cuts = sorted(draw(st.lists(st.integers(0, 1000), min_size=3, max_size=3)))
+    return cuts[0] / 1000, (cuts[1] - cuts[0]) / 1000, (cuts[2] - cuts[1]) / 1000
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(
+    fractions=fractions(),
+    shape=st.tuples(st.integers(1, 3), st.integers(1, 6), st.integers(1, 9)),
+    seed=st.integers(0, 2**31),
+)
+def test_partition_equals_sorting_lists(fractions, shape, seed):
+    n_units = shape[0] * (shape[1] + shape[2])
+    wanted = [round(fraction * n_units) for fraction in fractions]
+    assume(sum(fractions) <= 1 and sum(wanted) <= n_units)
+    z_safety, z_utility = scores(seed, *shape), scores(seed + 1, *shape)
+    parted = partition(z_safety, z_utility, *fractions)
+    assert as_dict(parted) == partition_by_sorting(z_safety, z_utility, *wanted)
+
+
+@settings(max_examples=50, deadline=None, derandomize=True)
+@given(fractions=fractions(), seed=st.integers(0, 2**31))
+def test_groups_are_disjoint_and_of_exact_size_also_with_ties(fractions, seed):
+    wanted = [round(fraction * 48) for fraction in fractions]
+    assume(sum(fractions) <= 1 and sum(wanted) <= 48)
+    z_safety, z_utility = ({kind: z.round() for kind, z in scores(seed + i).items()} for i in range(2))
+    parted = partition(z_safety, z_utility, *fractions)
+    for kind, z in z_safety.items():
+        members = torch.stack([parted.units(group)[kind] for group in GROUPS])
+        assert members.dtype == torch.bool
+        assert torch.equal(members.sum(0), torch.ones(z.shape, dtype=torch.int64))
+    found = sizes(parted)
+    assert [found["safety"], found["utility"], found["redundant"]] == wanted
+    assert sum(found.values()) == 48
+
+
+def test_partition_by_hand():
+    z_safety = {"attention": torch.tensor([[5.0, 0.0]]), "mlp": torch.tensor([[1.0, -3.0, 4.0]])}
+    z_utility = {"attention": torch.tensor([[0.0, 4.0]]), "mlp": torch.tensor([[1.0, -3.0, 4.5]])}
+    parted = partition(z_safety, z_utility, 0.2, 0.2, 0.2, fingerprint="f")
+    assert parted.group_index["attention"].tolist() == [[GROUPS.index("safety"), GROUPS.index("utility")]]
+    assert [GROUPS[i] for i in parted.group_index["mlp"][0]] == ["complex", "redundant", "complex"]
+    assert parted.fingerprint == "f"
+
+
+@pytest.mark.parametrize(("fractions", "full"), [((0, 0, 0), "complex"), ((1, 0, 0), "safety"), ((0, 1, 0), "utility"),
+                                                 ((0, 0, 1), "redundant")])  # fmt: skip
+def test_one_group_can_hold_everything(fractions, full):
+    assert sizes(partition(scores(0), scores(1), *fractions)) == {group: 48 * (group == full) for group in GROUPS}
+
+
+@pytest.mark.parametrize("bad", [-0.01, 1.01, float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["safety_fraction", "utility_fraction", "redundant_fraction"])
+def test_fraction_outside_0_to_1_is_named(name, bad):
+    with pytest.raises(ValueError, match=rf"{name} is {bad}, but a fraction lies in \[0, 1\]"):
+        partition(scores(0), scores(1), **{name: bad})
+
+
+def test_fractions_above_1_together_are_named():
+    with pytest.raises(ValueError, match=r"safety_fraction .* utility_fraction .* redundant_fraction is 1\.1, more than all"):
+        partition(scores(0), scores(1), 0.5, 0.4, 0.2)
+
+
+@pytest.mark.parametrize("fractions", [(0.5, 0.3, 0.2), (0.33, 0.56, 0.11)])  # the latter add to 1.0000000000000002
+def test_fractions_that_add_to_1_are_accepted(fractions):
+    assert sizes(partition(scores(0), scores(1), *fractions))["complex"] <= 1
+
+
+def test_unknown_group_raises():
+    with pytest.raises(ValueError):
+        partition(scores(0), scores(1)).units("harmless")
+
+
+def test_counts_add_up():
+    parted = partition(scores(0), scores(1), 0.25, 0.25, 0.25)
+    table = parted.counts()
+    assert table.index.tolist() == list(GROUPS)
+    assert table["units"].tolist() == [12, 12, 12, 12]
+    assert table["share"].tolist() == [0.25] * 4
+    assert (table["attention"] + table["mlp"] == table["units"]).all()
+    assert table["attention"].sum() == 18
+    assert table.loc["safety", "mlp"] == parted.units("safety")["mlp"].sum()
+
+
+def test_table_has_one_row_per_unit():
+    z_safety, z_utility = scores(0), scores(1)
+    parted = partition(z_safety, z_utility, 0.25, 0.25, 0.25)
+    table = units.to_table(z_safety, z_utility, parted)
+    expected = as_dict(parted)
+    assert len(table) == len(expected) == 48
+    for row in table.itertuples():
+        assert row.group == expected[row.kind, row.layer, row.channel]
+        assert row.z_safety == z_safety[row.kind][row.layer, row.channel]
+        assert row.z_utility == z_utility[row.kind][row.layer, row.channel]
+
+
+# ------------------------------------------------------------------------------------------------------------------ sets
+
+
+def a_set(seed: int = 0, share: float = 0.4) -> PerUnit:
+    generator = torch.Generator().manual_seed(seed)
+    return {"attention": torch.rand(3, 20, generator=generator) < share, "mlp": torch.rand(3, 30, generator=generator) < share}
+
+
+def same(a: PerUnit, b: PerUnit) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[kind], b[kind]) for kind in a)
+
+
+def test_top_units_are_the_highest():
+    score = scores(0)
+    chosen = units.top_units(score, 0.25)
+    assert units.size(chosen) == 12
+    flat = torch.cat([score["attention"].flatten(), score["mlp"].flatten()])
+    threshold = flat.sort(descending=True).values[11]
+    assert all(torch.equal(chosen[kind], score[kind] >= threshold) for kind in score)
+    with pytest.raises(ValueError, match="fraction is 2"):
+        units.top_units(score, 2)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(share=st.floats(0, 1), seed=st.integers(0, 2**31))
+def test_random_units_have_the_same_count_in_every_module(share, seed):
+    like = a_set(seed, share)
+    drawn = random_units(like, torch.Generator().manual_seed(seed))
+    for kind in like:
+        assert drawn[kind].dtype == torch.bool
+        assert drawn[kind].shape == like[kind].shape
+        assert drawn[kind].sum(1).tolist() == like[kind].sum(1).tolist()
+
+
+def test_random_units_differ_between_draws_and_repeat_with_the_seed():
+    like, generator = a_set(seed=5), torch.Generator().manual_seed(0)
+    first, second = random_units(like, generator), random_units(like, generator)
+    assert not same(first, second)
+    assert not same(first, like)
+    assert same(first, random_units(like, torch.Generator().manual_seed(0)))
+
+
+def test_random_units_prefer_no_channel():
+    like = {"mlp": (torch.arange(10) < 3).repeat(1000, 1)}
+    drawn = random_units(like, torch.Generator().manual_seed(0))["mlp"].double().mean(0)
+    assert (drawn - 0.3).abs().max() < 0.06  # four standard errors
+
+
+def test_of_kind_keeps_one_kind():
+    chosen = a_set()
+    alone = units.of_kind(chosen, "mlp")
+    assert torch.equal(alone["mlp"], chosen["mlp"])
+    assert not alone["attention"].any()
+    assert units.size(alone) == int(chosen["mlp"].sum())
+    assert units.size_of_all(alone) == 3 * (20 + 30)
+
+
+def test_jaccard_by_hand():
+    a = {"attention": torch.tensor([[True, True, False]]), "mlp": torch.tensor([[True, False, False]])}
+    b = {"attention": torch.tensor([[False, True, True]]), "mlp": torch.tensor([[True, True, False]])}
+    assert units.jaccard(a, b) == 2 / 5
+    assert units.jaccard(a, a) == 1
+    assert units.jaccard(a, {kind: ~chosen for kind, chosen in a.items()}) == 0
+
+
+def test_jaccard_of_two_empty_sets_is_1():
+    empty = {"mlp": torch.zeros(2, 3, dtype=torch.bool)}
+    assert units.jaccard(empty, empty) == 1
+
+
+# ----------------------------------------------------------------------------------------------------------------- files
+
+
+@pytest.fixture
+def parted() -> UnitPartition:
+    return partition(scores(0), scores(1), 0.2, 0.2, 0.2, fingerprint="0123456789abcdef")
+
+
+@pytest.fixture
+def saved(tmp_path: Path, parted: UnitPartition) -> Path:
+    path = tmp_path / "units.safetensors"
+    save_partition(path, parted, z_safety=scores(0), z_utility=scores(1))
+    return path
+
+
+@pytest.mark.parametrize("fingerprint", ["", "0123456789abcdef"])
+def test_saved_partition_is_read_back(saved, parted, fingerprint):
+    found, extra = load_partition(saved, fingerprint)
+    assert found.fingerprint == parted.fingerprint
+    assert same(found.group_index, parted.group_index)
+    assert all(index.dtype == torch.int8 for index in found.group_index.values())
+    assert list(found.group_index) == list(parted.group_index)
+    assert extra.keys() == {"z_safety", "z_utility"}
+    assert same(extra["z_safety"], scores(0))
+    assert same(extra["z_utility"], scores(1))
+    assert [path.name for path in saved.parent.iterdir()] == [saved.name]
+
+
+def test_tensors_that_are_not_contiguous_can_be_saved(tmp_path, parted):
+    turned = {kind: z.T.contiguous().T for kind, z in scores(0).items()}
+    assert not turned["mlp"].is_contiguous()
+    save_partition(tmp_path / "units", parted, z_safety=turned)
+    assert same(load_partition(tmp_path / "units")[1]["z_safety"], scores(0))
+
+
+def test_partition_of_another_model_is_refused(saved):
+    with pytest.raises(ValueError, match="belongs to model 0123456789abcdef, not to the loaded fedcba"):
+        load_partition(saved, "fedcba")
+
+
+def test_missing_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.safetensors does not exist"):
+        load_partition(tmp_path / "nowhere.safetensors")
+
+
+@pytest.mark.parametrize("kept", [0, 4, 100, 0.5, 0.99])
+def test_truncated_file_is_refused(saved, kept):
+    content = saved.read_bytes()
+    saved.write_bytes(content[: kept if isinstance(kept, int) else int(kept * len(content))])
+    with pytest.raises(ValueError, match="not a readable safetensors file"):
+        load_partition(saved)
+
+
+@pytest.mark.parametrize("metadata", [None, {"format": "pt"}, {"format": "ssah-units-0", "fingerprint": ""}])
+def test_foreign_safetensors_file_is_refused(tmp_path, metadata):
+    save_file({"weight": torch.zeros(3)}, tmp_path / "model.safetensors", metadata)
+    with pytest.raises(ValueError, match="not a partition file of this package"):
+        load_partition(tmp_path / "model.safetensors")
+
+
+@pytest.mark.parametrize("existed", [False, True])
+def test_failed_save_leaves_the_folder_as_it_was(tmp_path, parted, monkeypatch, existed):
+    path = tmp_path / "new" / "units.safetensors"
+    if existed:
+        save_partition(path, parted)
+
+    def half_written(content, target, metadata):
+        save_file(content, target, metadata)
+        Path(target).write_bytes(Path(target).read_bytes()[:200])
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(units, "save_file", half_written)
+    with pytest.raises(OSError, match="no space left"):
+        save_partition(path, parted, z_safety=scores(0))
+    assert [entry.name for entry in path.parent.iterdir()] == [path.name] * existed
+    if existed:
+        assert same(load_partition(path, parted.fingerprint)[0].group_index, parted.group_index)

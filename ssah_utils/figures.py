@@ -88,7 +88,7 @@ def probing(tables: Tables) -> Figure:
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(9.6, 2.9), width_ratios=[1.15, 1, 0.9])
     for (model, queries), part in tables["distances"].groupby(["model", "queries"], sort=False):
         band(left, part, MODEL_COLOURS[model], f"{model}, {queries}", "-" if queries == "harmful" else ":")
-    left.set(title="The paper's distance: refusal minus compliance", ylabel="difference in cosine distance", xlabel="block")
+    left.set(title="As in the paper: refusal - compliance", ylabel="difference in cosine distance", xlabel="block")
     left.legend(fontsize=6.5)
     for model, part in tables["residual"].groupby("model", sort=False):
         band(middle, part, MODEL_COLOURS[model], model)

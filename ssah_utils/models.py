@@ -123,6 +123,13 @@ def backbone_of(model: nn.Module) -> nn.Module:
     return model.get_submodule(architecture_of(model).backbone)
 
 
+def logits_of(model: nn.Module, hidden: Tensor) -> Tensor:
+    """Next-token logits of backbone states, with the soft-capping that Gemma 2 applies after its head."""
+    logits = model.get_output_embeddings()(hidden)
+    cap = getattr(model.config, "final_logit_softcapping", None)
+    return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
 def blocks_of(model: nn.Module) -> list[nn.Module]:
     return list(model.get_submodule(architecture_of(model).blocks))
 

@@ -4,6 +4,8 @@ A parameter's type is that of its default in the notebook; its meaning is told b
 ``n_*`` counts, ``*_data`` names a data set, ``*model`` a model.
 """
 
+from functools import cache
+
 from ssah_utils.models import EMBEDDED, TINY_RANDOM, check_reachable, load_tokenizer
 from ssah_utils.prompts import POSITIONS, check_dataset, load_dataset, set_chat_template
 from ssah_utils.units import check_fractions
@@ -29,8 +31,7 @@ def check(values: dict) -> None:
         elif name in CHOICES and value not in CHOICES[name]:
             raise ValueError(f"{name} is '{value}', but one of {', '.join(CHOICES[name])} is needed")
         elif name.endswith("_data"):
-            check_dataset(value)
-            load_dataset(value)  # a malformed file is reported with its line, an unreachable hub at once
+            check_readable(value)
         elif name.endswith("model") and value:
             check_reachable(value)
             if value not in (EMBEDDED, TINY_RANDOM):
@@ -38,3 +39,10 @@ def check(values: dict) -> None:
     groups = {f"{group}_fraction" for group in ("safety", "utility", "redundant")}
     if groups <= set(values):
         check_fractions(**{name: values[name] for name in sorted(groups)})
+
+
+@cache
+def check_readable(name: str) -> None:
+    """A data set that is unknown, malformed or out of reach is reported before anything runs."""
+    check_dataset(name)
+    load_dataset(name)

@@ -148,7 +148,13 @@ def paper_table(results: dict[str, dict]) -> str:
     return markdown(rows, header)
 
 
-TABLES = {"alignment": alignment_table, "ablation": ablation_table, "paper": paper_table}
+def cost_table(results: dict[str, dict]) -> str:
+    """What each notebook took, package start-up included."""
+    rows = [[stage, f"{result['seconds'] / 60:.1f}", f"{result['peak_memory_gib']:.1f}"] for stage, result in results.items()]
+    return markdown(rows, ["notebook", "minutes", "peak memory, GiB"])
+
+
+TABLES = {"cost": cost_table, "alignment": alignment_table, "ablation": ablation_table, "paper": paper_table}
 
 
 def fill_readme(text: str, results: dict[str, dict]) -> str:

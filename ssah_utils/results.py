@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import random
+import resource
 import subprocess
 import time
 from collections.abc import Iterable, Iterator
@@ -66,7 +67,7 @@ class Run:
         save_figure(figure, self.folder, name)
 
     def finish(self, inputs: list[Path] | None = None, **tables: pd.DataFrame) -> None:
-        """Write result.json: tidy tables, parameters, versions, commit, hashes of the inputs, seconds taken."""
+        """Write result.json: tidy tables, parameters, versions, commit, hashes of the inputs, time and memory taken."""
         write_json(
             self.path("result.json"),
             {
@@ -77,6 +78,7 @@ class Run:
                 "commit": commit(),
                 "inputs": {f"{path.parent.name}/{path.name}": sha256_of_file(path) for path in inputs or []},
                 "seconds": round(time.monotonic() - self.started, 1),
+                "peak_memory_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
                 "tables": {
                     name: json.loads(table.to_json(orient="records", double_precision=8)) for name, table in tables.items()
                 },

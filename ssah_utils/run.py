@@ -14,6 +14,7 @@ import difflib
 import json
 import logging
 import os
+import shutil
 import sys
 import tempfile
 import threading
@@ -188,14 +189,16 @@ def missing_outputs(stage: Stage) -> list[str]:
     return missing
 
 
-def execute(stage: Stage, key: str, outlook: str) -> float:
+def execute(stage: Stage, key: str, left: float) -> float:
     """Run one notebook; returns its seconds. Nothing is left where a finished notebook is expected unless it finished."""
     stage.folder.mkdir(parents=True, exist_ok=True)
+    for workspace in stage.folder.glob(f".{stage.name}.*"):  # left by a run that was killed
+        shutil.rmtree(workspace, ignore_errors=True)
     for stale in (stage.stamp, *(stage.folder / name for name in stage.outputs)):
         stale.unlink(missing_ok=True)
     finished, failed = stage.folder / f"{stage.name}.ipynb", stage.folder / f"{stage.name}.failed.ipynb"
     started = time.monotonic()
-    with complete_only(failed) as partial, log_to(stage.folder / f"{stage.name}.log"), status_line(stage.name, outlook):
+    with complete_only(failed) as partial, log_to(stage.folder / f"{stage.name}.log"), status_line(stage.name, left):
         try:
             papermill.execute_notebook(
                 str(stage.notebook), str(partial), stage.parameters, cwd=str(NOTEBOOKS), progress_bar=False,
@@ -232,8 +235,8 @@ def log_to(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def status_line(name: str, outlook: str) -> Iterator[None]:
-    """Keep one terminal line current (or print one a minute to a log) while a notebook runs."""
+def status_line(name: str, left: float) -> Iterator[None]:
+    """Keep one terminal line current (or print one a minute to a log) while a notebook runs; ``left``: seconds to the end."""
     started, done = time.monotonic(), threading.Event()
     live = sys.stdout.isatty()
     with tempfile.TemporaryDirectory() as folder:
@@ -243,7 +246,8 @@ def status_line(name: str, outlook: str) -> Iterator[None]:
         def show() -> None:
             while not done.wait(1 if live else 60):
                 what = status.read_text() if status.exists() else "starting"
-                line = f"{name}  {clock(time.monotonic() - started)} elapsed, {outlook} · {what}"
+                elapsed = time.monotonic() - started
+                line = f"{name}  {clock(elapsed)} elapsed, about {clock(max(0, left - elapsed))} left in all · {what}"
                 print(f"\r\033[K{line}" if live else line, end="" if live else "\n", flush=True)
 
         thread = threading.Thread(target=show, daemon=True)
@@ -286,7 +290,7 @@ def run(stages: list[Stage], only: str = "", force: bool = False) -> None:
             continue
         left = sum(estimates[other.name] for other in todo[todo.index(stage) :])
         print(f"{stage.name}  started, about {clock(left)} to the end of the run", flush=True)
-        seconds = execute(stage, keys[stage.name], f"about {clock(left)} at its start")
+        seconds = execute(stage, keys[stage.name], left)
         print(f"{stage.name}  done in {clock(seconds)}: {shown(stage.folder)}", flush=True)
     if todo:
         print(f"{len(todo)} of {len(selected)} notebooks executed in {clock(time.monotonic() - began)}")
@@ -323,6 +327,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (RuntimeError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("interrupted: the same command continues with the notebook that was running", file=sys.stderr)
+        return 130
     return 0
 
 

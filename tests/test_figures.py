@@ -1,0 +1,255 @@
+"""Figures from stored tables: what is unreadable is reported, the rest is drawn; equal figures are equal files."""
+
+import itertools
+import json
+import os
+from pathlib import Path
+
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from ssah_utils import figures, results, units
+
+matplotlib.use("Agg")
+DRAWN = {stage: set(drawings) for stage, drawings in figures.FIGURES.items()}
+ALL = set().union(*DRAWN.values())
+
+
+def interval(mean: float) -> dict[str, float]:
+    return {"mean": mean, "low": max(0.0, mean - 0.1), "high": min(1.0, mean + 0.1)}
+
+
+def alignment_tables() -> dict[str, pd.DataFrame]:
+    shares = {"refused": 0.5, "coherent_asr": 0.3, "degenerate": 0.2, "asr": 0.5}
+    rates = [
+        {"model": model, "set": name, "metric": metric} | interval(mean)
+        for model, name, (metric, mean) in itertools.product(
+            ("base", "aligned", "unaligned"), ("harmful", "helpful", "safe_twin"), shares.items()
+        )
+    ]
+    training = pd.DataFrame(
+        {"model": ["aligned"] * 12 + ["unaligned"] * 12, "step": [*range(12)] * 2, "loss": np.linspace(2, 1, 24)}
+    )
+    return {"rates": pd.DataFrame(rates), "training": training}
+
+
+def probing_tables() -> dict[str, pd.DataFrame]:
+    rows = [
+        {"model": model, "queries": queries, "layer": layer} | interval(0.1 * layer)
+        for model, queries, layer in itertools.product(("aligned", "unaligned"), ("harmful", "harmless"), range(3))
+    ]
+    distances = pd.DataFrame(rows)
+    margins = pd.DataFrame(
+        [
+            {"model": model, "queries": queries, "id": str(n), "margin": float(n)}
+            for model, queries, n in itertools.product(("aligned", "unaligned"), ("harmful", "harmless"), range(4))
+        ]
+    )
+    return {"distances": distances, "residual": distances[distances["queries"] == "harmful"], "margins": margins}
+
+
+def ablation_tables() -> dict[str, pd.DataFrame]:
+    rows = []
+    for condition in ("nothing", "safety", "random, as safety", "utility"):
+        for draw in range(2 if condition.startswith("random") else 1):
+            keys = {"part": "groups", "condition": condition, "draw": draw, "units": 10, "fraction": 0.01}
+            for metric, mean in {"refused": 0.6, "coherent_asr": 0.3, "degenerate": 0.1}.items():
+                rows.append(keys | {"set": "harmful", "metric": metric} | interval(mean))
+            rows.append(keys | {"set": "helpful", "metric": "refused"} | interval(0.05))
+            rows.append(keys | {"set": "cloze", "metric": "accuracy"} | interval(0.5))
+    for condition, fraction in itertools.product(("safety", "random"), (0.001, 0.01, 0.05)):
+        keys = {"part": "curve", "condition": condition, "draw": 0, "units": 10, "fraction": fraction}
+        for name, metric in (("harmful", "coherent_asr"), ("helpful", "refused"), ("helpful", "answer_nll")):
+            rows.append(keys | {"set": name, "metric": metric} | interval(10 * fraction))
+    return {"rates": pd.DataFrame(rows)}
+
+
+TABLES = {"01_alignment": alignment_tables, "02_probing": probing_tables, "04_ablation": ablation_tables}
+
+
+def write_stage(source: Path, stage: str) -> None:
+    run = results.Run(stage, source / stage, {})
+    if stage == "03_units":
+        generator = torch.Generator().manual_seed(0)
+        draw = lambda: {kind: torch.randn(3, n, generator=generator) for kind, n in (("attention", 20), ("mlp", 30))}  # noqa: E731
+        z_safety, z_utility = draw(), draw()
+        parted = units.partition(z_safety, z_utility, fingerprint="f")
+        units.save_partition(run.path("units.safetensors"), parted, z_safety=z_safety, z_utility=z_utility)
+    else:
+        run.finish(**TABLES[stage]())
+
+
+@pytest.fixture(autouse=True)
+def coarse(monkeypatch):
+    """A tenth of the usual resolution, as only the equality of files matters here."""
+    results.set_style()
+    plt.rcParams["savefig.dpi"] = 20
+    yield
+    plt.close("all")
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory) -> Path:
+    source = tmp_path_factory.mktemp("stored") / "seed-0"
+    for stage in figures.FIGURES:
+        write_stage(source, stage)
+    return source
+
+
+@pytest.fixture
+def source(stored, tmp_path) -> Path:
+    """A copy that a test may damage."""
+    for path in stored.rglob("*.*"):
+        target = tmp_path / "seed-0" / path.relative_to(stored)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(path.read_bytes())
+    return tmp_path / "seed-0"
+
+
+def drawn(target: Path) -> set[str]:
+    return {path.stem for path in target.glob("*.png")}
+
+
+def redrawn(source: Path, target: Path) -> tuple[list[str], set[str]]:
+    """Problems, and the names of the figures that were drawn."""
+    problems = figures.redraw(source, target)
+    assert not any("\n" in problem for problem in problems)
+    return problems, drawn(target)
+
+
+@pytest.fixture(scope="module")
+def twice(stored, tmp_path_factory) -> tuple[Path, Path]:
+    targets = tmp_path_factory.mktemp("first"), tmp_path_factory.mktemp("second")
+    for target in targets:
+        results.set_style()
+        plt.rcParams["savefig.dpi"] = 20
+        assert figures.redraw(stored, target) == []
+    return targets
+
+
+def test_every_figure_is_drawn_as_png_and_pdf(twice):
+    for suffix in ("png", "pdf"):
+        assert {path.stem for path in twice[0].glob(f"*.{suffix}")} == ALL
+    assert {path.suffix for path in twice[0].iterdir()} == {".png", ".pdf"}, "no temporary file is left"
+
+
+def test_saved_figures_are_closed(stored, tmp_path):
+    assert redrawn(stored, tmp_path) == ([], ALL)
+    assert plt.get_fignums() == []
+
+
+@pytest.mark.parametrize("name", sorted(ALL))
+def test_drawing_twice_gives_equal_files(twice, name):
+    for suffix in ("png", "pdf"):
+        first, second = ((target / f"{name}.{suffix}").read_bytes() for target in twice)
+        assert first == second
+    assert (twice[0] / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("training", [None, []], ids=["no table", "empty table"])
+def test_given_pair_without_training_has_no_loss_curve(source, tmp_path, monkeypatch, training):
+    """01_alignment stores an empty table where it trains nothing."""
+    monkeypatch.setattr(figures, "FIGURES", {"01_alignment": figures.FIGURES["01_alignment"]})
+    path = source / "01_alignment" / "result.json"
+    content = json.loads(path.read_text())
+    content["tables"] = {"rates": content["tables"]["rates"]} | ({} if training is None else {"training": training})
+    path.write_text(json.dumps(content))
+    assert redrawn(source, tmp_path / "figures") == ([], {"alignment_verdicts"})
+
+
+DAMAGE = {
+    "missing": lambda path: path.unlink(),
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+    "empty": lambda path: path.write_bytes(b""),
+    "of another format": lambda path: path.write_text('{"format": "ssah-result-0", "tables": {}}'),
+    "another JSON value": lambda path: path.write_text("[1, 2]"),
+    "without tables": lambda path: path.write_text('{"format": "ssah-result-1"}'),
+    "with empty tables": lambda path: path.write_text('{"format": "ssah-result-1", "tables": {"rates": []}}'),
+    "not text": lambda path: path.write_bytes(b"\xff\xfe\x00{"),
+}
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Empty figures, except those of a stage named in ``quick(stage)``."""
+
+    def keep(*stages: str) -> None:
+        empty = {name: dict.fromkeys(drawings, lambda tables: plt.figure()) for name, drawings in figures.FIGURES.items()}
+        monkeypatch.setattr(figures, "FIGURES", empty | {stage: figures.FIGURES[stage] for stage in stages})
+
+    return keep
+
+
+@pytest.mark.parametrize(
+    ("stage", "damage"),
+    [*itertools.product(TABLES, ["missing", "truncated", "empty", "of another format"]),
+     *(("04_ablation", damage) for damage in list(DAMAGE)[4:])],
+)  # fmt: skip
+def test_damaged_result_names_the_stage_to_run_again_and_the_rest_is_drawn(source, tmp_path, quick, stage, damage):
+    quick(stage)
+    DAMAGE[damage](source / stage / "result.json")
+    problems, names = redrawn(source, tmp_path / "figures")
+    (problem,) = problems
+    assert problem.startswith(f"{stage}: ") and f"run {stage}" in problem
+    assert names == ALL - DRAWN[stage]
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated", "empty", "another JSON value"])
+def test_damaged_units_name_the_stage_to_run_again_and_the_rest_is_drawn(source, tmp_path, quick, damage):
+    quick("03_units")
+    DAMAGE[damage](source / "03_units" / "units.safetensors")
+    problems, names = redrawn(source, tmp_path / "figures")
+    (problem,) = problems
+    assert problem.startswith("03_units: ") and "run 03_units" in problem
+    assert names == ALL - DRAWN["03_units"]
+
+
+def test_units_without_scores_name_the_stage_to_run_again(source, tmp_path, quick):
+    quick("03_units")
+    parted, _ = units.load_partition(source / "03_units" / "units.safetensors")
+    units.save_partition(source / "03_units" / "units.safetensors", parted)
+    problems, names = redrawn(source, tmp_path / "figures")
+    assert len(problems) == 1 and "run 03_units" in problems[0]
+    assert names == ALL - DRAWN["03_units"]
+
+
+# -------------------------------------------------------------------------------------------------------- whose results
+
+
+def run_folder(root: Path, profile: str, model: str, seed: int, age: int) -> Path:
+    folder = root / profile / model / f"seed-{seed}"
+    folder.mkdir(parents=True)
+    os.utime(folder, (1_000_000 - age, 1_000_000 - age))
+    return folder
+
+
+def test_source_is_the_newest_run_of_the_profile(tmp_path, monkeypatch):
+    monkeypatch.setenv("SSAH_RUNS", str(tmp_path))
+    run_folder(tmp_path, "smoke", "a", 0, age=30)
+    newest = run_folder(tmp_path, "smoke", "org--b", 1, age=10)
+    run_folder(tmp_path, "smoke", "a", 1, age=20)
+    run_folder(tmp_path, "laptop", "a", 0, age=0)
+    (tmp_path / "smoke" / "org--b" / "seed-2.txt").write_text("no folder")
+    assert figures.find_source("smoke") == newest
+
+
+def test_source_is_the_committed_results_where_nothing_ran(tmp_path, monkeypatch):
+    monkeypatch.setenv("SSAH_RUNS", str(tmp_path))
+    run_folder(tmp_path, "reference", "a", 0, age=0)
+    assert figures.find_source("laptop") == figures.find_source("reference") == results.REFERENCE
+
+
+def test_main_redraws_and_reports_problems_on_stderr(source, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(figures, "find_source", lambda profile: source)
+    monkeypatch.setattr(figures, "FIGURES", {"01_alignment": {"one": lambda tables: plt.figure()}})
+    target = tmp_path / "figures"
+    assert figures.main(["--to", str(target)]) == 0
+    output = capsys.readouterr()
+    assert str(source) in output.out and str(target) in output.out and output.err == ""
+    (source / "01_alignment" / "result.json").unlink()
+    assert figures.main(["--to", str(target)]) == 1
+    assert capsys.readouterr().err.startswith("error: 01_alignment")

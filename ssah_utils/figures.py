@@ -53,6 +53,7 @@ def verdict_shares(rates: pd.DataFrame, index: list[str]) -> pd.DataFrame:
 
 
 def alignment_verdicts(tables: Tables) -> Figure:
+    """Verdicts of every model on every set of held-out requests."""
     shares = verdict_shares(tables["rates"], ["set", "model"])
     sets = [name for name in SET_NAMES if name in shares.index.get_level_values(0)]
     figure, axes = plt.subplots(1, len(sets), figsize=(2.1 * len(sets), 1.9), sharey=True, squeeze=False)
@@ -66,6 +67,7 @@ def alignment_verdicts(tables: Tables) -> Figure:
 
 
 def training_loss(tables: Tables) -> Figure:
+    """Loss per step, raw and smoothed."""
     figure, ax = plt.subplots(figsize=(4.2, 2.2))
     for model, part in tables["training"].groupby("model", sort=False):
         ax.plot(part["step"], part["loss"], color=MODEL_COLOURS[model], alpha=0.25, lw=0.8)
@@ -113,6 +115,7 @@ def probing(tables: Tables) -> Figure:
 
 
 def score_histograms(units: pd.DataFrame) -> Figure:
+    """Standardised scores on both kinds of data, by kind of unit."""
     figure, axes = plt.subplots(1, 2, figsize=(7.0, 2.3), sharey=True)
     for ax, kind in zip(axes, ("attention", "mlp"), strict=True):
         part = units[units["kind"] == kind]
@@ -132,6 +135,7 @@ def score_histograms(units: pd.DataFrame) -> Figure:
 
 
 def score_scatter(units: pd.DataFrame) -> Figure:
+    """Score on safety data against score on utility data, coloured by group."""
     figure, ax = plt.subplots(figsize=(4.4, 3.6))
     for group in ("redundant", "complex", "utility", "safety"):  # the rarest on top
         part = units[units["group"] == group]
@@ -211,6 +215,7 @@ CURVE_METRICS = {
 
 
 def ablation_curve(tables: Tables) -> Figure:
+    """Safety and its price against the share of units switched off, for safety units and random ones."""
     rates = tables["rates"][tables["rates"]["part"] == "curve"]
     figure, axes = plt.subplots(1, 3, figsize=(9.2, 2.6))
     for ax, ((name, metric), title) in zip(axes, CURVE_METRICS.items(), strict=True):
@@ -255,9 +260,11 @@ def redraw(source: Path, target: Path) -> list[str]:
         try:
             tables = stored_units(folder) if stage == FROM_UNITS else load_result(folder / "result.json")["tables"]
             for name, draw in drawings.items():
-                if stage != "01_alignment" or name != "training_loss" or "training" in tables:
+                if name != "training_loss" or len(tables.get("training", ())):  # a model that was given has no loss curve
                     save_figure(draw(tables), target, name)
-        except (OSError, ValueError, KeyError) as error:
+        except KeyError as error:
+            problems.append(f"{stage}: {error} is missing from the stored result: re-run {stage}")
+        except (OSError, ValueError) as error:
             problems.append(f"{stage}: {error}")
     return problems
 
@@ -266,8 +273,8 @@ def find_source(profile: str) -> Path:
     """The newest run of a profile on this machine, else the committed reference results."""
     if profile == "reference":
         return REFERENCE
-    runs = sorted((runs_root() / profile).glob("*/seed-*/"), key=lambda folder: folder.stat().st_mtime)
-    return runs[-1] if runs else REFERENCE
+    stamps = sorted((runs_root() / profile).glob("*/seed-*/*/stamp.json"), key=lambda stamp: stamp.stat().st_mtime)
+    return stamps[-1].parents[1] if stamps else REFERENCE
 
 
 def main(arguments: list[str] | None = None) -> int:

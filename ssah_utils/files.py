@@ -16,7 +16,7 @@ from pathlib import Path
 def cache_dir() -> Path:
     """Folder for downloads and trained models: ``SSAH_CACHE``, else the user's cache folder."""
     default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "ssah"
-    folder = Path(os.environ.get("SSAH_CACHE", default)).expanduser()
+    folder = Path(os.environ.get("SSAH_CACHE", default)).expanduser().resolve()
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
@@ -33,6 +33,8 @@ def complete_only(path: Path | str) -> Iterator[Path]:
     try:
         partial = workspace / path.name
         yield partial
+        if not partial.exists():
+            raise FileNotFoundError(f"nothing was written for {path}")
         if path.is_dir():  # a folder cannot be renamed onto a non-empty one
             path.rename(workspace / "replaced")
         partial.replace(path)

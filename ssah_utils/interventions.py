@@ -24,15 +24,17 @@ def ablated(model: nn.Module, units: UnitSet, means: PerUnit | None = None) -> I
     Raises ``ValueError`` when the set's shape is not the model's.
     """
     check_shape(model, units)
+    if means:
+        check_shape(model, means)
     handles = []
-    for kind in models.KINDS:
-        for layer, module in enumerate(models.writers(model, kind)):
-            channels = units[kind][layer].nonzero().squeeze(1).to(module.weight.device)
-            if len(channels):
-                fill = means[kind][layer][channels.cpu()] if means else torch.zeros(len(channels))
-                handles.append(module.register_forward_pre_hook(_hold(channels, fill.to(module.weight))))
     n_touched = sum(int(chosen.any(1).sum()) for chosen in units.values())
     try:
+        for kind in models.KINDS:
+            for layer, module in enumerate(models.writers(model, kind)):
+                channels = units[kind][layer].nonzero().squeeze(1).to(module.weight.device)
+                if len(channels):
+                    fill = means[kind][layer][channels.cpu()] if means else torch.zeros(len(channels))
+                    handles.append(module.register_forward_pre_hook(_hold(channels, fill.to(module.weight))))
         assert len(handles) == n_touched, f"{len(handles)} modules hooked, {n_touched} expected"
         yield model
     finally:
@@ -75,6 +77,7 @@ def without_units(model: nn.Module, units: UnitSet, means: PerUnit | None = None
 
 
 def check_shape(model: nn.Module, units: UnitSet) -> models.ModelShape:
+    """The model's shape; ``ValueError`` unless the set (or the per-unit values) has it too."""
     shape = models.shape_of(model)
     for kind in models.KINDS:
         expected = (shape.n_layers, shape.n_channels(kind))
@@ -95,7 +98,7 @@ class SmallWriter(nn.Module):
             bias = bias + old.bias.detach()
         self.weight = nn.Parameter(weight[:, kept].clone())
         self.bias = nn.Parameter(bias)
-        self.register_buffer("kept", kept.nonzero().squeeze(1), persistent=False)
+        self.register_buffer("kept", kept.nonzero().squeeze(1).to(weight.device), persistent=False)
 
     def forward(self, values: Tensor) -> Tensor:
         return nn.functional.linear(values.index_select(-1, self.kept), self.weight, self.bias)
@@ -114,7 +117,7 @@ class SmallReader(nn.Module):
         self.weight = nn.Parameter(weight[kept].clone())
         bias = getattr(old, "bias", None)
         self.bias = None if bias is None else nn.Parameter(bias.detach()[kept].clone())
-        self.register_buffer("kept", kept.nonzero().squeeze(1), persistent=False)
+        self.register_buffer("kept", kept.nonzero().squeeze(1).to(weight.device), persistent=False)
 
     def forward(self, values: Tensor) -> Tensor:
         rows = nn.functional.linear(values, self.weight, self.bias)

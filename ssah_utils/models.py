@@ -178,7 +178,7 @@ def fingerprint(model: nn.Module) -> str:
     digest = hashlib.sha256(repr(shape_of(model)).encode())
     for name, parameter in sorted(model.named_parameters()):
         flat = parameter.detach().reshape(-1)
-        sample = flat[:: max(1, flat.numel() // 1024)][:1024].to(torch.bfloat16).cpu()
+        sample = flat[:: -(-flat.numel() // 1024)].to(torch.bfloat16).cpu()
         digest.update(name.encode() + sample.view(torch.int16).numpy().tobytes())
     return digest.hexdigest()[:16]
 
@@ -215,7 +215,7 @@ def load(name: str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> 
     folder = resolve(name)
     tokenizer = load_tokenizer(name)
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, trust_remote_code=False)
     except OSError as error:
         raise ConnectionError(_not_loadable(name)) from error
     return model.to(device).eval(), tokenizer
@@ -224,8 +224,10 @@ def load(name: str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a model, without its weights."""
     try:
-        return AutoTokenizer.from_pretrained(resolve(name))
-    except OSError as error:
+        return AutoTokenizer.from_pretrained(resolve(name), trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        if Path(name).is_dir():
+            raise ValueError(f"model folder '{name}' has no usable tokenizer: {_first_line(error)}") from error
         raise ConnectionError(_not_loadable(name)) from error
 
 
@@ -253,12 +255,20 @@ def check_reachable(name: str) -> None:
     if name in (EMBEDDED, TINY_RANDOM):
         return
     folder = resolve(name)
+    is_local = Path(folder).is_dir()
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=not assets.hub_answers())
-    except OSError as error:
+        local_only = is_local or not assets.hub_answers()
+        config = AutoConfig.from_pretrained(folder, local_files_only=local_only, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        if is_local or not isinstance(error, OSError):
+            raise ValueError(f"model '{name}' cannot be used: {_first_line(error)}") from error
         raise ConnectionError(_not_loadable(name)) from error
     if config.model_type not in ARCHITECTURES:
         raise ValueError(f"architecture '{config.model_type}' of '{name}' is not supported (there: {', '.join(ARCHITECTURES)})")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _not_loadable(name: str) -> str:

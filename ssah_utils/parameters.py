@@ -1,10 +1,11 @@
-"""What a valid notebook parameter is, by its name. Checked by the runner before any kernel starts.
+"""What a valid notebook parameter is, by its name. Checked by the runner before any kernel starts. Knows names, not notebooks.
 
 A parameter's type is that of its default in the notebook; its meaning is told by its name: ``*_fraction`` lies in [0, 1],
 ``n_*`` counts, ``*_data`` names a data set, ``*model`` a model.
 """
 
 from functools import cache
+from pathlib import Path
 
 from ssah_utils.models import EMBEDDED, TINY_RANDOM, check_reachable, load_tokenizer
 from ssah_utils.prompts import POSITIONS, check_dataset, load_dataset, set_chat_template
@@ -23,8 +24,12 @@ def check(values: dict) -> None:
         if name.endswith("_fraction"):
             check_fractions(**{name: value})
         elif name.endswith("_fractions"):
+            if not value or not all(type(item) in (int, float) for item in value):
+                raise ValueError(f"{name} takes a list of numbers, not {value!r}")
             for item in value:
                 check_fractions(**{name: item})
+        elif (name in ("learning_rate", "epochs") and value <= 0) or (name == "seed" and value < 0):
+            raise ValueError(f"{name} is {value}, which is too small")
         elif name.startswith("n_") or name.endswith(("_tokens", "_size")):
             if value < 1:
                 raise ValueError(f"{name} is {value}, but at least 1 is needed")
@@ -32,7 +37,9 @@ def check(values: dict) -> None:
             raise ValueError(f"{name} is '{value}', but one of {', '.join(CHOICES[name])} is needed")
         elif name.endswith("_data"):
             check_readable(value)
-        elif name.endswith("model") and value:
+        elif name == "chat_template" and value and not Path(value).is_file():
+            raise FileNotFoundError(f"chat_template '{value}' does not exist: give the path of a Jinja file")
+        elif name == "model" or (name.endswith("_model") and value):
             check_reachable(value)
             if value not in (EMBEDDED, TINY_RANDOM):
                 set_chat_template(load_tokenizer(value), values.get("chat_template", ""))

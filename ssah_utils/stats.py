@@ -56,13 +56,14 @@ def rate_table(rows: pd.DataFrame, by: list[str] | str, columns: list[str]) -> p
     """Mean, low, high of each column per group of rows: Wilson for True/False columns, bootstrap for numbers."""
 
     def interval(values: pd.Series) -> tuple[float, float, float]:
-        values = values.dropna()
+        values = values.infer_objects()
         return proportion_interval(values) if values.dtype == bool else mean_interval(values)
 
     records = []
     for key, group in rows.groupby(by, sort=False, observed=True):
         for column in columns:
-            mean, low, high = interval(group[column])
+            values = group[column].dropna()
+            mean, low, high = interval(values)
             keys = dict(zip([by] if isinstance(by, str) else by, key if isinstance(key, tuple) else (key,), strict=True))
-            records.append(keys | {"metric": column, "mean": mean, "low": low, "high": high, "n": len(group)})
+            records.append(keys | {"metric": column, "mean": mean, "low": low, "high": high, "n": len(values)})
     return pd.DataFrame(records)

@@ -103,9 +103,11 @@ def fine_tune(
             data_collator=DataCollatorForSeq2Seq(tokenizer, padding=True, label_pad_token_id=-100),
             callbacks=[StopOnNaN(), *callbacks],
         )
-        with contextlib.redirect_stdout(io.StringIO()):  # the Trainer prints its final log as a bare dict
-            trainer.train()
-    model.set_attn_implementation(attention)
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):  # the Trainer prints its final log as a bare dict
+                trainer.train()
+        finally:
+            model.set_attn_implementation(attention)
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
@@ -162,7 +164,7 @@ def fine_tuned(
     recipe = {"base": models.fingerprint(model), "examples": examples, "config": asdict(config), "torch": torch.__version__}
     folder = cache_dir() / "trained" / sha256_of(recipe)[:16]
     if folder.exists():
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device).eval()
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True).to(device).eval()
         return model, folder, json.loads((folder / "loss.json").read_text())
     require_space(folder.parent, 6 * sum(p.numel() for p in model.parameters()))
     losses = fine_tune(model, tokenizer, examples, config, (ReportSteps(report),))

@@ -47,7 +47,7 @@ def check_fractions(**fractions: float) -> None:
     for name, value in fractions.items():
         if not 0 <= value <= 1:
             raise ValueError(f"{name} is {value}, but a fraction lies in [0, 1]")
-    if sum(fractions.values()) > 1:
+    if sum(fractions.values()) > 1 + 1e-9:
         raise ValueError(f"{' + '.join(fractions)} is {sum(fractions.values()):.3g}, more than all units (1)")
 
 

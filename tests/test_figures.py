@@ -222,8 +222,10 @@ def test_units_without_scores_name_the_stage_to_run_again(source, tmp_path, quic
 
 def run_folder(root: Path, profile: str, model: str, seed: int, age: int) -> Path:
     folder = root / profile / model / f"seed-{seed}"
-    folder.mkdir(parents=True)
-    os.utime(folder, (1_000_000 - age, 1_000_000 - age))
+    stamp = folder / "01_alignment" / "stamp.json"
+    stamp.parent.mkdir(parents=True)
+    stamp.write_text("{}")
+    os.utime(stamp, (1_000_000 - age, 1_000_000 - age))
     return folder
 
 

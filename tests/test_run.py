@@ -296,6 +296,7 @@ class Pipeline:
         for cell in notebook.cells:
             if cell.cell_type == "code":
                 exec(cell.source, space)
+                cell.execution_count = 1
                 if "parameters" in cell.metadata.get("tags", []):
                     space |= parameters
         nbformat.write(notebook, target)

@@ -115,9 +115,9 @@ _CANNOT = (
     r"(?:decline|refuse|say no)|decline|refuse|['’]d rather not|would rather not)"
 )
 _HELP = (
-    r"(?:help|assist|provide|support|comply|fulfill?|feel comfortable|share|write|create|generate|give|offer|do|answer|engage|"
-    r"participate|take part|go along|promote|condone|encourage|discuss|produce|say|plan|teach|explain|be part|be involved|proceed|"
-    r"continue)"
+    r"(?:help|assist|provide|support|comply|fulfill?|feel comfortable|share|write|create|generate|give|offer|do|answer|"
+    r"engage|participate|take part|go along|promote|condone|encourage|discuss|produce|say|plan|teach|explain|be part|"
+    r"be involved|proceed|continue)"
 )
 REFUSAL_PATTERNS = tuple(
     re.compile(pattern, re.IGNORECASE)

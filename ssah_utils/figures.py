@@ -284,6 +284,9 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--to", type=Path, default=ROOT / "figures", help="folder for the files (default: figures)")
     options = parser.parse_args(arguments)
+    if not (ROOT / "notebooks" / "profiles" / f"{options.profile}.yaml").exists():
+        print(f"error: unknown profile '{options.profile}'", file=sys.stderr)
+        return 2
     set_style()
     source = find_source(options.profile)
     problems = redraw(source, options.to)

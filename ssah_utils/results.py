@@ -10,6 +10,7 @@ import platform
 import random
 import resource
 import subprocess
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -78,7 +79,7 @@ class Run:
                 "commit": commit(),
                 "inputs": {f"{path.parent.name}/{path.name}": sha256_of_file(path) for path in inputs or []},
                 "seconds": round(time.monotonic() - self.started, 1),
-                "peak_memory_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
+                "peak_memory_gib": peak_memory_gib(),
                 "tables": {
                     name: json.loads(table.to_json(orient="records", double_precision=8)) for name, table in tables.items()
                 },
@@ -103,6 +104,12 @@ def start(stage: str, profile: str, model: str, seed: int, **parameters) -> Run:
     print(f"{stage} · profile {profile} · model {model} · seed {seed}")
     print(f"python {platform.python_version()} · torch {torch.__version__} · {device}")
     return Run(stage, folder, {"profile": profile, "model": model, "seed": seed} | parameters)
+
+
+def peak_memory_gib() -> float:
+    """Largest resident memory of this process so far; the system counts in KiB, on macOS in bytes."""
+    unit = 2**30 if sys.platform == "darwin" else 2**20
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 2)
 
 
 def load_result(path: Path) -> dict:

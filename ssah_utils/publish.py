@@ -51,7 +51,9 @@ def with_outputs(source: nbformat.NotebookNode, executed: nbformat.NotebookNode)
         done = by_id.get(cell.id)
         if done is None or done.source != cell.source:
             raise ValueError(f"cell {count} has changed since the run: execute the notebook again before publishing")
-        cell.outputs, cell.execution_count = done.outputs, count
+        # what libraries say on stderr is about the machine it ran on, not about the finding
+        cell.outputs = [output for output in done.outputs if output.get("name") != "stderr"]
+        cell.execution_count = count
         for output in cell.outputs:
             if output.output_type == "execute_result":
                 output.execution_count = count

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+import transformers
 from datasets import Dataset
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -26,7 +27,7 @@ from transformers import (
 )
 
 from ssah_utils import models
-from ssah_utils.files import cache_dir, complete_only, require_space, sha256_of, write_json
+from ssah_utils.files import cache_dir, complete_only, require_space, sha256_of, sha256_of_file, write_json
 
 
 @dataclass(frozen=True)
@@ -161,7 +162,8 @@ def fine_tuned(
     normal Hugging Face checkpoint) and the loss curve.
     """
     model, _ = models.load(base, device=device)
-    recipe = {"base": models.fingerprint(model), "examples": examples, "config": asdict(config), "torch": torch.__version__}
+    recipe = {"base": models.fingerprint(model), "examples": examples, "config": asdict(config)}
+    recipe |= {"code": sha256_of_file(__file__), "torch": torch.__version__, "transformers": transformers.__version__}
     folder = cache_dir() / "trained" / sha256_of(recipe)[:16]
     if folder.exists():
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True).to(device).eval()

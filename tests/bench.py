@@ -48,7 +48,7 @@ def scoring_over_forward(model: nn.Module, tokenizer, n_requests: int = 96, repe
     return statistics.median(ratios)
 
 
-def generation_speedup(model: nn.Module, tokenizer, n_prompts: int = 128, new_tokens: int = 24) -> tuple[float, float]:
+def generation_speedup(model: nn.Module, tokenizer, n_prompts: int = 96, new_tokens: int = 24) -> tuple[float, float]:
     """Speed-up, and the share of answers that are the same to the letter."""
     rendered = prompts.render(tokenizer, prompts.load_dataset("helpful")["prompt"].tolist()[:n_prompts])
     config = GenerationConfig(max_new_tokens=new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id,

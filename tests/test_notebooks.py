@@ -6,6 +6,7 @@ import sys
 
 import nbformat
 import pytest
+from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
 
 from ssah_utils import run
@@ -18,7 +19,7 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 def test_notebooks_run_in_order_under_profile_smoke(tmp_path):
     """nbval cannot inject parameters, so it is given copies that carry the profile's."""
     for stage in run.plan("smoke", []):
-        notebook = parameterize_notebook(nbformat.read(stage.notebook, as_version=4), stage.parameters)
+        notebook = parameterize_notebook(load_notebook_node(str(stage.notebook)), stage.parameters)
         for cell in notebook.cells:  # lax mode compares no output, but stale ones would be shown on failure
             if cell.cell_type == "code":
                 cell.outputs, cell.execution_count = [], None

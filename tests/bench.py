@@ -32,7 +32,7 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 @torch.inference_mode()
-def scoring_over_forward(model: nn.Module, tokenizer, n_requests: int = 96, repeats: int = 5) -> float:
+def scoring_over_forward(model: nn.Module, tokenizer, n_requests: int = 32, repeats: int = 3) -> float:
     """Median of pairwise ratios, the two passes taking turns."""
     table = prompts.load_dataset("refusal-labels")[:n_requests]  # has real responses of everyday length
     rendered = prompts.render(tokenizer, table["prompt"].tolist())
@@ -48,7 +48,7 @@ def scoring_over_forward(model: nn.Module, tokenizer, n_requests: int = 96, repe
     return statistics.median(ratios)
 
 
-def generation_speedup(model: nn.Module, tokenizer, n_prompts: int = 96, new_tokens: int = 24) -> tuple[float, float]:
+def generation_speedup(model: nn.Module, tokenizer, n_prompts: int = 64, new_tokens: int = 24) -> tuple[float, float]:
     """Speed-up, and the share of answers that are the same to the letter."""
     rendered = prompts.render(tokenizer, prompts.load_dataset("helpful")["prompt"].tolist()[:n_prompts])
     config = GenerationConfig(max_new_tokens=new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id,
@@ -66,7 +66,7 @@ def generation_speedup(model: nn.Module, tokenizer, n_prompts: int = 96, new_tok
     results: dict[str, list[str]] = {}
     single = seconds(lambda: results.update(single=one_by_one()))
     batched = seconds(
-        lambda: results.update(batched=evaluation.generate(model, tokenizer, rendered, new_tokens, batch_size=128))
+        lambda: results.update(batched=evaluation.generate(model, tokenizer, rendered, new_tokens, batch_size=64))
     )
     same = sum(a == b for a, b in zip(results["single"], results["batched"], strict=True)) / n_prompts
     return single / batched, same

@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 
 from ssah_utils.models import EMBEDDED, TINY_RANDOM, check_reachable, load_tokenizer
-from ssah_utils.prompts import POSITIONS, check_dataset, load_dataset, set_chat_template
+from ssah_utils.prompts import POSITIONS, load_dataset, set_chat_template
 from ssah_utils.units import check_fractions
 
 CHOICES = {
@@ -51,5 +51,4 @@ def check(values: dict) -> None:
 @cache
 def check_readable(name: str) -> None:
     """A data set that is unknown, malformed or out of reach is reported before anything runs."""
-    check_dataset(name)
     load_dataset(name)

@@ -20,6 +20,7 @@ import yaml
 from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from ssah_utils.arithmetic import is_correct
 from ssah_utils.files import cache_dir, sha256_of, write_json
 from ssah_utils.prompts import DATA, IGNORED, encode, load_refusals, render, right_padded
 
@@ -253,6 +254,14 @@ def cloze(model: nn.Module, tokenizer: PreTrainedTokenizerBase, limit: int | Non
         outcome = lm_eval.evaluate(harness, {task.config.task: task}, limit=limit, bootstrap_iters=0, log_samples=True)
     samples = outcome["samples"][task.config.task]
     return pd.DataFrame({"id": [s["doc"]["id"] for s in samples], "correct": [s["acc_norm"] == 1.0 for s in samples]})
+
+
+def exact_match(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, rendered: list[str], responses: list[str], max_new_tokens: int = 24
+) -> list[bool]:
+    """Whether each greedy answer ends in the number its reference response ends in."""
+    answers = generate(model, tokenizer, rendered, max_new_tokens)
+    return [is_correct(answer, response) for answer, response in zip(answers, responses, strict=True)]
 
 
 def cloze_task() -> dict:

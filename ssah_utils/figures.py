@@ -17,6 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 
+from ssah_utils import training_figures
 from ssah_utils.results import CONTROL, GROUP_COLOURS, INK, REFERENCE, ROOT, load_result, runs_root, save_figure, set_style
 from ssah_utils.units import GROUPS, load_partition, to_table
 
@@ -243,6 +244,9 @@ FIGURES: dict[str, dict[str, Callable]] = {
     "03_units": {"score_histograms": score_histograms, "score_scatter": score_scatter, "group_map": group_map,
                  "unit_grid": unit_grid},
     "04_ablation": {"ablation_groups": ablation_groups, "ablation_curve": ablation_curve},
+    "05_transfer": {name: getattr(training_figures, name) for name in ("transfer_flow", "transfer_heat", "transfer_path")},
+    "06_freezing": {name: getattr(training_figures, name) for name in ("freezing_paths", "frontier", "freezing_rates")},
+    "07_redundant_units": {"alignment_budget": training_figures.alignment_budget},
 }  # fmt: skip
 FROM_UNITS = "03_units"  # drawn from units.safetensors, the others from the tables in result.json
 

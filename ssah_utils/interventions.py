@@ -23,9 +23,9 @@ def ablated(model: nn.Module, units: UnitSet, means: PerUnit | None = None) -> I
     Works on the input of o_proj / down_proj, so no weight is touched and leaving the block restores the model exactly.
     Raises ``ValueError`` when the set's shape is not the model's.
     """
-    check_shape(model, units)
+    models.check_per_unit(model, units)
     if means:
-        check_shape(model, means)
+        models.check_per_unit(model, means)
     handles = []
     n_touched = sum(int(chosen.any(1).sum()) for chosen in units.values())
     try:
@@ -56,7 +56,7 @@ def without_units(model: nn.Module, units: UnitSet, means: PerUnit | None = None
 
     Writer columns are dropped, and reader rows whose channels are all dropped. A mean becomes a bias of the writer.
     """
-    shape = check_shape(model, units)
+    shape = models.check_per_unit(model, units)
     small = copy.deepcopy(model)
     architecture = models.architecture_of(model)
     for kind in models.KINDS:
@@ -74,17 +74,6 @@ def without_units(model: nn.Module, units: UnitSet, means: PerUnit | None = None
                 offsets = [r.offset(shape) for r in architecture.readers[kind] if r.path == path]
                 _replace(block, path, lambda old, n=needed, o=offsets: SmallReader(old, n, o))
     return small
-
-
-def check_shape(model: nn.Module, units: UnitSet) -> models.ModelShape:
-    """The model's shape; ``ValueError`` unless the set (or the per-unit values) has it too."""
-    shape = models.shape_of(model)
-    for kind in models.KINDS:
-        expected = (shape.n_layers, shape.n_channels(kind))
-        found = tuple(units[kind].shape)
-        if found != expected:
-            raise ValueError(f"the unit set has {found} {kind} units, the model has {expected} (blocks, channels)")
-    return shape
 
 
 class SmallWriter(nn.Module):

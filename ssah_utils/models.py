@@ -158,6 +158,40 @@ def squared_column_norms(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
+def squared_gradients(model: nn.Module) -> dict[str, Tensor]:
+    """Sum of squared gradients over the entries each unit owns: ``{kind: (n_layers, n_channels) float64}``.
+
+    After a backward pass. A value row that several channels share counts for each of them.
+    """
+    shape, architecture = shape_of(model), architecture_of(model)
+    squared = {}
+    for kind in KINDS:
+        rows, layers = reader_rows(shape, kind), []
+        for block in blocks_of(model):
+            total = _gradient(block.get_submodule(architecture.writers[kind])).square().sum(0)
+            for reader in architecture.readers[kind]:
+                of_rows = _gradient(block.get_submodule(reader.path)).square().sum(1)
+                total = total + of_rows[reader.offset(shape) + rows.to(of_rows.device)]
+            layers.append(total.cpu())
+        squared[kind] = torch.stack(layers)
+    return squared
+
+
+def _gradient(module: nn.Module) -> Tensor:
+    """Gradient of a linear map's weight as (out, in) float64."""
+    return (module.weight.grad.T if is_transposed(module) else module.weight.grad).double()
+
+
+def check_per_unit(model: nn.Module, values: dict[str, Tensor]) -> ModelShape:
+    """The model's shape; ``ValueError`` unless a set of units, or values per unit, has it too."""
+    shape = shape_of(model)
+    for kind in KINDS:
+        expected, found = (shape.n_layers, shape.n_channels(kind)), tuple(values[kind].shape)
+        if found != expected:
+            raise ValueError(f"the unit set has {found} {kind} units, the model has {expected} (blocks, channels)")
+    return shape
+
+
 def reader_rows(shape: ModelShape, kind: str) -> Tensor:
     """Row of the reader matrix (before its offset) that feeds each channel: (n_channels,) int64.
 

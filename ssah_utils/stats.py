@@ -1,8 +1,12 @@
-"""Intervals and tests for what the notebooks report. numpy, pandas and scipy only."""
+"""Intervals and tests for what the notebooks report. numpy, pandas, scipy and scikit-learn only."""
 
 import numpy as np
 import pandas as pd
 from scipy import stats
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import StratifiedKFold, cross_val_predict
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 
 RESAMPLES = 2000
 
@@ -40,6 +44,34 @@ def paired_difference(a: np.ndarray, b: np.ndarray, seed: int = 0) -> dict[str, 
         rng=np.random.default_rng(seed),
     )  # fmt: skip
     return {"difference": mean, "low": low, "high": high, "p": float(test.pvalue)}
+
+
+def auc(scores: np.ndarray, labels: np.ndarray) -> float:
+    """Probability that a True has a higher score than a False (ties count one half); NaN when one of them is missing."""
+    scores, labels = np.asarray(scores, dtype=float), np.asarray(labels, dtype=bool)
+    if labels.all() or not labels.any():
+        return float("nan")
+    return float(stats.mannwhitneyu(scores[labels], scores[~labels]).statistic / (labels.sum() * (~labels).sum()))
+
+
+def auc_interval(scores: np.ndarray, labels: np.ndarray, seed: int = 0) -> tuple[float, float, float]:
+    """AUC and its percentile-bootstrap interval over cases."""
+    scores, labels = np.asarray(scores, dtype=float), np.asarray(labels, dtype=bool)
+    rng = np.random.default_rng(seed)
+    draws = (rng.integers(0, len(labels), len(labels)) for _ in range(RESAMPLES // 4))
+    values = [auc(scores[rows], labels[rows]) for rows in draws]
+    low, high = np.nanquantile(values, [0.025, 0.975])
+    return auc(scores, labels), float(low), float(high)
+
+
+def out_of_fold(features: np.ndarray, labels: np.ndarray, seed: int = 0) -> np.ndarray:
+    """Logistic-regression scores of every case from a fit on the other folds; constant where only one label occurs."""
+    counts = np.bincount(labels.astype(int), minlength=2)
+    if counts.min() < 2:
+        return np.zeros(len(labels))
+    folds = StratifiedKFold(min(5, counts.min()), shuffle=True, random_state=seed)
+    return cross_val_predict(make_pipeline(StandardScaler(), LogisticRegression()), features, labels, cv=folds,
+                             method="decision_function")  # fmt: skip
 
 
 def holm(p_values: list[float]) -> list[float]:

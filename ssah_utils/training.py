@@ -1,14 +1,16 @@
-"""Supervised fine-tuning on prompt/response pairs with the Hugging Face ``Trainer``.
+"""Fine-tuning of all parameters or of some units: supervised (Hugging Face ``Trainer``) or by preference (TRL).
 
-Knows models and token sequences. Does not know data sets, scores or notebooks.
+Knows models, token sequences and sets of units. Does not know data sets, scores or notebooks.
 """
 
 import contextlib
+import copy
+import ctypes
+import hashlib
 import io
 import json
-import math
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -17,17 +19,11 @@ import transformers
 from datasets import Dataset
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from transformers import (
-    AutoModelForCausalLM,
-    DataCollatorForSeq2Seq,
-    PreTrainedTokenizerBase,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-)
+from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 
 from ssah_utils import models
 from ssah_utils.files import cache_dir, complete_only, require_space, sha256_of, sha256_of_file, write_json
+from ssah_utils.partial import UnitSet, training_only
 
 
 @dataclass(frozen=True)
@@ -47,6 +43,7 @@ class ResponseTrainer(Trainer):
     """``Trainer`` whose language-model head runs only where a label is; the loss is the same cross-entropy.
 
     TRL's SFTTrainer has this on Triton devices; on a CPU it scores every position and leaves ``forward`` patched.
+    A loss or gradient that is not finite stops the training before it reaches the parameters.
     """
 
     def compute_loss(
@@ -57,6 +54,15 @@ class ResponseTrainer(Trainer):
         num_items_in_batch: Tensor | None = None,
     ) -> Tensor:
         plain = self.accelerator.unwrap_model(model)
+        if hasattr(plain, "peft_config"):  # prefixes enter through the wrapper's forward alone
+            inputs = {name: inputs[name] for name in ("input_ids", "attention_mask", "labels")}
+            loss = super().compute_loss(model, inputs, False, num_items_in_batch)
+        else:
+            loss = self._response_loss(plain, inputs, num_items_in_batch)
+        self._require_finite(loss, "loss")
+        return loss
+
+    def _response_loss(self, plain: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Tensor | None) -> Tensor:
         labels = inputs["labels"][:, 1:]
         carries_loss = labels != -100
         with self.accelerator.autocast():  # the Trainer wraps model.forward only, which is bypassed here
@@ -67,11 +73,24 @@ class ResponseTrainer(Trainer):
         total = cross_entropy(logits.float(), labels[carries_loss], reduction="sum")
         return total / (carries_loss.sum() if num_items_in_batch is None else num_items_in_batch)
 
+    def _clip_grad_norm(self, model: nn.Module) -> Tensor:
+        norm = super()._clip_grad_norm(model)
+        self._require_finite(norm, "gradient")
+        return norm
 
-class StopOnNaN(TrainerCallback):
-    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
-        if not math.isfinite((logs or {}).get("loss", 0.0)):
-            raise FloatingPointError(f"loss is not finite at step {state.global_step}: lower the learning rate")
+    def _require_finite(self, value: Tensor | float, what: str) -> None:
+        if not torch.isfinite(torch.as_tensor(value)):
+            done = self.state.global_step
+            raise FloatingPointError(
+                f"{what} is not finite at step {done + 1}: lower the learning rate (the model is as after step {done})"
+            )
+
+
+def evaluation_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A copy to measure on while the original goes on training: in evaluation mode, in another precision."""
+    twin = copy.deepcopy(model).to(dtype).eval()
+    twin.set_attn_implementation("sdpa")
+    return twin
 
 
 class ReportSteps(TrainerCallback):
@@ -82,6 +101,54 @@ class ReportSteps(TrainerCallback):
         self.report(state.global_step, state.max_steps)
 
 
+class AtSteps(TrainerCallback):
+    """Call ``measure(step)`` after the given numbers of steps, the model in evaluation mode; 0 is before the first."""
+
+    def __init__(self, steps: Iterable[int], measure: Callable[[int], None]) -> None:
+        self.steps, self.measure = set(steps), measure
+
+    def on_train_begin(self, args, state, control, model: nn.Module, **kwargs) -> None:
+        self._measure_at(state.global_step, model)
+
+    def on_step_end(self, args, state, control, model: nn.Module, **kwargs) -> None:
+        self._measure_at(state.global_step, model)
+
+    def _measure_at(self, step: int, model: nn.Module) -> None:
+        if step in self.steps:
+            model.eval()
+            with torch.random.fork_rng(devices=[]):
+                self.measure(step)
+            model.train()
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc to keep freed memory for the next step; elsewhere do nothing.
+
+    By default it hands large blocks back to the system, which gives them out again page by page, zeroed: a quarter of
+    the time of a training step on a CPU.
+    """
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+        libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
+    except (OSError, AttributeError):
+        pass
+
+
+@contextlib.contextmanager
+def _cpu_settings(model: nn.Module) -> Iterator[None]:
+    """What makes training on a CPU faster; on other devices, nothing."""
+    attention = model.config._attn_implementation
+    if model.device.type == "cpu":
+        keep_freed_memory()
+        model.set_attn_implementation("eager")  # the backward pass of the fused kernel is slower at these lengths
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # trainers print their final log as a bare dict
+            yield
+    finally:
+        model.set_attn_implementation(attention)
+
+
 def fine_tune(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
@@ -89,26 +156,25 @@ def fine_tune(
     config: SFTConfig,
     callbacks: tuple[TrainerCallback, ...] = (),
 ) -> list[float]:
-    """Train all parameters in place (float32 weights, bfloat16 autocast where native); returns the loss of every step."""
+    """Train what is trainable, in place; returns the loss of every step.
+
+    A float32 model is trained under bfloat16 autocast where that is native. Raises ``ValueError`` for examples without a
+    response token and ``FloatingPointError`` for a loss or gradient that is not finite.
+    """
     if not examples:
         raise ValueError("nothing to train on: the list of examples is empty")
-    device = next(model.parameters()).device.type
-    attention = model.config._attn_implementation
-    if device == "cpu":  # the backward pass of the fused kernel takes a quarter of a step at these lengths
-        model.set_attn_implementation("eager")
-    with tempfile.TemporaryDirectory() as folder:
+    for number, example in enumerate(examples):
+        if all(label == -100 for label in example["labels"]):
+            raise ValueError(f"example {number} has no response token to learn: {tokenizer.decode(example['input_ids'])!r}")
+    with tempfile.TemporaryDirectory() as folder, _cpu_settings(model):
         trainer = ResponseTrainer(
             model=model,
-            args=training_arguments(folder, config, device),
+            args=training_arguments(folder, config, model),
             train_dataset=with_prompt_length(examples),
             data_collator=DataCollatorForSeq2Seq(tokenizer, padding=True, label_pad_token_id=-100),
-            callbacks=[StopOnNaN(), *callbacks],
+            callbacks=list(callbacks),
         )
-        try:
-            with contextlib.redirect_stdout(io.StringIO()):  # the Trainer prints its final log as a bare dict
-                trainer.train()
-        finally:
-            model.set_attn_implementation(attention)
+        trainer.train()
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
@@ -122,57 +188,189 @@ def with_prompt_length(examples: list[dict[str, list[int]]]) -> Dataset:
     return Dataset.from_list(examples).add_column("prompt_length", lengths)
 
 
-def training_arguments(folder: str, config: SFTConfig, device: str) -> TrainingArguments:
+def training_arguments(folder: str, config: SFTConfig, model: nn.Module) -> TrainingArguments:
     return TrainingArguments(
-        output_dir=folder,
-        learning_rate=config.learning_rate,
-        num_train_epochs=config.epochs,
-        max_steps=config.max_steps,
-        per_device_train_batch_size=config.batch_size,
-        warmup_steps=config.warmup_steps,
-        weight_decay=config.weight_decay,
-        seed=config.seed,
-        lr_scheduler_type="linear",
-        optim="adamw_torch_fused",
-        bf16=models.preferred_dtype(device) == torch.bfloat16,
-        use_cpu=device == "cpu",
+        **common_arguments(folder, config, model),
         train_sampling_strategy="group_by_length",
         length_column_name="prompt_length",
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        logging_steps=1,
-        logging_nan_inf_filter=False,
-        save_strategy="no",
-        report_to="none",
-        dataloader_pin_memory=device != "cpu",
     )
+
+
+def common_arguments(folder: str, config: SFTConfig, model: nn.Module) -> dict:
+    """What supervised and preference training share, as keyword arguments of ``TrainingArguments``."""
+    device = model.device.type
+    return {
+        "output_dir": folder,
+        "learning_rate": config.learning_rate,
+        "num_train_epochs": config.epochs,
+        "max_steps": config.max_steps,
+        "per_device_train_batch_size": config.batch_size,
+        "warmup_steps": config.warmup_steps,
+        "weight_decay": config.weight_decay,
+        "seed": config.seed,
+        "lr_scheduler_type": "linear",
+        "optim": "adamw_torch_fused",
+        "bf16": model.dtype == torch.float32 and models.preferred_dtype(device) == torch.bfloat16,
+        "use_cpu": device == "cpu",
+        "disable_tqdm": True,
+        "remove_unused_columns": False,
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,
+        "save_strategy": "no",
+        "report_to": "none",
+        "dataloader_pin_memory": device != "cpu",
+    }
+
+
+def prefer(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: list[dict[str, str]],
+    config: SFTConfig,
+    beta: float = 0.1,
+    callbacks: tuple[TrainerCallback, ...] = (),
+) -> list[float]:
+    """Direct preference optimisation (Rafailov et al. 2023) with TRL, in place; returns the loss of every step.
+
+    ``pairs`` have a rendered ``prompt``, a ``chosen`` and a ``rejected`` answer. The reference is the model as it comes
+    in, read once before the first step.
+    """
+    from trl import DPOConfig, DPOTrainer  # slow to import
+
+    if not pairs:
+        raise ValueError("nothing to train on: the list of pairs is empty")
+    with tempfile.TemporaryDirectory() as folder, _cpu_settings(model), contextlib.redirect_stderr(io.StringIO()):
+        trainer = DPOTrainer(
+            model=model,
+            args=DPOConfig(
+                **common_arguments(folder, config, model), beta=beta, gradient_checkpointing=False,
+                precompute_ref_log_probs=True,
+            ),
+            train_dataset=Dataset.from_list(pairs),
+            processing_class=tokenizer,
+            callbacks=[StopOnNaN(), *callbacks],
+        )  # fmt: skip
+        trainer.train()
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+class StopOnNaN(TrainerCallback):
+    """For trainers that are not ours: stop at the first loss that is not finite."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        if not torch.isfinite(torch.tensor(float((logs or {}).get("loss", 0.0)))):
+            raise FloatingPointError(f"loss is not finite at step {state.global_step}: lower the learning rate")
+
+
+# -------------------------------------------------------------------------------------------- parameter-efficient methods
+
+PEFT_METHODS = {"lora": tuple(models.ARCHITECTURES), "llama-adapter": ("llama", "mistral", "gpt2"),
+                "prefix": tuple(models.ARCHITECTURES)}  # fmt: skip
+
+
+def with_adapter(model: nn.Module, method: str) -> nn.Module:
+    """The model wrapped by PEFT, its own parameters frozen: ``lora``, ``llama-adapter`` or ``prefix``.
+
+    Sizes are those of PEFT's documentation. Raises ``ValueError`` that names what the architecture supports.
+    """
+    import peft  # slow to import
+
+    shape = models.shape_of(model)
+    model_type = shape.model_type
+    supported = [name for name, types in PEFT_METHODS.items() if model_type in types]
+    if shape.d_model != shape.n_heads * shape.head_dim and "llama-adapter" in supported:
+        supported.remove("llama-adapter")  # PEFT computes the number of key heads from the hidden size
+    if method not in supported:
+        raise ValueError(
+            f"PEFT method '{method}' is not available for architecture '{model_type}' (there: {', '.join(supported)})"
+        )
+    task = peft.TaskType.CAUSAL_LM
+    n_layers = model.config.num_hidden_layers
+    config = {
+        "lora": lambda: peft.LoraConfig(task_type=task, r=8, lora_alpha=16, target_modules="all-linear"),
+        "llama-adapter": lambda: peft.AdaptionPromptConfig(task_type=task, adapter_len=10, adapter_layers=max(1, n_layers - 2)),
+        "prefix": lambda: peft.PrefixTuningConfig(task_type=task, num_virtual_tokens=20),
+    }[method]()
+    return peft.get_peft_model(model, config)
+
+
+# ---------------------------------------------------------------------------------------------------------------- cache
+
+
+def hash_of_units(units: UnitSet) -> str:
+    digest = hashlib.sha256()
+    for kind in sorted(units):
+        digest.update(kind.encode() + units[kind].cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def recipe_of(base: nn.Module, data: list[dict], config: SFTConfig, **more) -> dict:
+    """Everything that makes a trained model: the key under which it, or what was measured on it, is remembered."""
+    code = {name: sha256_of_file(Path(__file__).with_name(name)) for name in ("training.py", "partial.py")}
+    recipe = {"base": models.fingerprint(base), "dtype": str(base.dtype), "data": data, "config": asdict(config)}
+    return recipe | more | {"code": code, "torch": torch.__version__, "transformers": transformers.__version__}
 
 
 def fine_tuned(
     base: str,
     tokenizer: PreTrainedTokenizerBase,
-    examples: list[dict[str, list[int]]],
+    data: list[dict],
     config: SFTConfig,
     device: str = "cpu",
     report: Callable[[int, int], None] = lambda done, total: None,
+    only: UnitSet | None = None,
+    method: str = "sft",
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[nn.Module, Path, list[float]]:
-    """Fine-tune a copy of model ``base``, or load it when the same base, examples and settings were trained before.
+    """Fine-tune a copy of model ``base``, or load it when the same base, data and settings were trained before.
 
-    ``report`` is called with the steps done and their number. Returns the float32 model, its folder in the cache (a
-    normal Hugging Face checkpoint) and the loss curve.
+    ``data``: token examples for ``method`` "sft", preference pairs for "dpo". ``only``: the units to train, everything
+    else frozen; then ``dtype`` may be bfloat16, because the trained entries are kept in float32 during the training.
+    ``report`` is called with the steps done and their number. Returns the model, its folder in the cache (a normal
+    Hugging Face checkpoint) and the loss curve.
     """
-    model, _ = models.load(base, device=device)
-    recipe = {"base": models.fingerprint(model), "examples": examples, "config": asdict(config)}
-    recipe |= {"code": sha256_of_file(__file__), "torch": torch.__version__, "transformers": transformers.__version__}
+    model, _ = models.load(base, dtype, device)
+    recipe = recipe_of(model, data, config, only=only and hash_of_units(only), method=method)
     folder = cache_dir() / "trained" / sha256_of(recipe)[:16]
     if folder.exists():
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True).to(device).eval()
-        return model, folder, json.loads((folder / "loss.json").read_text())
+        return models.load(str(folder), dtype, device)[0], folder, json.loads((folder / "loss.json").read_text())
     require_space(folder.parent, 6 * sum(p.numel() for p in model.parameters()))
-    losses = fine_tune(model, tokenizer, examples, config, (ReportSteps(report),))
+    train = {"sft": fine_tune, "dpo": prefer}[method]
+    with training_only(model, only) if only else contextlib.nullcontext():
+        losses = train(model, tokenizer, data, config, callbacks=(ReportSteps(report),))
     model.eval()
     with complete_only(folder) as partial:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         write_json(partial / "loss.json", losses)
     return model, folder, losses
+
+
+def remembered(recipe: dict, measure: Callable[[], list[dict]]) -> list[dict]:
+    """Rows that ``measure`` returns, kept in the cache under the recipe, so that a re-run measures only what changed."""
+    path = cache_dir() / "measured" / f"{sha256_of(recipe)[:16]}.json"
+    if not path.exists():
+        write_json(path, measure())
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+# ------------------------------------------------------------------------------------------------------------ gradients
+
+
+def unit_gradients(model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Norm of the gradient of the mean loss over all entries a unit owns: ``{kind: (n_layers, n_channels) float64}``.
+
+    What the first step of a fine-tuning would do to each unit. ``batches``: ``input_ids``, ``attention_mask``, ``labels``.
+    """
+    model.zero_grad()
+    n_labels = 0
+    for batch in batches:
+        labels = batch["labels"][:, 1:].to(model.device)
+        marked = labels != -100
+        ids, mask = batch["input_ids"].to(model.device), batch["attention_mask"].to(model.device)
+        hidden = models.backbone_of(model)(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state[:, :-1]
+        cross_entropy(models.logits_of(model, hidden[marked]).float(), labels[marked], reduction="sum").backward()
+        n_labels += int(marked.sum())
+    squared = models.squared_gradients(model)
+    model.zero_grad()
+    return {kind: values.sqrt() / n_labels for kind, values in squared.items()}

@@ -65,7 +65,7 @@ def partition(
     the smallest z_S + z_U; complex: the rest. Default fractions are those of the paper's Llama-2-7B-Chat.
     """
     check_fractions(safety_fraction=safety_fraction, utility_fraction=utility_fraction, redundant_fraction=redundant_fraction)
-    safety, utility = _flatten(z_safety), _flatten(z_utility)
+    safety, utility = flat(z_safety), flat(z_utility)
     n_units = safety.numel()
     n_safety, n_utility, n_redundant = (
         round(fraction * n_units) for fraction in (safety_fraction, utility_fraction, redundant_fraction)
@@ -83,9 +83,9 @@ def partition(
 def top_units(score: PerUnit, fraction: float) -> UnitSet:
     """The given fraction of all units with the highest score."""
     check_fractions(fraction=fraction)
-    flat = _flatten(score)
-    chosen = torch.zeros_like(flat, dtype=torch.bool)
-    chosen[torch.argsort(flat, descending=True, stable=True)[: round(fraction * flat.numel())]] = True
+    values = flat(score)
+    chosen = torch.zeros_like(values, dtype=torch.bool)
+    chosen[torch.argsort(values, descending=True, stable=True)[: round(fraction * values.numel())]] = True
     return _unflatten(chosen, score)
 
 
@@ -139,6 +139,37 @@ def to_table(z_safety: PerUnit, z_utility: PerUnit, parted: UnitPartition) -> pd
     return pd.concat(frames, ignore_index=True)
 
 
+def transfer_table(before: UnitPartition, after: UnitPartition) -> pd.DataFrame:
+    """Where the units of every group went: rows ``before``, ``after``, ``units``, ``share`` (of the group before)."""
+    rows = []
+    for source in GROUPS:
+        left = before.units(source)
+        for target in GROUPS:
+            right = after.units(target)
+            moved = sum(int((left[kind] & right[kind]).sum()) for kind in left)
+            rows.append({"before": source, "after": target, "units": moved, "share": moved / max(1, size(left))})
+    return pd.DataFrame(rows)
+
+
+def union(a: UnitSet, b: UnitSet) -> UnitSet:
+    return {kind: a[kind] | b[kind] for kind in a}
+
+
+def save_set(path: Path | str, chosen: UnitSet, fingerprint: str, what: str) -> None:
+    """Write one set of units as safetensors, with its model's fingerprint and what it is in words: to take away."""
+    content = {f"set.{kind}": values.contiguous() for kind, values in chosen.items()}
+    with complete_only(path) as partial:
+        save_file(content, partial, {"format": "ssah-unit-set-1", "fingerprint": fingerprint, "what": what})
+
+
+def load_set(path: Path | str, fingerprint: str = "") -> UnitSet:
+    """A set that ``save_set`` wrote; with ``fingerprint``, ``ValueError`` if it is of another model."""
+    metadata, tensors = _read(path, "ssah-unit-set-1", "06_freezing")
+    if fingerprint and metadata["fingerprint"] != fingerprint:
+        raise ValueError(f"{path} was made for model {metadata['fingerprint']}, not for the loaded {fingerprint}")
+    return {name.removeprefix("set."): values for name, values in tensors.items()}
+
+
 def save_partition(path: Path | str, parted: UnitPartition, **tensors: PerUnit) -> None:
     """Write a partition as safetensors with its fingerprint; extra per-unit tensors (scores) go along by name."""
     content = {f"group.{kind}": index.contiguous() for kind, index in parted.group_index.items()}
@@ -154,16 +185,7 @@ def load_partition(path: Path | str, fingerprint: str = "") -> tuple[UnitPartiti
 
     Raises ``FileNotFoundError`` or ``ValueError`` (not a partition file, or one of another model).
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"partition file {path} does not exist: run 03_units first")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a readable safetensors file ({error}): run 03_units again") from error
-    if metadata.get("format") != "ssah-units-1":
-        raise ValueError(f"{path} is not a partition file of this package: run 03_units again")
+    metadata, tensors = _read(path, "ssah-units-1", "03_units")
     if fingerprint and metadata["fingerprint"] != fingerprint:
         raise ValueError(
             f"{path} belongs to model {metadata['fingerprint']}, not to the loaded {fingerprint}: run 03_units on this model"
@@ -175,7 +197,23 @@ def load_partition(path: Path | str, fingerprint: str = "") -> tuple[UnitPartiti
     return UnitPartition(named.pop("group"), metadata["fingerprint"]), named
 
 
-def _flatten(per_unit: PerUnit) -> Tensor:
+def _read(path: Path | str, expected: str, stage: str) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Metadata and tensors of a safetensors file of the expected format, which ``stage`` writes."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"unit file {path} does not exist: run {stage} first")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a readable safetensors file ({error}): run {stage} again") from error
+    if metadata.get("format") != expected:
+        raise ValueError(f"{path} is not a file of format {expected}: run {stage} again")
+    return metadata, tensors
+
+
+def flat(per_unit: PerUnit) -> Tensor:
+    """All units in one vector, kind by kind, block by block."""
     return torch.cat([values.flatten() for values in per_unit.values()])
 
 

@@ -1,0 +1,239 @@
+"""Train some units of a model and leave every other entry exactly as it is.
+
+A unit owns its writer column and the matching reader rows (``models``): the trainable entries of a matrix become one
+small parameter, the *block*; the rest of the matrix is no parameter at all. So frozen entries can have no gradient, no
+optimizer state and no decay, whatever loop, optimizer or precision is used, and they stay bit-identical.
+Knows models and sets of units. Does not know how a model is trained, or on what.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from ssah_utils import models
+
+UnitSet = dict[str, Tensor]  # {kind: (n_layers, n_channels) bool}
+PADDING = 64
+
+
+@contextmanager
+def training_only(model: nn.Module, trainable: UnitSet, train_rest: bool = False) -> Iterator[nn.Module]:
+    """Inside the block, only the given units of ``model`` are parameters; leaving it returns the ordinary model, trained.
+
+    Use any loop that takes the model's parameters: Hugging Face ``Trainer``, TRL, accelerate, plain torch. Checkpoints
+    written inside are ordinary checkpoints of the whole model. ``train_rest`` decides about what belongs to no unit:
+    query and key rows, norms, embeddings, language-model head, output biases. A value row that several channels share
+    under grouped-query attention is trainable only if all of them are.
+
+    A block is kept in float32 also where the model is in bfloat16. Raises ``ValueError`` when the set is not of the
+    model's shape, when it leaves nothing to train, or when it is everything.
+    """
+    n_chosen = sum(int(chosen.sum()) for chosen in trainable.values())
+    n_units = models.check_per_unit(model, trainable).n_units
+    if n_chosen == 0 and not train_rest:
+        raise ValueError("nothing to train: the set of trainable units is empty")
+    if n_chosen == n_units and train_rest:
+        raise ValueError("nothing is frozen: train the model as it is")
+    required = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    partial: list[tuple[nn.Module, str, PartialLinear]] = []
+    try:
+        for parameter in required:
+            parameter.requires_grad_(train_rest)
+        for parent, name, trained, dimension in _parts(model, trainable, train_rest):
+            linear = getattr(parent, name)
+            if trained.all() or not trained.any():
+                linear.weight.requires_grad_(bool(trained.any()))
+                if dimension == 0 and linear.bias is not None:
+                    linear.bias.requires_grad_(bool(trained.any()))
+            else:
+                partial.append((parent, name, PartialLinear(linear, trained, dimension)))
+                setattr(parent, name, partial[-1][2])
+        yield model
+    finally:
+        for parent, name, module in partial:
+            setattr(parent, name, module.merged())
+        for parameter, flag in required.items():
+            parameter.requires_grad_(flag)
+
+
+@contextmanager
+def freezing(model: nn.Module, frozen: UnitSet, train_rest: bool = True) -> Iterator[nn.Module]:
+    """Inside the block, everything but the given units is trained: ``training_only`` for all other units."""
+    models.check_per_unit(model, frozen)
+    if not any(chosen.any() for chosen in frozen.values()):
+        raise ValueError("nothing is frozen: the set of frozen units is empty; train the model as it is")
+    if all(chosen.all() for chosen in frozen.values()) and not train_rest:
+        raise ValueError("nothing to train: every unit is frozen")
+    with training_only(model, {kind: ~chosen for kind, chosen in frozen.items()}, train_rest):
+        yield model
+
+
+def count_trainable(model: nn.Module) -> int:
+    """Entries that an optimizer would change now."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def owned_rows(shape: models.ModelShape, kind: str, units: Tensor) -> Tensor:
+    """Reader rows all of whose channels are in the set: (n_rows,) bool, from ``units`` (n_channels,) bool."""
+    rows = models.reader_rows(shape, kind)
+    n_missing = torch.zeros(int(rows.max()) + 1, dtype=torch.int64).index_add_(0, rows, (~units).long())
+    return n_missing == 0
+
+
+def _parts(model: nn.Module, trainable: UnitSet, train_rest: bool) -> Iterator[tuple[nn.Module, str, Tensor, int]]:
+    """Every matrix that units own: its parent, its name, which rows (dimension 0) or columns (1) of it are trained."""
+    shape, architecture = models.shape_of(model), models.architecture_of(model)
+    for layer, block in enumerate(models.blocks_of(model)):
+        rows_of: dict[str, Tensor] = {}
+        for kind in models.KINDS:
+            chosen = trainable[kind][layer].cpu()
+            parent, _, name = architecture.writers[kind].rpartition(".")
+            yield block.get_submodule(parent), name, chosen, 1
+            owned = owned_rows(shape, kind, chosen)
+            for reader in architecture.readers[kind]:
+                n_rows = models.column_weight(block.get_submodule(reader.path)).shape[0]
+                trained = rows_of.setdefault(reader.path, torch.full((n_rows,), train_rest))
+                trained[reader.offset(shape) : reader.offset(shape) + len(owned)] = owned
+        for path, trained in rows_of.items():
+            parent, _, name = path.rpartition(".")
+            yield block.get_submodule(parent), name, trained, 0
+
+
+class PartialLinear(nn.Module):
+    """y = x W^T + b where only some rows (``dimension`` 0) or columns (1) of W are trained.
+
+    ``block`` holds the trained entries: (n_trained, in) for rows, (n_trained, out) for columns. ``whole`` is W with the
+    trained dimension first, so that the block's entries are rows of it in memory either way.
+    """
+
+    def __init__(self, linear: nn.Module, trained: Tensor, dimension: int) -> None:
+        super().__init__()
+        self.linear = [linear]  # in a list, so that it is no submodule: its parameters are not this model's any more
+        self.dimension = dimension
+        self.is_stored_whole = models.is_transposed(linear) == (dimension == 1)
+        weight = linear.weight.detach()
+        self.register_buffer("whole", weight if self.is_stored_whole else weight.T.contiguous(), persistent=False)
+        if not self.is_stored_whole:
+            linear.weight.data = weight.new_empty(0)  # one copy is enough
+        self.register_buffer("trained", trained.nonzero().squeeze(1).to(weight.device), persistent=False)
+        self.block = nn.Parameter(self.whole[self.trained].to(torch.promote_types(weight.dtype, torch.float32)))
+        # gathering columns of activations costs more than it saves when most of them are wanted
+        self.is_minor = len(self.trained) < len(self.whole) / 2
+        # one size for all blocks of about the same size: matrix kernels are made once per shape, and like even sizes
+        self.register_buffer("gathered", nn.functional.pad(self.trained, (0, -len(self.trained) % PADDING)), persistent=False)
+        self.cast: Tensor | None = None  # the whole weight in the precision of autocast
+        self.bias, self.bias_block = None, None
+        if linear.bias is not None and dimension == 0:
+            self.register_buffer("whole_bias", linear.bias.detach(), persistent=False)
+            self.bias_block = nn.Parameter(linear.bias.detach()[self.trained].to(self.block.dtype))
+        elif linear.bias is not None:
+            self.bias = linear.bias  # of a writer: it belongs to no unit
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight as it stands, (out, in)."""
+        whole = self._current(self.whole.dtype)
+        return whole if self.dimension == 0 else whole.T
+
+    def _current(self, dtype: torch.dtype) -> Tensor:
+        """The whole weight in a precision, with the block written into it.
+
+        At every forward: fused optimizers change parameters without counting it in ``_version``, so that nobody could
+        tell whether a copy is out of date, and autocast casts at every forward, too.
+        """
+        if dtype == self.whole.dtype:
+            whole = self.whole
+        else:
+            if self.cast is None or self.cast.dtype != dtype or self.cast.device != self.whole.device:
+                self.cast = self.whole.to(dtype)
+            whole = self.cast
+        with torch.no_grad():
+            return whole.index_copy_(0, self.trained, self.block.detach().to(dtype))
+
+    def forward(self, values: Tensor) -> Tensor:
+        device = values.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.whole.dtype
+        result = _PartialProduct.apply(values.to(dtype), self.block, self._current(dtype), self)
+        if self.bias_block is not None:
+            result = result + self.whole_bias.to(dtype).index_copy(0, self.trained, self.bias_block.to(dtype))
+        return result if self.bias is None else result + self.bias.to(dtype)
+
+    @torch.no_grad()
+    def merged(self) -> nn.Module:
+        """The ordinary module again, the block's entries in their places and every other entry untouched."""
+        linear = self.linear[0]
+        whole = self._current(self.whole.dtype)
+        linear.weight.data = whole if self.is_stored_whole else whole.T.contiguous()
+        if self.bias_block is not None:
+            linear.bias.data = self.whole_bias.index_copy_(0, self.trained, self.bias_block.to(self.whole_bias.dtype))
+        return linear
+
+    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+        """As the ordinary module's, in the precision of the block, so that resuming loses nothing."""
+        whole = self.whole.to(self.block.dtype).index_copy(0, self.trained, self.block.detach())
+        destination[prefix + "weight"] = whole if self.is_stored_whole else whole.T.contiguous()
+        if self.bias_block is not None:
+            bias = self.whole_bias.to(self.block.dtype)
+            destination[prefix + "bias"] = bias.index_copy(0, self.trained, self.bias_block.detach())
+        elif self.bias is not None:
+            destination[prefix + "bias"] = self.bias if keep_vars else self.bias.detach()
+
+    @torch.no_grad()
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors) -> None:
+        targets = {"weight": (self.whole, self.block)}
+        if self.bias_block is not None:
+            targets["bias"] = (self.whole_bias, self.bias_block)
+        elif self.bias is not None:
+            targets["bias"] = (self.bias, None)
+        for name, (whole, block) in targets.items():
+            if prefix + name not in state_dict:
+                missing.append(prefix + name)
+                continue
+            value = state_dict[prefix + name]
+            value = value.T if name == "weight" and not self.is_stored_whole else value
+            if value.shape != whole.shape:
+                errors.append(f"size mismatch for {prefix + name}: {tuple(value.shape)} against {tuple(whole.shape)}")
+                continue
+            whole.copy_(value)
+            if block is not None:
+                block.copy_(value[self.trained.to(value.device)])
+        self.cast = None
+
+    def extra_repr(self) -> str:
+        of = len(self.whole)
+        return f"{len(self.trained)} of {of} {'rows' if self.dimension == 0 else 'columns'} trained"
+
+
+class _PartialProduct(torch.autograd.Function):
+    """x W^T with the gradient of W for the block alone; of x, only what that gradient needs is kept for the way back."""
+
+    @staticmethod
+    def forward(ctx, values: Tensor, block: Tensor, whole: Tensor, module: PartialLinear) -> Tensor:
+        ctx.module, ctx.whole, ctx.block_dtype = module, whole, block.dtype
+        by_columns = module.dimension == 1
+        kept = values[..., module.gathered] if by_columns and module.is_minor else values
+        # the weight is not saved through autograd: another forward writes the same block into it, which is no change
+        ctx.save_for_backward(kept if ctx.needs_input_grad[1] else None)
+        return values @ (whole if by_columns else whole.T)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        (kept,) = ctx.saved_tensors
+        module, whole = ctx.module, ctx.whole
+        by_columns = module.dimension == 1
+        of_values = of_block = None
+        if ctx.needs_input_grad[0]:
+            of_values = gradient @ (whole.T if by_columns else whole)
+        if kept is not None:
+            left = kept if by_columns else gradient  # (..., trained dimension)
+            right = gradient if by_columns else kept
+            if not by_columns and module.is_minor:
+                left = left[..., module.gathered]
+            of_block = left.flatten(0, -2).T @ right.flatten(0, -2)
+            of_block = of_block[: len(module.trained)] if module.is_minor else of_block.index_select(0, module.trained)
+            of_block = of_block.to(ctx.block_dtype)
+        return of_values, of_block, None, None

@@ -170,7 +170,10 @@ def squared_gradients(model: nn.Module) -> dict[str, Tensor]:
         for block in blocks_of(model):
             total = _gradient(block.get_submodule(architecture.writers[kind])).square().sum(0)
             for reader in architecture.readers[kind]:
-                of_rows = _gradient(block.get_submodule(reader.path)).square().sum(1)
+                module = block.get_submodule(reader.path)
+                of_rows = _gradient(module).square().sum(1)
+                if module.bias is not None:
+                    of_rows = of_rows + module.bias.grad.double().square()
                 total = total + of_rows[reader.offset(shape) + rows.to(of_rows.device)]
             layers.append(total.cpu())
         squared[kind] = torch.stack(layers)

@@ -17,6 +17,8 @@ from ssah_utils import models
 
 UnitSet = dict[str, Tensor]  # {kind: (n_layers, n_channels) bool}
 PADDING = 64
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs",
+         "_forward_hooks_always_called", "_backward_hooks", "_backward_pre_hooks")  # fmt: skip
 
 
 @contextmanager
@@ -31,8 +33,8 @@ def training_only(model: nn.Module, trainable: UnitSet, train_rest: bool = False
     A block is kept in float32 also where the model is in bfloat16. Raises ``ValueError`` when the set is not of the
     model's shape, when it leaves nothing to train, or when it is everything.
     """
+    n_units = _check(model, trainable)
     n_chosen = sum(int(chosen.sum()) for chosen in trainable.values())
-    n_units = models.check_per_unit(model, trainable).n_units
     if n_chosen == 0 and not train_rest:
         raise ValueError("nothing to train: the set of trainable units is empty")
     if n_chosen == n_units and train_rest:
@@ -42,9 +44,11 @@ def training_only(model: nn.Module, trainable: UnitSet, train_rest: bool = False
     try:
         for parameter in required:
             parameter.requires_grad_(train_rest)
+            parameter.grad = None  # an optimizer would follow it
         for parent, name, trained, dimension in _parts(model, trainable, train_rest):
             linear = getattr(parent, name)
-            if trained.all() or not trained.any():
+            # all of a float32 matrix needs no block; in a lower precision the block is what keeps small updates
+            if not trained.any() or (trained.all() and linear.weight.dtype == torch.float32):
                 linear.weight.requires_grad_(bool(trained.any()))
                 if dimension == 0 and linear.bias is not None:
                     linear.bias.requires_grad_(bool(trained.any()))
@@ -62,13 +66,23 @@ def training_only(model: nn.Module, trainable: UnitSet, train_rest: bool = False
 @contextmanager
 def freezing(model: nn.Module, frozen: UnitSet, train_rest: bool = True) -> Iterator[nn.Module]:
     """Inside the block, everything but the given units is trained: ``training_only`` for all other units."""
-    models.check_per_unit(model, frozen)
+    _check(model, frozen)
     if not any(chosen.any() for chosen in frozen.values()):
         raise ValueError("nothing is frozen: the set of frozen units is empty; train the model as it is")
     if all(chosen.all() for chosen in frozen.values()) and not train_rest:
         raise ValueError("nothing to train: every unit is frozen")
     with training_only(model, {kind: ~chosen for kind, chosen in frozen.items()}, train_rest):
         yield model
+
+
+def _check(model: nn.Module, units: UnitSet) -> int:
+    """Number of units of the model; ``ValueError`` when a set cannot be trained or frozen on it."""
+    shape = models.check_per_unit(model, units)
+    if any(chosen.dtype != torch.bool for chosen in units.values()):
+        raise ValueError("a set of units is a bool tensor per kind, not one of numbers")
+    if any(isinstance(module, PartialLinear) for module in model.modules()):
+        raise ValueError("some units of this model are being trained already: leave that block first")
+    return shape.n_units
 
 
 def count_trainable(model: nn.Module) -> int:
@@ -116,8 +130,6 @@ class PartialLinear(nn.Module):
         self.is_stored_whole = models.is_transposed(linear) == (dimension == 1)
         weight = linear.weight.detach()
         self.register_buffer("whole", weight if self.is_stored_whole else weight.T.contiguous(), persistent=False)
-        if not self.is_stored_whole:
-            linear.weight.data = weight.new_empty(0)  # one copy is enough
         self.register_buffer("trained", trained.nonzero().squeeze(1).to(weight.device), persistent=False)
         self.block = nn.Parameter(self.whole[self.trained].to(torch.promote_types(weight.dtype, torch.float32)))
         # gathering columns of activations costs more than it saves when most of them are wanted
@@ -125,18 +137,29 @@ class PartialLinear(nn.Module):
         # one size for all blocks of about the same size: matrix kernels are made once per shape, and like even sizes
         self.register_buffer("gathered", nn.functional.pad(self.trained, (0, -len(self.trained) % PADDING)), persistent=False)
         self.cast: Tensor | None = None  # the whole weight in the precision of autocast
-        self.bias, self.bias_block = None, None
+        self.writer_bias, self.bias_block = None, None
         if linear.bias is not None and dimension == 0:
             self.register_buffer("whole_bias", linear.bias.detach(), persistent=False)
             self.bias_block = nn.Parameter(linear.bias.detach()[self.trained].to(self.block.dtype))
         elif linear.bias is not None:
-            self.bias = linear.bias  # of a writer: it belongs to no unit
+            self.writer_bias = linear.bias  # it belongs to no unit
+        for name in HOOKS:  # whoever watches or ablates the matrix goes on doing so
+            setattr(self, name, getattr(linear, name))
+        if not self.is_stored_whole:
+            linear.weight.data = weight.new_empty(0)  # one copy is enough
 
     @property
     def weight(self) -> Tensor:
         """The weight as it stands, (out, in)."""
         whole = self._current(self.whole.dtype)
         return whole if self.dimension == 0 else whole.T
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias as it stands, (out,)."""
+        if self.bias_block is None:
+            return self.writer_bias
+        return self.whole_bias.index_copy(0, self.trained, self.bias_block.to(self.whole_bias.dtype))
 
     def _current(self, dtype: torch.dtype) -> Tensor:
         """The whole weight in a precision, with the block written into it.
@@ -148,7 +171,8 @@ class PartialLinear(nn.Module):
             whole = self.whole
         else:
             if self.cast is None or self.cast.dtype != dtype or self.cast.device != self.whole.device:
-                self.cast = self.whole.to(dtype)
+                with torch.inference_mode(False):  # it is written to outside, too
+                    self.cast = self.whole.to(dtype)
             whole = self.cast
         with torch.no_grad():
             return whole.index_copy_(0, self.trained, self.block.detach().to(dtype))
@@ -159,7 +183,7 @@ class PartialLinear(nn.Module):
         result = _PartialProduct.apply(values.to(dtype), self.block, self._current(dtype), self)
         if self.bias_block is not None:
             result = result + self.whole_bias.to(dtype).index_copy(0, self.trained, self.bias_block.to(dtype))
-        return result if self.bias is None else result + self.bias.to(dtype)
+        return result if self.writer_bias is None else result + self.writer_bias.to(dtype)
 
     @torch.no_grad()
     def merged(self) -> nn.Module:
@@ -178,16 +202,17 @@ class PartialLinear(nn.Module):
         if self.bias_block is not None:
             bias = self.whole_bias.to(self.block.dtype)
             destination[prefix + "bias"] = bias.index_copy(0, self.trained, self.bias_block.detach())
-        elif self.bias is not None:
-            destination[prefix + "bias"] = self.bias if keep_vars else self.bias.detach()
+        elif self.writer_bias is not None:
+            destination[prefix + "bias"] = self.writer_bias if keep_vars else self.writer_bias.detach()
 
     @torch.no_grad()
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors) -> None:
         targets = {"weight": (self.whole, self.block)}
         if self.bias_block is not None:
             targets["bias"] = (self.whole_bias, self.bias_block)
-        elif self.bias is not None:
-            targets["bias"] = (self.bias, None)
+        elif self.writer_bias is not None:
+            targets["bias"] = (self.writer_bias, None)
+        unexpected += [key for key in state_dict if key.startswith(prefix) and key.removeprefix(prefix) not in targets]
         for name, (whole, block) in targets.items():
             if prefix + name not in state_dict:
                 missing.append(prefix + name)

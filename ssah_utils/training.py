@@ -7,7 +7,6 @@ import contextlib
 import copy
 import ctypes
 import hashlib
-import io
 import json
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -19,7 +18,14 @@ import transformers
 from datasets import Dataset
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    DataCollatorForSeq2Seq,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from ssah_utils import models
 from ssah_utils.files import cache_dir, complete_only, require_space, sha256_of, sha256_of_file, write_json
@@ -89,6 +95,7 @@ class ResponseTrainer(Trainer):
 def evaluation_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """A copy to measure on while the original goes on training: in evaluation mode, in another precision."""
     twin = copy.deepcopy(model).to(dtype).eval()
+    twin.__dict__.pop("forward", None)  # a running Trainer has put autocast around it
     twin.set_attn_implementation("sdpa")
     return twin
 
@@ -116,8 +123,11 @@ class AtSteps(TrainerCallback):
     def _measure_at(self, step: int, model: nn.Module) -> None:
         if step in self.steps:
             model.eval()
+            wrapped = model.__dict__.pop("forward", None)  # a running Trainer has put its autocast around it
             with torch.random.fork_rng(devices=[]):
                 self.measure(step)
+            if wrapped is not None:
+                model.forward = wrapped
             model.train()
 
 
@@ -136,17 +146,19 @@ def keep_freed_memory() -> None:
 
 
 @contextlib.contextmanager
-def _cpu_settings(model: nn.Module) -> Iterator[None]:
-    """What makes training on a CPU faster; on other devices, nothing."""
-    attention = model.config._attn_implementation
+def _for_a_while(model: nn.Module) -> Iterator[None]:
+    """What makes training on a CPU faster; afterwards the model is as it was, also what trainers put around its forward."""
+    attention, forward = model.config._attn_implementation, model.__dict__.get("forward")
     if model.device.type == "cpu":
         keep_freed_memory()
         model.set_attn_implementation("eager")  # the backward pass of the fused kernel is slower at these lengths
     try:
-        with contextlib.redirect_stdout(io.StringIO()):  # trainers print their final log as a bare dict
-            yield
+        yield
     finally:
         model.set_attn_implementation(attention)
+        model.__dict__.pop("forward", None)
+        if forward is not None:
+            model.forward = forward
 
 
 def fine_tune(
@@ -166,7 +178,7 @@ def fine_tune(
     for number, example in enumerate(examples):
         if all(label == -100 for label in example["labels"]):
             raise ValueError(f"example {number} has no response token to learn: {tokenizer.decode(example['input_ids'])!r}")
-    with tempfile.TemporaryDirectory() as folder, _cpu_settings(model):
+    with tempfile.TemporaryDirectory() as folder, _for_a_while(model):
         trainer = ResponseTrainer(
             model=model,
             args=training_arguments(folder, config, model),
@@ -174,7 +186,7 @@ def fine_tune(
             data_collator=DataCollatorForSeq2Seq(tokenizer, padding=True, label_pad_token_id=-100),
             callbacks=list(callbacks),
         )
-        trainer.train()
+        _train_silently(trainer)
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
@@ -239,7 +251,7 @@ def prefer(
 
     if not pairs:
         raise ValueError("nothing to train on: the list of pairs is empty")
-    with tempfile.TemporaryDirectory() as folder, _cpu_settings(model), contextlib.redirect_stderr(io.StringIO()):
+    with tempfile.TemporaryDirectory() as folder, _for_a_while(model):
         trainer = DPOTrainer(
             model=model,
             args=DPOConfig(
@@ -250,8 +262,13 @@ def prefer(
             processing_class=tokenizer,
             callbacks=[StopOnNaN(), *callbacks],
         )  # fmt: skip
-        trainer.train()
+        _train_silently(trainer)
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def _train_silently(trainer: Trainer) -> None:
+    trainer.remove_callback(PrinterCallback)  # prints every log as a bare dict
+    trainer.train()
 
 
 class StopOnNaN(TrainerCallback):
@@ -369,8 +386,11 @@ def unit_gradients(model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> di
         marked = labels != -100
         ids, mask = batch["input_ids"].to(model.device), batch["attention_mask"].to(model.device)
         hidden = models.backbone_of(model)(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state[:, :-1]
-        cross_entropy(models.logits_of(model, hidden[marked]).float(), labels[marked], reduction="sum").backward()
         n_labels += int(marked.sum())
+        if marked.any():
+            cross_entropy(models.logits_of(model, hidden[marked]).float(), labels[marked], reduction="sum").backward()
+    if n_labels == 0:
+        raise ValueError("no gradient to measure: there is no response token in the batches")
     squared = models.squared_gradients(model)
     model.zero_grad()
     return {kind: values.sqrt() / n_labels for kind, values in squared.items()}

@@ -1,4 +1,4 @@
-# reproduce · test · figures · lab · bench : each target sets up what it needs.
+# reproduce · test · figures · lab · bench · bench-gpu : each target sets up what it needs.
 #   make reproduce PROFILE=smoke|laptop|reference
 #   make test PIP_FLAGS=...   further flags for pip, e.g. the index of CPU-only torch builds
 
@@ -8,7 +8,7 @@ PIP_FLAGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: reproduce test figures lab bench lint clean
+.PHONY: reproduce test figures lab bench bench-gpu lint clean
 
 reproduce: $(VENV)/installed
 	$(BIN)/python -m ssah_utils.run --profile $(PROFILE)
@@ -27,6 +27,9 @@ lab: $(VENV)/installed
 
 bench: $(VENV)/installed
 	$(BIN)/python -m tests.bench
+
+bench-gpu: $(VENV)/installed
+	$(BIN)/python -m tests.bench_gpu
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -240,6 +240,14 @@ def preferred_dtype(device: str) -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
+def training_dtype(model: nn.Module) -> torch.dtype:
+    """Precision to fine-tune all parameters of a model in: float32 where that and AdamW's state fit, else bfloat16."""
+    n_bytes = 16 * sum(parameter.numel() for parameter in model.parameters())
+    if model.device.type != "cuda" or 1.3 * n_bytes < torch.cuda.get_device_properties(model.device).total_memory:
+        return torch.float32
+    return torch.bfloat16
+
+
 def load(name: str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> tuple[nn.Module, PreTrainedTokenizerBase]:
     """Model in evaluation mode and its tokenizer.
 

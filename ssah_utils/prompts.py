@@ -107,9 +107,14 @@ def load_pairs(name: str) -> pd.DataFrame:
     return table
 
 
-def adaptation_split(name: str, seed: int = 0) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Pairs to fine-tune on (four fifths) and to measure the task on, no request of one nearly the same as one of the other."""
+def adaptation_split(name: str, seed: int = 0, at_most: int = 2000) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Pairs to fine-tune on (four fifths) and to measure the task on, no request of one nearly the same as one of the other.
+
+    Of a larger data set, ``at_most`` pairs are drawn.
+    """
     table = load_pairs(name)
+    if len(table) > at_most:
+        table = table.sample(at_most, random_state=seed).reset_index(drop=True)
     if name == "arithmetic":  # made from templates, all alike by their words, and none twice
         shuffled = table.sample(frac=1, random_state=seed).reset_index(drop=True)
         return shuffled[len(table) // 5 :].reset_index(drop=True), shuffled[: len(table) // 5]

@@ -17,7 +17,7 @@ from ssah_utils.figures import find_source, redraw
 from ssah_utils.files import complete_only, sha256_of
 from ssah_utils.results import REFERENCE, ROOT, load_result, set_style
 
-STORED = ("result.json", "units.safetensors")
+STORED = ("result.json", "units.safetensors", "frozen_units.safetensors")
 README = ROOT / "README.md"
 
 
@@ -150,13 +150,76 @@ def paper_table(results: dict[str, dict]) -> str:
     return markdown(rows, header)
 
 
+def transfer_table(results: dict[str, dict]) -> str:
+    """What fine-tuning moved, against its two controls."""
+    rows = [
+        [row["claim"], row["paper"], f"{row['ours']:.2f} [{row['low']:.2f}, {row['high']:.2f}]", f"{row['control']:.2f}",
+         f"{row['floor']:.2f}", "yes" if row["holds"] else "no"]
+        for _, row in results["05_transfer"]["tables"]["comparison"].iterrows()
+    ]  # fmt: skip
+    return markdown(rows, ["claim", "paper", "ours", "fine-tuned with refusals", "other calibration", "holds"])
+
+
+def freezing_table(results: dict[str, dict]) -> str:
+    """Margin gained at equal task loss, and the judged answers at the last step (mean over seeds), per task and frozen set."""
+    tables = results["06_freezing"]["tables"]
+    columns = [("harmful", "asr"), ("harmful", "coherent_asr"), ("other_harmful", "coherent_asr"), ("cloze", "accuracy")]
+    rows = []
+    for _, row in tables["equal"].iterrows():
+        part = tables["rates"][(tables["rates"]["task"] == row["task"]) & (tables["rates"]["condition"] == row["frozen"])]
+        cells = [percent(part, name, metric) for name, metric in columns]
+        path = tables["paths"][(tables["paths"]["task"] == row["task"]) & (tables["paths"]["condition"] == row["frozen"])]
+        last = path[path["step"] == path["step"].max()]["task_loss"].mean()
+        gain = "-" if row["frozen"] == "nothing" else f"{row['gain']:+.2f} [{row['low']:+.2f}, {row['high']:+.2f}]"
+        seeds = f"{row['seed_low']:+.2f} to {row['seed_high']:+.2f}"
+        rows.append([row["task"], row["frozen"], gain, seeds, *cells, f"{last:.2f}"])
+    header = ["fine-tuned on", "frozen", "margin gained, nats", "seeds", "ASR, AdvBench", "coherent", "coherent, HarmBench"]
+    return markdown(rows, [*header, "cloze", "last task loss"])
+
+
+def percent(part: pd.DataFrame, name: str, metric: str) -> str:
+    return f"{100 * part[(part['set'] == name) & (part['metric'] == metric)]['mean'].mean():.0f}"
+
+
+def adapter_table(results: dict[str, dict]) -> str:
+    """PEFT methods against full fine-tuning and freezing, at the task loss each method reaches."""
+    table = results["06_freezing"]["tables"]["peft"]
+    gains = [f"{row['gain']:+.2f} [{row['low']:+.2f}, {row['high']:+.2f}]" for _, row in table.iterrows()]
+    rows = [[row["method"], row["against"], f"{row['task_loss']:.2f}", gains[n]] for n, row in table.iterrows()]
+    return markdown(rows, ["method", "against (frozen)", "task loss", "margin, difference in nats"])
+
+
+def budget_table(results: dict[str, dict]) -> str:
+    """What was trained, the alignment it reached and the tax it paid."""
+    rates = results["07_redundant_units"]["tables"]["rates"]
+    columns = [("harmful", "coherent_asr"), ("other_harmful", "coherent_asr"), ("helpful", "refused"), ("safe_twin", "refused"),
+               ("cloze", "accuracy"), ("arithmetic", "accuracy")]  # fmt: skip
+    rows = []
+    for (method, trained), part in rates.groupby(["method", "trained"], sort=False):
+        found = [part[(part["set"] == name) & (part["metric"] == metric)] for name, metric in columns]
+        cells = [interval(one.iloc[0], digits=0) if len(one) == 1 else f"{100 * one['mean'].mean():.0f}" for one in found]
+        nll = part[(part["set"] == "helpful") & (part["metric"] == "answer_nll")]["mean"].mean()
+        rows.append([method.upper(), trained, *cells, f"{nll:.2f}"])
+    header = ["", "trained", "coherent ASR, AdvBench", "HarmBench", "harmless refused", "safe twins refused"]
+    return markdown(rows, [*header, "cloze", "arithmetic", "NLL of the base's answers"])
+
+
 def cost_table(results: dict[str, dict]) -> str:
     """What each notebook took, package start-up included."""
     rows = [[stage, f"{result['seconds'] / 60:.1f}", f"{result['peak_memory_gib']:.1f}"] for stage, result in results.items()]
     return markdown(rows, ["notebook", "minutes", "peak memory, GiB"])
 
 
-TABLES = {"cost": cost_table, "alignment": alignment_table, "ablation": ablation_table, "paper": paper_table}
+TABLES = {
+    "cost": cost_table,
+    "alignment": alignment_table,
+    "ablation": ablation_table,
+    "paper": paper_table,
+    "transfer": transfer_table,
+    "freezing": freezing_table,
+    "adapters": adapter_table,
+    "budget": budget_table,
+}
 
 
 def fill_readme(text: str, results: dict[str, dict]) -> str:

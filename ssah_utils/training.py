@@ -93,7 +93,12 @@ class ResponseTrainer(Trainer):
 
 
 def evaluation_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A copy to measure on while the original goes on training: in evaluation mode, in another precision."""
+    """A copy to measure on while the original goes on training: in evaluation mode, in another precision.
+
+    Where the precision is the same already, the model itself, so that a large one need not fit twice.
+    """
+    if model.dtype == dtype and model.device.type != "cpu":
+        return model.eval()
     twin = copy.deepcopy(model).to(dtype).eval()
     twin.__dict__.pop("forward", None)  # a running Trainer has put autocast around it
     twin.set_attn_implementation("sdpa")

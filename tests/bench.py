@@ -3,26 +3,46 @@
 scoring_over_forward     scoring pass over bare backbone forward, same batches (goal: at most 1.05)
 generation_speedup       batched, length-sorted answers over one prompt at a time, same answers (goal: at least 10)
 forward_gemm_efficiency  achieved over measured matrix-product peak, float32 (goal: at least 0.75)
+ru_step_over_full        a training step of a random 20% of the units over one of all parameters (goal: at most 0.65)
+ru_step_over_plain       the same over full training as a plain Trainer script has it, without ``keep_freed_memory``
+ru_optimizer_state_over_full, ru_peak_memory_over_full      (goals: at most 0.22 and 0.65)
+freeze_step_over_full    a step with a random 7.5% of the units frozen over one of all parameters (goal: at most 1.02)
+train_gemm_efficiency    full training, achieved over matrix-product peak, bfloat16 where native (goal: at least 0.5)
+
+Where training is compared, full training has float32 weights under autocast; budgets of 20% have the frozen weights in
+bfloat16 and the trained entries in float32, which is what partial training is for. Conditions take turns.
 """
 
+import argparse
+import contextlib
 import platform
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import nn
-from transformers import GenerationConfig
+from transformers import GenerationConfig, TrainerCallback
 
-from ssah_utils import activations, evaluation, models, prompts
+from ssah_utils import activations, evaluation, models, partial, prompts, training
 from ssah_utils.files import write_json
-from ssah_utils.results import REFERENCE, versions
+from ssah_utils.results import REFERENCE, ROOT, peak_memory_gib, versions
 
 GOALS = {
     "scoring_over_forward": ("at most", 1.05),
     "generation_speedup": ("at least", 10),
     "forward_gemm_efficiency": ("at least", 0.75),
+    "ru_step_over_full": ("at most", 0.65),
+    "ru_step_over_plain": ("at most", 0.65),
+    "ru_optimizer_state_over_full": ("at most", 0.22),
+    "ru_peak_memory_over_full": ("at most", 0.65),
+    "freeze_step_over_full": ("at most", 1.02),
+    "train_gemm_efficiency": ("at least", 0.5),
 }
+CONDITIONS = ("full", "redundant", "frozen")
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -95,7 +115,118 @@ def gemm_peak(dtype: torch.dtype, repeats: int = 8) -> float:
     return peak
 
 
+# ------------------------------------------------------------------------------------------------------------ training
+
+
+class Watch(TrainerCallback):
+    """The moment after every step, and the size of the optimizer's state at the end."""
+
+    def __init__(self) -> None:
+        self.moments: list[float] = []
+        self.state_entries = 0
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        self.moments.append(time.perf_counter())
+
+    def on_train_end(self, args, state, control, optimizer=None, **kwargs) -> None:
+        moments = [value for entry in optimizer.state.values() for value in entry.values() if torch.is_tensor(value)]
+        self.state_entries = sum(value.numel() for value in moments)
+
+
+def training_examples(tokenizer, n: int = 160) -> list[dict[str, list[int]]]:
+    """Requests of everyday length with responses of 16 tokens, as in 01_alignment."""
+    table = prompts.load_dataset("refusal-labels")
+    requests = prompts.load_dataset("helpful")["prompt"].tolist()[:n]
+    responses = (table["response"].tolist() * 3)[:n]
+    return prompts.encode(tokenizer, prompts.render(tokenizer, requests), responses, 16)
+
+
+def random_share(shape: models.ModelShape, share: float) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    sizes = {kind: (shape.n_layers, shape.n_channels(kind)) for kind in models.KINDS}
+    return {kind: torch.rand(size, generator=generator) < share for kind, size in sizes.items()}
+
+
+def trained(condition: str, subject: nn.Module, tokenizer, examples: list[dict], n_steps: int) -> Watch:
+    watch = Watch()
+    shape = models.shape_of(subject)
+    scope = {"full": lambda: contextlib.nullcontext(),
+             "redundant": lambda: partial.training_only(subject, random_share(shape, 0.2)),
+             "frozen": lambda: partial.freezing(subject, random_share(shape, 0.075))}[condition]  # fmt: skip
+    with scope():
+        training.fine_tune(subject, tokenizer, examples, training.SFTConfig(learning_rate=1e-6, max_steps=n_steps), (watch,))
+    return watch
+
+
+def step_ratios(n_steps: int = 16, skipped: int = 5, rounds: int = 3) -> tuple[dict[str, float], float]:
+    """Median step time of every condition over full training's, optimizer entries, and full training's seconds per step."""
+    subjects = {name: models.load(models.EMBEDDED, dtype_of(name))[0] for name in CONDITIONS}
+    tokenizer = models.load_tokenizer(models.EMBEDDED)
+    examples = training_examples(tokenizer)
+    steps: dict[str, list[float]] = {name: [] for name in CONDITIONS}
+    entries = {}
+    for _ in range(rounds):
+        for name in CONDITIONS:
+            watch = trained(name, subjects[name], tokenizer, examples, n_steps)
+            steps[name] += np.diff(watch.moments)[skipped:].tolist()
+            entries[name] = watch.state_entries
+    median = {name: statistics.median(values) for name, values in steps.items()}
+    figures = {
+        "ru_step_over_full": median["redundant"] / median["full"],
+        "freeze_step_over_full": median["frozen"] / median["full"],
+        "ru_optimizer_state_over_full": entries["redundant"] / entries["full"],
+        "ru_step_seconds": median["redundant"],
+    }
+    return figures, median["full"]
+
+
+def dtype_of(condition: str) -> torch.dtype:
+    return models.preferred_dtype("cpu") if condition == "redundant" else torch.float32
+
+
+def train_flops_per_step(examples: list[dict], model: nn.Module, batch_size: int = 8) -> float:
+    """Three times the forward products of the tokens that are there (padding not counted)."""
+    backbone = sum(m.weight.numel() for m in models.backbone_of(model).modules() if isinstance(m, nn.Linear))
+    tokens = np.mean([len(example["input_ids"]) for example in examples])
+    labels = np.mean([sum(label != -100 for label in example["labels"]) for example in examples])
+    head = model.get_output_embeddings().weight.numel()
+    return 6 * batch_size * (tokens * backbone + labels * head)
+
+
+def in_own_process(*arguments: str) -> float:
+    """The number that ``python -m tests.bench ARGUMENTS`` prints last."""
+    command = [sys.executable, "-m", "tests.bench", *arguments]
+    return float(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()[-1])
+
+
+def alone(condition: str, what: str, n_steps: int = 12) -> float:
+    """Peak memory (GiB) or median step (s) of one condition, in a process of its own; "plain" leaves the allocator alone."""
+    if what == "plain":
+        training.keep_freed_memory = lambda: None
+    subject, tokenizer = models.load(models.EMBEDDED, dtype_of(condition))
+    watch = trained(condition, subject, tokenizer, training_examples(tokenizer), n_steps)
+    return peak_memory_gib() if what == "memory" else statistics.median(np.diff(watch.moments)[4:])
+
+
+def training_figures() -> dict[str, float]:
+    figures, full_seconds = step_ratios()
+    model, tokenizer = models.load(models.EMBEDDED)
+    flops = train_flops_per_step(training_examples(tokenizer), model)
+    figures["train_gemm_efficiency"] = flops / full_seconds / gemm_peak(models.preferred_dtype("cpu"))
+    del model
+    memory = {name: in_own_process("--alone", name, "memory") for name in ("full", "redundant")}
+    figures["ru_peak_memory_over_full"] = memory["redundant"] / memory["full"]
+    figures["ru_step_over_plain"] = figures.pop("ru_step_seconds") / in_own_process("--alone", "full", "plain")
+    return figures
+
+
 def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.bench")
+    parser.add_argument("--alone", nargs=2, metavar=("CONDITION", "WHAT"), help="one training in this process (used by itself)")
+    options = parser.parse_args()
+    if options.alone:
+        print(alone(*options.alone))
+        return
     model, tokenizer = models.load(models.EMBEDDED, torch.float32)
     speedup, same = generation_speedup(model, tokenizer)
     figures = {
@@ -103,10 +234,12 @@ def main() -> None:
         "generation_speedup": speedup,
         "forward_gemm_efficiency": forward_gemm_efficiency(model),
     }
+    del model
+    figures |= training_figures()
     for name, value in figures.items():
         word, goal = GOALS[name]
         met = value <= goal if word == "at most" else value >= goal
-        print(f"{name:24} {value:7.3f}   goal {word} {goal}: {'met' if met else 'missed'}")
+        print(f"{name:28} {value:7.3f}   goal {word} {goal}: {'met' if met else 'missed'}")
     native = models.preferred_dtype("cpu") == torch.bfloat16
     print(f"answers identical to one-at-a-time: {same:.1%}; bfloat16 is native here: {native}")
     details = {"identical_answers": same, "dtype": "float32", "threads": torch.get_num_threads(), "machine": platform.machine()}

@@ -496,3 +496,27 @@ def test_unsorted_batches_keep_the_order(tokenizer):
 def test_unknown_positions_name_the_valid_ones(tokenizer):
     with pytest.raises(ValueError, match=r"unknown positions 'answer'.*response, prompt, all"):
         prompts.token_batches(encoded(tokenizer), "answer")
+
+
+# ------------------------------------------------------------------------------------------------------- pairs to train on
+
+
+def test_pairs_need_responses(tmp_path):
+    path = tmp_path / "adapt.jsonl"
+    path.write_text('{"prompt": "a question"}\n{"prompt": "another question"}\n', encoding="utf-8")
+    with pytest.raises(ValueError, match=r"line 1: no column 'response'"):
+        prompts.load_pairs(str(path))
+    path.write_text('{"prompt": "a question", "response": "yes"}\n{"prompt": "another question"}\n', encoding="utf-8")
+    with pytest.raises(ValueError, match=r"adapt\.jsonl, line 2: column 'response' is missing or empty"):
+        prompts.load_pairs(str(path))
+    with pytest.raises(ValueError, match=r"data set 'advbench', line 1: no column 'response'"):
+        prompts.load_pairs("advbench")
+
+
+@pytest.mark.parametrize(("name", "least"), [("adaptation", 300), ("identity-shift", 20), ("arithmetic", 600)])
+def test_adaptation_data_is_there_and_short(name, least):
+    table = prompts.load_pairs(name)
+    assert len(table) >= least
+    assert table["prompt"].is_unique
+    assert table["response"].str.split().str.len().max() <= 40
+    assert not table["response"].str.contains("Sure|sorry|As an AI", regex=True).any()

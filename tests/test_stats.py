@@ -165,3 +165,32 @@ def test_outcomes_joined_with_rows_that_have_none_are_still_proportions(rows):
 def test_number_of_values_leaves_out_the_missing(rows):
     table = stats.rate_table(rows, "model", ["length"]).set_index("model")
     assert table["n"].to_dict() == {"b": 4, "a": 2}
+
+
+# --------------------------------------------------------------------------------------------------------------- prediction
+
+
+def test_auc_is_the_share_of_ordered_pairs():
+    rng = np.random.default_rng(0)
+    labels = rng.random(60) < 0.4
+    scores = rng.integers(0, 10, 60) + 2 * labels
+    higher = scores[labels][:, None] - scores[~labels]
+    assert stats.auc(scores, labels) == pytest.approx(((higher > 0) + 0.5 * (higher == 0)).mean())
+    assert math.isnan(stats.auc(scores, np.ones(60, bool)))
+
+
+def test_auc_interval_covers_chance_for_noise_and_not_for_signal():
+    rng = np.random.default_rng(1)
+    labels = rng.random(300) < 0.5
+    value, low, high = stats.auc_interval(rng.normal(size=300), labels)
+    assert low < 0.5 < high and low < value < high
+    assert stats.auc_interval(rng.normal(size=300) + 2 * labels, labels)[1] > 0.8
+
+
+def test_out_of_fold_scores_find_a_signal_and_no_noise():
+    rng = np.random.default_rng(2)
+    labels = rng.random(400) < 0.3
+    signal = np.column_stack([rng.normal(size=400) + labels, rng.normal(size=400)])
+    assert stats.auc(stats.out_of_fold(signal, labels), labels) > 0.65
+    assert abs(stats.auc(stats.out_of_fold(rng.normal(size=(400, 5)), labels), labels) - 0.5) < 0.12
+    assert (stats.out_of_fold(signal, np.zeros(400, bool)) == 0).all()

@@ -299,3 +299,44 @@ def test_failed_save_leaves_the_folder_as_it_was(tmp_path, parted, monkeypatch, 
     assert [entry.name for entry in path.parent.iterdir()] == [path.name] * existed
     if existed:
         assert same(load_partition(path, parted.fingerprint)[0].group_index, parted.group_index)
+
+
+# ------------------------------------------------------------------------------------------------------------------ transfer
+
+
+def test_transfer_table_counts_every_unit_once():
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda n: torch.randint(0, 4, (2, n), generator=generator, dtype=torch.int8)  # noqa: E731
+    before, after = (UnitPartition({"attention": draw(5), "mlp": draw(9)}) for _ in range(2))
+    table = units.transfer_table(before, after)
+    assert table["units"].sum() == 28 and len(table) == 16
+    for row in table.itertuples():
+        pairs = zip(units.flat(before.group_index).tolist(), units.flat(after.group_index).tolist(), strict=True)
+        assert row.units == sum((GROUPS[a], GROUPS[b]) == (row.before, row.after) for a, b in pairs)
+    occupied = table.groupby("before")["share"].sum()
+    assert occupied[occupied > 0].to_list() == pytest.approx([1.0] * int((occupied > 0).sum()))
+
+
+def test_nothing_moves_between_a_partition_and_itself():
+    same = UnitPartition({"attention": torch.zeros(1, 3, dtype=torch.int8), "mlp": torch.full((1, 4), 3, dtype=torch.int8)})
+    table = units.transfer_table(same, same)
+    assert table[table["before"] != table["after"]]["units"].sum() == 0
+
+
+def test_a_set_survives_its_file(tmp_path):
+    chosen = {"attention": torch.tensor([[True, False]]), "mlp": torch.tensor([[False, True, True]])}
+    units.save_set(tmp_path / "set.safetensors", chosen, "feed", "three units")
+    for fingerprint in ("", "feed"):
+        found = units.load_set(tmp_path / "set.safetensors", fingerprint)
+        assert all(torch.equal(found[kind], chosen[kind]) for kind in chosen) and found.keys() == chosen.keys()
+    with pytest.raises(ValueError, match="made for model feed, not for the loaded beef"):
+        units.load_set(tmp_path / "set.safetensors", "beef")
+    with pytest.raises(ValueError, match="not a file of format ssah-units-1"):
+        units.load_partition(tmp_path / "set.safetensors")
+    with pytest.raises(FileNotFoundError, match="run 06_freezing first"):
+        units.load_set(tmp_path / "nothing.safetensors")
+
+
+def test_union():
+    a, b = {"mlp": torch.tensor([True, False, False])}, {"mlp": torch.tensor([True, True, False])}
+    assert units.union(a, b)["mlp"].tolist() == [True, True, False]

@@ -1,0 +1,99 @@
+"""Figures of 05 to 07 from small tables: every condition is drawn, in its colour, and nothing else is needed."""
+
+import itertools
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+
+from ssah_utils import training_figures
+from ssah_utils.units import GROUPS
+
+RNG = np.random.default_rng(0)
+
+
+@pytest.fixture(autouse=True)
+def close():
+    yield
+    plt.close("all")
+
+
+def moves() -> pd.DataFrame:
+    rows = []
+    for data, seed, step in [("floor", 0, 0), *itertools.product(("adaptation", "with refusals"), (0, 1), (5, 10))]:
+        for before in GROUPS:
+            shares = RNG.dirichlet(np.ones(4))
+            keys = {"before": before, "data": data, "seed": seed, "step": step}
+            pairs = zip(GROUPS, shares, strict=True)
+            rows += [keys | {"after": after, "units": 100 * share, "share": share} for after, share in pairs]
+    return pd.DataFrame(rows)
+
+
+def rates(**keys) -> list[dict]:
+    return [{"set": name, "metric": metric, "mean": 0.5, "low": 0.4, "high": 0.6} | keys
+            for name, metric in [*training_figures.BUDGET_PANELS, ("harmful", "asr")]]  # fmt: skip
+
+
+def test_final_moves_are_means_over_seeds_of_the_last_step():
+    table = moves()
+    final = training_figures.final_moves(table)
+    assert len(final) == 3 * 16
+    one = final.query("data == 'adaptation' and before == 'safety' and after == 'complex'")["share"].item()
+    expected = table.query("data == 'adaptation' and before == 'safety' and after == 'complex' and step == 10")["share"].mean()
+    assert one == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("draw", [training_figures.transfer_flow, training_figures.transfer_heat])
+def test_transfer_has_one_panel_per_fine_tuning(draw):
+    figure = draw({"moves": moves()})
+    assert (figure.axes[0].get_title(loc="left") or figure.axes[0].get_title()).startswith("floor")
+    assert len(figure.axes) == 3
+
+
+def test_heat_map_shows_percent():
+    table = moves()
+    figure = training_figures.transfer_heat({"moves": table})
+    shown = [int(text.get_text()) for text in figure.axes[0].texts]
+    assert shown == pytest.approx((table[table["data"] == "floor"]["share"] * 100).tolist(), abs=0.51)
+
+
+def test_transfer_path_draws_every_seed_and_the_floor():
+    path = pd.DataFrame([{"data": d, "seed": k, "step": s, "left": 0.1 * s, "margin": -s}
+                         for d, k, s in itertools.product(("adaptation", "with refusals"), (0, 1), (0, 5, 10))])  # fmt: skip
+    figure = training_figures.transfer_path({"path": path, "moves": moves()})
+    assert len(figure.axes[0].lines) == 4 + 1
+
+
+def test_freezing_paths_and_rates():
+    sets = ["SCU", "SCU + 6% CU", "random, as SCU + 6% CU", "SCU + all CU", "random, as SCU + all CU"]
+    conditions = ["nothing", *sets, "lora", "prefix"]
+    paths = pd.DataFrame([{"condition": c, "task": t, "seed": 0, "step": s, "task_loss": 4 - 0.1 * s, "margin": 5 - s}
+                          for c, t, s in itertools.product(conditions, ("adaptation", "arithmetic"), (0, 5))])  # fmt: skip
+    figure = training_figures.freezing_paths({"paths": paths})
+    assert [line.get_label() for line in figure.axes[0].lines[: len(conditions)]] == conditions
+    styles = {line.get_label(): line.get_linestyle() for line in figure.axes[0].lines}
+    assert styles["random, as SCU + 6% CU"] == "--" and styles["SCU + 6% CU"] == "-"
+
+    rows = rates(task="-", condition="before", seed=0)
+    for condition in conditions:
+        rows += rates(task="adaptation", condition=condition, seed=0)
+    table = pd.DataFrame(rows)
+    figure = training_figures.freezing_rates({"rates": table})
+    assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == ["before", *conditions]
+
+
+def test_frontier_has_a_panel_per_learning_rate():
+    cases = itertools.product(("safety first", "random"), (0.3, 0.7), (1.0, 3.0), (0, 1))
+    columns = ["order", "fraction", "factor", "step"]
+    table = pd.DataFrame(cases, columns=columns).assign(task_loss=lambda t: 4 - t["step"], margin=lambda t: t["step"])
+    assert len(training_figures.frontier({"frontier": table}).axes) == 2
+
+
+def test_alignment_budget_names_every_budget():
+    rows = rates(method="-", trained="before", seed=0)
+    for method, name in [("sft", "all"), ("sft", "redundant"), ("sft", "random"), ("dpo", "redundant")]:
+        rows += rates(method=method, trained=name, seed=0)
+    figure = training_figures.alignment_budget({"rates": pd.DataFrame(rows)})
+    labels = [text.get_text() for text in figure.axes[0].get_yticklabels()]
+    assert labels == ["before", "SFT all", "SFT redundant", "SFT random", "DPO redundant"]

@@ -99,9 +99,10 @@ def evaluation_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """
     if model.dtype == dtype and model.device.type != "cpu":
         return model.eval()
-    twin = copy.deepcopy(model).to(dtype).eval()
+    twin = models.cast(copy.deepcopy(model), dtype).eval()
     twin.__dict__.pop("forward", None)  # a running Trainer has put autocast around it
-    twin.set_attn_implementation("sdpa")
+    if twin._supports_sdpa:  # for training it was eager
+        twin.set_attn_implementation("sdpa")
     return twin
 
 

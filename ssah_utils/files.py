@@ -16,7 +16,7 @@ from pathlib import Path
 def cache_dir() -> Path:
     """Folder for downloads and trained models: ``SSAH_CACHE``, else the user's cache folder."""
     default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "ssah"
-    folder = Path(os.environ.get("SSAH_CACHE", default)).expanduser().resolve()
+    folder = Path(os.environ.get("SSAH_CACHE") or default).expanduser().resolve()
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
@@ -37,7 +37,12 @@ def complete_only(path: Path | str) -> Iterator[Path]:
             raise FileNotFoundError(f"nothing was written for {path}")
         if path.is_dir():  # a folder cannot be renamed onto a non-empty one
             path.rename(workspace / "replaced")
-        partial.replace(path)
+        try:
+            partial.replace(path)
+        except OSError:
+            if (workspace / "replaced").exists():
+                (workspace / "replaced").rename(path)
+            raise
     finally:
         shutil.rmtree(workspace, ignore_errors=True)
 

@@ -782,8 +782,10 @@ def owned_by_hand(model: nn.Module, layer: int, kind: str, unit: int) -> list[Te
     if model.config.model_type == "gpt2":  # stored (in, out)
         block = f"transformer.h.{layer}"
         if kind == "attention":
-            return [gradients[f"{block}.attn.c_proj.weight"][unit], gradients[f"{block}.attn.c_attn.weight"][:, 84 + unit]]
-        return [gradients[f"{block}.mlp.c_proj.weight"][unit], gradients[f"{block}.mlp.c_fc.weight"][:, unit]]
+            writer, reader, row = gradients[f"{block}.attn.c_proj.weight"], f"{block}.attn.c_attn", 84 + unit
+        else:
+            writer, reader, row = gradients[f"{block}.mlp.c_proj.weight"], f"{block}.mlp.c_fc", unit
+        return [writer[unit], gradients[f"{reader}.weight"][:, row], gradients[f"{reader}.bias"][row : row + 1]]
     block = f"model.layers.{layer}"
     fused = model.config.model_type == "phi3"
     if kind == "attention":
@@ -816,11 +818,7 @@ def test_unit_gradients_equal_those_by_hand(tiny_models, name):
             torch.testing.assert_close(found[kind][layer].float(), torch.stack(expected), rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["llama",
-     "gpt2"],
-)  # fmt: skip
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_unit_gradients_cover_what_training_only_trains(tiny_models, name):
     model, batch = tiny_models(name), batch_of(examples_of(10))
     found = unit_gradients(model, [batch])["mlp"]

@@ -170,3 +170,24 @@ def test_cache_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("SSAH_CACHE", "~/at-home")
     assert files.cache_dir() == tmp_path / "at-home"
+
+
+def test_folder_that_cannot_be_replaced_stays(tmp_path, monkeypatch):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "old").write_text("kept", encoding="utf-8")
+
+    def fail(self, target):
+        raise OSError("device is gone")
+
+    with pytest.raises(OSError, match="device is gone"), complete_only(folder) as partial:
+        partial.mkdir()
+        monkeypatch.setattr(Path, "replace", fail)
+    assert (folder / "old").read_text(encoding="utf-8") == "kept"
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_empty_cache_variable_means_the_default(tmp_path, monkeypatch):
+    monkeypatch.setenv("SSAH_CACHE", "")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert files.cache_dir() == tmp_path / "ssah"

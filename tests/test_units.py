@@ -278,7 +278,7 @@ def test_truncated_file_is_refused(saved, kept):
 @pytest.mark.parametrize("metadata", [None, {"format": "pt"}, {"format": "ssah-units-0", "fingerprint": ""}])
 def test_foreign_safetensors_file_is_refused(tmp_path, metadata):
     save_file({"weight": torch.zeros(3)}, tmp_path / "model.safetensors", metadata)
-    with pytest.raises(ValueError, match="not a partition file of this package"):
+    with pytest.raises(ValueError, match="not a file of format ssah-units-1"):
         load_partition(tmp_path / "model.safetensors")
 
 

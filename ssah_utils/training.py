@@ -6,6 +6,7 @@ Knows models, token sequences and sets of units. Does not know data sets, scores
 import contextlib
 import copy
 import ctypes
+import gc
 import hashlib
 import json
 import tempfile
@@ -192,8 +193,10 @@ def fine_tune(
             data_collator=DataCollatorForSeq2Seq(tokenizer, padding=True, label_pad_token_id=-100),
             callbacks=list(callbacks),
         )
-        _train_silently(trainer)
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        losses = _losses(trainer)
+        del trainer
+        gc.collect()  # trainers refer to themselves: several trainings in a row would keep every model and its optimizer
+    return losses
 
 
 def with_prompt_length(examples: list[dict[str, list[int]]]) -> Dataset:
@@ -268,13 +271,17 @@ def prefer(
             processing_class=tokenizer,
             callbacks=[StopOnNaN(), *callbacks],
         )  # fmt: skip
-        _train_silently(trainer)
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        losses = _losses(trainer)
+        del trainer
+        gc.collect()  # trainers refer to themselves: several trainings in a row would keep every model and its optimizer
+    return losses
 
 
-def _train_silently(trainer: Trainer) -> None:
+def _losses(trainer: Trainer) -> list[float]:
+    """Train; the loss of every step."""
     trainer.remove_callback(PrinterCallback)  # prints every log as a bare dict
     trainer.train()
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
 class StopOnNaN(TrainerCallback):

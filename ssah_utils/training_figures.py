@@ -117,7 +117,7 @@ def transfer_path(tables: Tables) -> Figure:
     left.axhline(100 * (1 - stayed), color=DATA_COLOURS["floor"], ls="--", label="floor: other calibration sample")
     left.set(xlabel="optimizer step", ylabel="safety units that left (%)", title="Safety units change group", ylim=(0, None))
     right.axhline(0, color=INK, lw=0.6)
-    right.set(xlabel="optimizer step", ylabel="log P(refuse) / P(comply), nats", title="and the margin follows")
+    right.set(xlabel="optimizer step", ylabel="log P(refuse) / P(comply), nats", title="The refusal margin falls")
     left.legend(fontsize=7)
     return figure
 
@@ -159,7 +159,7 @@ def frontier(tables: Tables) -> Figure:
         ax.set(xlabel="task loss, held out (nats per token)", title=f"learning rate x {factor:g}")
     axes[0][0].set_ylabel("log P(refuse) / P(comply), nats")
     axes[0][0].legend(fontsize=6.5)
-    figure.suptitle("The frontier: a frozen share is better where its line lies above", x=0.01, ha="left", fontweight="bold")
+    figure.suptitle("The frontier: above is better", x=0.01, ha="left", fontweight="bold")
     return figure
 
 

@@ -1,6 +1,6 @@
 """A training script as users have it, with plain Hugging Face parts; the five lines that keep the guardrails are marked.
 
-    python -m tests.plain_trainer MODEL UNITS DATA.jsonl OUTPUT
+python -m tests.plain_trainer MODEL UNITS DATA.jsonl OUTPUT
 """
 
 import json

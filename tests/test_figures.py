@@ -69,6 +69,8 @@ def ablation_tables() -> dict[str, pd.DataFrame]:
 
 
 TABLES = {"01_alignment": alignment_tables, "02_probing": probing_tables, "04_ablation": ablation_tables}
+for trained in ("05_transfer", "06_freezing", "07_redundant_units"):  # drawn from small tables in test_training_figures
+    TABLES[trained] = lambda stage=trained: results.load_result(results.REFERENCE / stage / "result.json")["tables"]
 
 
 def write_stage(source: Path, stage: str) -> None:

@@ -4,17 +4,25 @@ Knows models. Does not know how they are trained.
 """
 
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from ssah_utils import models
 
 PEFT_METHODS = {"lora": tuple(models.ARCHITECTURES), "llama-adapter": ("llama", "mistral", "gpt2"),
                 "prefix": tuple(models.ARCHITECTURES)}  # fmt: skip
+PREFIX_TOKENS = 20
+PREFIX_TEXT = (
+    "What follows is a conversation between a person and an assistant. The person asks a question or gives an instruction, "
+    "and the assistant answers it."
+)
 
 
-def with_adapter(model: nn.Module, method: str) -> nn.Module:
+def with_adapter(model: nn.Module, method: str, tokenizer: PreTrainedTokenizerBase) -> nn.Module:
     """The model wrapped by PEFT, its own parameters frozen: ``lora``, ``llama-adapter`` or ``prefix``.
 
-    Sizes are those of PEFT's documentation. Raises ``ValueError`` that names what the architecture supports.
+    Sizes are those of PEFT's documentation. A prefix starts from the states of real words (Li & Liang 2021, section 7.4): a
+    random one makes gibberish of every answer until long training has mended it. Raises ``ValueError`` that names what
+    the architecture supports.
     """
     import peft  # slow to import
 
@@ -32,6 +40,9 @@ def with_adapter(model: nn.Module, method: str) -> nn.Module:
     config = {
         "lora": lambda: peft.LoraConfig(task_type=task, r=8, lora_alpha=16, target_modules="all-linear"),
         "llama-adapter": lambda: peft.AdaptionPromptConfig(task_type=task, adapter_len=10, adapter_layers=max(1, n_layers - 2)),
-        "prefix": lambda: peft.PrefixTuningConfig(task_type=task, num_virtual_tokens=20),
+        "prefix": lambda: peft.PrefixTuningConfig(task_type=task, num_virtual_tokens=PREFIX_TOKENS),
     }[method]()
-    return peft.get_peft_model(model, config)
+    wrapped = peft.get_peft_model(model, config)
+    if method == "prefix":
+        peft.initialize_kv_prefix_from_text(wrapped, tokenizer, text=PREFIX_TEXT, use_chat_template=False)
+    return wrapped

@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 import torch
 import yaml
-from torch import nn
+from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from ssah_utils.arithmetic import is_correct
@@ -203,28 +203,47 @@ def judge(
 def opening_log_probabilities(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: list[str], openings: list[str], batch_size: int = 32
 ) -> np.ndarray:
-    """log P(opening | rendered prompt) in nats: (n_prompts, n_openings). Each prompt is read once, its cache reused."""
+    """log P(opening | rendered prompt) in nats: (n_prompts, n_openings).
+
+    Each prompt is read once; then all openings are, side by side in one pass, none seeing another.
+    """
     opening_ids = [tokenizer(opening, add_special_tokens=False).input_ids for opening in openings]
+    if hasattr(model, "peft_config") and model.active_peft_config.peft_type != "LORA":
+        # prompts learned by PEFT lose the cache of what was read: every opening in a pass of its own
+        every = [prompt for prompt in prompts for _ in openings], openings * len(prompts)
+        longest = max(map(len, opening_ids))
+        nll = response_nll(model, tokenizer, *every, longest, batch_size).reshape(len(prompts), len(openings))
+        return -nll * [len(ids) for ids in opening_ids]
+    read_ids, of_opening, place = _side_by_side(opening_ids, model.device)
     scores = np.zeros((len(prompts), len(openings)))
     for rows in _length_sorted(tokenizer, prompts, batch_size):
         batch = _left_padded(tokenizer, [prompts[row] for row in rows]).to(model.device)
-        mask = batch["attention_mask"]
-        read = model(**batch, position_ids=(mask.cumsum(1) - 1).clamp_min(0), use_cache=True, logits_to_keep=1)
-        cache, first = read.past_key_values, read.logits[:, -1:].float()
-        for column, ids in enumerate(opening_ids):
-            target = torch.tensor(ids, device=model.device).expand(len(rows), -1)
-            positions = mask.sum(1, keepdim=True) + torch.arange(len(ids), device=model.device)
-            logits = model(
-                input_ids=target,
-                attention_mask=torch.cat([mask, torch.ones_like(target)], 1),
-                position_ids=positions,
-                past_key_values=cache,
-                use_cache=True,
-            ).logits
-            cache.crop(-len(ids))
-            predicted = torch.cat([first, logits[:, :-1].float()], 1).log_softmax(-1)  # (B, opening, vocabulary)
-            scores[rows, column] = predicted.gather(2, target[..., None]).sum((1, 2)).cpu().numpy()
+        seen = batch["attention_mask"]
+        read = model(**batch, position_ids=(seen.cumsum(1) - 1).clamp_min(0), use_cache=True, logits_to_keep=1)
+        logits = [read.logits[:, -1:]]  # (B, 1, vocabulary): of every opening's first token
+        if len(read_ids):
+            before = (of_opening[:, None] == of_opening) & (place[:, None] >= place)  # (n_read, n_read)
+            may_see = torch.cat([seen.bool()[:, None].expand(-1, len(read_ids), -1), before.expand(len(rows), -1, -1)], 2)
+            logits += [model(
+                input_ids=read_ids.expand(len(rows), -1),
+                attention_mask=torch.zeros(may_see.shape, dtype=model.dtype, device=model.device)
+                .masked_fill(~may_see, torch.finfo(model.dtype).min)[:, None],
+                position_ids=seen.sum(1, keepdim=True) + place,
+                past_key_values=read.past_key_values,
+            ).logits]  # fmt: skip
+        for row, of_row in zip(rows, torch.cat(logits, 1), strict=True):  # one by one: in float32 they are large
+            log_p, start = of_row.float().log_softmax(-1), 1
+            for column, ids in enumerate(opening_ids):
+                at = [0, *range(start, start + len(ids) - 1)]  # where each of its tokens is predicted
+                scores[row, column] = float(log_p[at, ids].sum())
+                start += len(ids) - 1
     return scores
+
+
+def _side_by_side(sequences: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """All tokens but each sequence's last, in one row: ids, which sequence each is of, its place there."""
+    rows = [(token, number, place) for number, ids in enumerate(sequences) for place, token in enumerate(ids[:-1])]
+    return tuple(torch.tensor(column, dtype=torch.long, device=device) for column in (zip(*rows, strict=True) if rows else ([],) * 3))
 
 
 def refusal_margin(

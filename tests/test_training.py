@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
 
 from ssah_utils import models, training
 from ssah_utils.adapters import PEFT_METHODS, with_adapter
-from ssah_utils.evaluation import generate
+from ssah_utils.evaluation import generate, opening_log_probabilities
 from ssah_utils.models import KINDS
 from ssah_utils.partial import training_only
 from ssah_utils.training import (
@@ -566,7 +566,7 @@ def square_llama() -> nn.Module:
 def test_an_adapter_is_trained_and_nothing_else(tokenizer, method):
     model = square_llama()
     base = [(name, parameter, parameter.detach().clone()) for name, parameter in model.named_parameters()]
-    wrapped = with_adapter(model, method)
+    wrapped = with_adapter(model, method, tokenizer)
     added = [(parameter, parameter.detach().clone()) for parameter in wrapped.parameters() if parameter.requires_grad]
     config = SFTConfig(learning_rate=1e-2, max_steps=8, batch_size=8, warmup_steps=0)
     losses = fine_tune(wrapped, tokenizer, examples_of(8), config)
@@ -577,25 +577,53 @@ def test_an_adapter_is_trained_and_nothing_else(tokenizer, method):
     assert any(not torch.equal(parameter, before) for parameter, before in added)
 
 
+@pytest.mark.parametrize("method", PEFT_METHODS)
+def test_an_adapted_model_is_measured_as_it_answers(tokenizer, method):
+    """Openings and answers of different lengths in one batch, against one pass without a cache for each."""
+    wrapped = with_adapter(square_llama(), method, tokenizer).eval()
+    with torch.no_grad():
+        for parameter in wrapped.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)))
+    texts, openings = ["w5 w6 w7 w8", "w9", "w4 w11 w3"], ["w3 w4 w5", "w6"]
+
+    def log_p(ids: list[int]) -> Tensor:
+        ids = torch.tensor([ids])
+        return wrapped(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0].log_softmax(-1).detach()
+
+    found = opening_log_probabilities(wrapped, tokenizer, texts, openings)
+    for row, text in enumerate(texts):
+        read = tokenizer(text).input_ids
+        for column, opening in enumerate(openings):
+            ids = tokenizer(opening).input_ids
+            rows = log_p(read + ids)[-len(ids) - 1 : -1]
+            assert found[row, column] == pytest.approx(float(rows[range(len(ids)), ids].sum()), abs=1e-4)
+    for text, answer in zip(texts, generate(wrapped, tokenizer, texts, 5), strict=True):
+        read, written = tokenizer(text).input_ids, []
+        while len(written) < 5 and tokenizer.eos_token_id not in written:
+            written.append(int(log_p(read + written)[-1].argmax()))
+        assert answer == tokenizer.decode(written, skip_special_tokens=True).strip()
+
+
 @pytest.mark.parametrize("name", ["llama", "qwen2", "gemma2", "phi3", "gpt2"])
 @pytest.mark.parametrize("method", ["llama-adapter", "dora"])
-def test_an_adapter_that_cannot_be_had_names_those_that_can(tiny_models, name, method):
+def test_an_adapter_that_cannot_be_had_names_those_that_can(tiny_models, tokenizer, name, method):
     model = tiny_models(name)
     if (name, method) == ("gpt2", "llama-adapter"):
-        assert with_adapter(model, method).peft_config
+        assert with_adapter(model, method, tokenizer).peft_config
         return
     there = "lora, llama-adapter, prefix" if name == "gpt2" else "lora, prefix"
     message = rf"PEFT method '{method}' is not available for architecture '{name}' \(there: {there}\)"
     with pytest.raises(ValueError, match=message):
-        with_adapter(model, method)
+        with_adapter(model, method, tokenizer)
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
-def test_every_architecture_takes_the_methods_it_is_said_to(any_model, token_ids):
+def test_every_architecture_takes_the_methods_it_is_said_to(any_model, token_ids, tokenizer):
     model_type = any_model.config.model_type
     for method, types in PEFT_METHODS.items():
         if model_type in types and (method != "llama-adapter" or model_type == "gpt2"):
-            wrapped = with_adapter(copy.deepcopy(any_model), method)
+            wrapped = with_adapter(copy.deepcopy(any_model), method, tokenizer)
             wrapped(input_ids=token_ids, attention_mask=torch.ones_like(token_ids), labels=token_ids).loss.backward()
             assert any(parameter.grad is not None for parameter in wrapped.parameters()), method
 

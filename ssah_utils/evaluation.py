@@ -208,23 +208,21 @@ def opening_log_probabilities(
     Each prompt is read once; then all openings are, side by side in one pass, none seeing another.
     """
     opening_ids = [tokenizer(opening, add_special_tokens=False).input_ids for opening in openings]
-    if hasattr(model, "peft_config") and model.active_peft_config.peft_type != "LORA":
-        # prompts learned by PEFT lose the cache of what was read: every opening in a pass of its own
-        every = [prompt for prompt in prompts for _ in openings], openings * len(prompts)
-        longest = max(map(len, opening_ids))
-        nll = response_nll(model, tokenizer, *every, longest, batch_size).reshape(len(prompts), len(openings))
-        return -nll * [len(ids) for ids in opening_ids]
     read_ids, of_opening, place = _side_by_side(opening_ids, model.device)
     scores = np.zeros((len(prompts), len(openings)))
     for rows in _length_sorted(tokenizer, prompts, batch_size):
         batch = _left_padded(tokenizer, [prompts[row] for row in rows]).to(model.device)
-        seen = batch["attention_mask"]
-        read = model(**batch, position_ids=(seen.cumsum(1) - 1).clamp_min(0), use_cache=True, logits_to_keep=1)
+        plain, prefix, n_prefix = _learned_prefix(model, len(rows))
+        seen = nn.functional.pad(batch["attention_mask"], (n_prefix, 0), value=1)
+        read = plain(
+            input_ids=batch["input_ids"], attention_mask=seen, position_ids=(seen.cumsum(1) - 1).clamp_min(0)[:, n_prefix:],
+            past_key_values=prefix, use_cache=True, logits_to_keep=1,
+        )  # fmt: skip
         logits = [read.logits[:, -1:]]  # (B, 1, vocabulary): of every opening's first token
         if len(read_ids):
             before = (of_opening[:, None] == of_opening) & (place[:, None] >= place)  # (n_read, n_read)
             may_see = torch.cat([seen.bool()[:, None].expand(-1, len(read_ids), -1), before.expand(len(rows), -1, -1)], 2)
-            logits += [model(
+            logits += [plain(
                 input_ids=read_ids.expand(len(rows), -1),
                 attention_mask=torch.zeros(may_see.shape, dtype=model.dtype, device=model.device)
                 .masked_fill(~may_see, torch.finfo(model.dtype).min)[:, None],
@@ -240,10 +238,19 @@ def opening_log_probabilities(
     return scores
 
 
+def _learned_prefix(model: nn.Module, batch_size: int) -> tuple[nn.Module, object | None, int]:
+    """The model without PEFT's prefix, that prefix as a cache, and its length: PEFT takes no other cache beside its own."""
+    if not hasattr(model, "peft_config") or not model.active_peft_config.is_prompt_learning:
+        return model, None, 0
+    return model.get_base_model(), model.get_prompt(batch_size), model.active_peft_config.num_virtual_tokens
+
+
 def _side_by_side(sequences: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """All tokens but each sequence's last, in one row: ids, which sequence each is of, its place there."""
     rows = [(token, number, place) for number, ids in enumerate(sequences) for place, token in enumerate(ids[:-1])]
-    return tuple(torch.tensor(column, dtype=torch.long, device=device) for column in (zip(*rows, strict=True) if rows else ([],) * 3))
+    return tuple(
+        torch.tensor(column, dtype=torch.long, device=device) for column in (zip(*rows, strict=True) if rows else ([],) * 3)
+    )
 
 
 def refusal_margin(

@@ -17,7 +17,7 @@ CHOICES = {
     "ablation_mode": ("zero", "mean"),
     "alignment": ("auto", "train", "given"),
 }
-METHODS = {"peft_methods": tuple(PEFT_METHODS), "preference_methods": ("all", "redundant", "top", "random", "safety")}
+METHODS = {"peft_factors": tuple(PEFT_METHODS), "preference_methods": ("all", "redundant", "top", "random", "safety")}
 
 
 def check(values: dict) -> None:
@@ -44,10 +44,12 @@ def check(values: dict) -> None:
         elif name in ("checkpoints", "sweep_factors"):
             if not value or not all(type(item) in (int, float) and item > 0 for item in value):
                 raise ValueError(f"{name} takes a list of numbers above 0, not {value!r}")
-        elif name.endswith("_methods"):
+        elif name in METHODS:
             unknown = [item for item in value if item not in METHODS[name]]
             if unknown:
                 raise ValueError(f"{name} has '{unknown[0]}', but {', '.join(METHODS[name])} are there")
+            if isinstance(value, dict) and not all(type(item) in (int, float) and item > 0 for item in value.values()):
+                raise ValueError(f"{name} takes a number above 0 for every method, not {value!r}")
         elif name == "chat_template" and value and not Path(value).is_file():
             raise FileNotFoundError(f"chat_template '{value}' does not exist: give the path of a Jinja file")
         elif name == "model" or (name.endswith("_model") and value):

@@ -8,6 +8,7 @@ import copy
 import ctypes
 import gc
 import hashlib
+import io
 import json
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -100,7 +101,9 @@ def evaluation_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """
     if model.dtype == dtype and model.device.type != "cpu":
         return model.eval()
-    twin = models.cast(copy.deepcopy(model), dtype).eval()
+    # deepcopy takes what it finds under the identity of a tensor: no copy in the first precision is made on the way
+    converted = {id(p): nn.Parameter(p.detach().to(dtype, copy=True), p.requires_grad) for p in model.parameters()}
+    twin = models.cast(copy.deepcopy(model, converted), dtype).eval()
     twin.__dict__.pop("forward", None)  # a running Trainer has put autocast around it
     if twin._supports_sdpa:  # for training it was eager
         twin.set_attn_implementation("sdpa")
@@ -260,7 +263,8 @@ def prefer(
 
     if not pairs:
         raise ValueError("nothing to train on: the list of pairs is empty")
-    with tempfile.TemporaryDirectory() as folder, _for_a_while(model):
+    # five progress bars of its own come on stderr; the steps are reported by a callback
+    with tempfile.TemporaryDirectory() as folder, _for_a_while(model), contextlib.redirect_stderr(io.StringIO()):
         trainer = DPOTrainer(
             model=model,
             args=DPOConfig(

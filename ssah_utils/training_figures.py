@@ -19,6 +19,7 @@ DATA_COLOURS = {"adaptation": "#D55E00", "with refusals": "#0072B2", "floor": CO
 # one colour per frozen set; its random control has the same colour, dashed
 FROZEN_COLOURS = {"before": INK, "nothing": "#000000", "SCU": "#E69F00", "SCU + 6% CU": "#D55E00", "SCU + all CU": "#0072B2",
                   "lora": "#CC79A7", "llama-adapter": "#009E73", "prefix": "#56B4E9"}  # fmt: skip
+FACTOR_COLOURS = ("#0072B2", "#D55E00", "#009E73")
 BUDGET_COLOURS = {
     "before": INK,
     "all": "#000000",
@@ -144,21 +145,34 @@ def freezing_paths(tables: Tables) -> Figure:
 
 
 def frontier(tables: Tables) -> Figure:
-    """Margin against task loss for every frozen share, one panel per learning rate."""
-    table = tables["frontier"]
+    """Margin against task loss for every frozen share, one panel per learning rate; right: the gain at equal task loss."""
+    table, gains = tables["frontier"], tables["gains"]
     factors = sorted(table["factor"].unique())
-    figure, axes = plt.subplots(1, len(factors), figsize=(4.3 * len(factors), 3.1), squeeze=False, sharey=True)
+    figure, axes = plt.subplots(1, len(factors) + 1, figsize=(3.6 * len(factors) + 3.4, 3.2), squeeze=False)
     colours = plt.get_cmap("viridis_r")
-    for ax, factor in zip(axes[0], factors, strict=True):
+    for ax, factor in zip(axes[0], factors, strict=False):
         for (order, fraction), line in table[table["factor"] == factor].groupby(["order", "fraction"], sort=False):
             style = "--" if order == "random" else "-"
             ax.plot(line["task_loss"], line["margin"], style, marker="o", ms=3, color=colours(0.1 + 0.85 * fraction),
-                    label=f"{fraction:.0%} {order}" if fraction else "nothing frozen")  # fmt: skip
+                    label=f"{fraction:.3g} {order}" if fraction else "nothing frozen")  # fmt: skip
         ax.axhline(0, color=INK, lw=0.6)
         ax.invert_xaxis()
         ax.set(xlabel="task loss, held out (nats per token)", title=f"learning rate x {factor:g}")
+        ax.legend(fontsize=5.5)
     axes[0][0].set_ylabel("log P(refuse) / P(comply), nats")
-    axes[0][0].legend(fontsize=6.5)
+    right = axes[0][-1]
+    for number, factor in enumerate(factors):
+        for order, style in (("safety first", "-"), ("random", "--")):
+            line = gains[(gains["factor"] == factor) & (gains["order"] == order)].sort_values("fraction")
+            colour = FACTOR_COLOURS[number % len(FACTOR_COLOURS)]
+            reach = [line["gain"] - line["low"], line["high"] - line["gain"]]
+            right.errorbar(
+                line["fraction"], line["gain"], reach, fmt="o" + style, color=colour, lw=1, capsize=2,
+                mfc="none" if order == "random" else colour, label=f"{order}, rate x {factor:g}",
+            )  # fmt: skip
+    right.axhline(0, color=INK, lw=0.6)
+    right.set(xlabel="share of units frozen", ylabel="margin gained (nats)", title="Gain at equal task loss")
+    right.legend(fontsize=6)
     figure.suptitle("The frontier: above is better", x=0.01, ha="left", fontweight="bold")
     return figure
 

@@ -16,7 +16,9 @@ from ssah_utils.parameters import check
         ({"full_learning_rate": 0.0}, "full_learning_rate is 0.0, which is too small"),
         ({"peft_factor": -1.0}, "peft_factor is -1.0, which is too small"),
         ({"n_seeds": 0}, "n_seeds is 0, but at least 1 is needed"),
-        ({"peft_methods": ["lora", "adapters"]}, "peft_methods has 'adapters', but lora, llama-adapter, prefix are there"),
+        ({"peft_factors": {"adapters": 1}}, "peft_factors has 'adapters', but lora, llama-adapter, prefix are there"),
+        ({"peft_factors": {"lora": 0}}, "peft_factors takes a number above 0 for every method"),
+        ({"peft_factors": {"lora": "ten"}}, "peft_factors takes a number above 0 for every method"),
         ({"preference_methods": ["none"]}, "preference_methods has 'none', but all, redundant"),
         ({"adaptation_data": "advbench"}, "data set 'advbench', line 1: no column 'response'"),
         ({"other_adaptation_data": "arithmetics"}, "nearest is 'arithmetic'"),
@@ -28,7 +30,7 @@ def test_refused(values, message):
 
 
 def test_accepted():
-    check({"checkpoints": [5, 10], "sweep_factors": [1.0, 3.0], "peft_methods": [], "preference_methods": ["all", "random"],
+    check({"checkpoints": [5, 10], "sweep_factors": [1.0, 3.0], "peft_factors": {}, "preference_methods": ["all", "random"],
            "adaptation_data": "adaptation", "other_adaptation_data": "identity-shift", "n_seeds": 3})  # fmt: skip
 
 

@@ -87,7 +87,15 @@ def test_frontier_has_a_panel_per_learning_rate():
     cases = itertools.product(("safety first", "random"), (0.3, 0.7), (1.0, 3.0), (0, 1))
     columns = ["order", "fraction", "factor", "step"]
     table = pd.DataFrame(cases, columns=columns).assign(task_loss=lambda t: 4 - t["step"], margin=lambda t: t["step"])
-    assert len(training_figures.frontier({"frontier": table}).axes) == 2
+    gains = table[table["step"] == 1].assign(gain=0.5, low=0.4, high=0.7)
+    figure = training_figures.frontier({"frontier": table, "gains": gains})
+    assert [ax.get_title(loc="left") for ax in figure.axes] == [
+        "learning rate x 1",
+        "learning rate x 3",
+        "Gain at equal task loss",
+    ]
+    drawn = [tuple(line.get_xdata()) for line in figure.axes[-1].get_lines() if len(line.get_xdata()) == 2]
+    assert (0.3, 0.7) in drawn
 
 
 def test_alignment_budget_names_every_budget():

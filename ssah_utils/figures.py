@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 
-from ssah_utils import training_figures
+from ssah_utils import paper_figures, training_figures
 from ssah_utils.results import CONTROL, GROUP_COLOURS, INK, REFERENCE, ROOT, load_result, runs_root, save_figure, set_style
 from ssah_utils.units import GROUPS, load_partition, to_table
 
@@ -248,6 +248,7 @@ FIGURES: dict[str, dict[str, Callable]] = {
     "06_freezing": {name: getattr(training_figures, name) for name in ("freezing_paths", "frontier", "freezing_rates")},
     "07_redundant_units": {"alignment_budget": training_figures.alignment_budget},
 }  # fmt: skip
+FIGURES |= {stage: FIGURES.get(stage, {}) | drawings for stage, drawings in paper_figures.DRAWINGS.items()}
 FROM_UNITS = "03_units"  # drawn from units.safetensors, the others from the tables in result.json
 
 
@@ -263,13 +264,23 @@ def redraw(source: Path, target: Path) -> list[str]:
         folder = source / stage
         try:
             tables = stored_units(folder) if stage == FROM_UNITS else load_result(folder / "result.json")["tables"]
-            for name, draw in drawings.items():
-                if name != "training_loss" or len(tables.get("training", ())):  # a model that was given has no loss curve
-                    save_figure(draw(tables), target, name)
         except KeyError as error:
             problems.append(f"{stage}: {error} is missing from the stored result: re-run {stage}")
+            continue
         except (OSError, ValueError) as error:
             problems.append(f"{stage}: {error}")
+            continue
+        missing = {}
+        for name, draw in drawings.items():
+            try:
+                if name != "training_loss" or len(tables.get("training", ())):  # a model that was given has no loss curve
+                    save_figure(draw(tables), target, name)
+            except (KeyError, ValueError) as error:
+                missing[name] = str(error)
+                plt.close("all")
+        if missing:
+            what = "; ".join(f"figure {name} lacks {error}" for name, error in missing.items())
+            problems.append(f"{stage}: {what}: re-run {stage}")
     return problems
 
 

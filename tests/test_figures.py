@@ -65,11 +65,13 @@ def ablation_tables() -> dict[str, pd.DataFrame]:
         keys = {"part": "curve", "condition": condition, "draw": 0, "units": 10, "fraction": fraction}
         for name, metric in (("harmful", "coherent_asr"), ("helpful", "refused"), ("helpful", "answer_nll")):
             rows.append(keys | {"set": name, "metric": metric} | interval(10 * fraction))
-    return {"rates": pd.DataFrame(rows)}
+    rates = pd.DataFrame(rows)
+    differences = rates[rates["part"] == "groups"].rename(columns={"mean": "difference"})
+    return {"rates": rates, "differences": differences}
 
 
 TABLES = {"01_alignment": alignment_tables, "02_probing": probing_tables, "04_ablation": ablation_tables}
-for trained in ("05_transfer", "06_freezing", "07_redundant_units"):  # drawn from small tables in test_training_figures
+for trained in ("05_transfer", "06_freezing", "07_redundant_units", "08_claims"):  # drawn from small tables elsewhere
     TABLES[trained] = lambda stage=trained: results.load_result(results.REFERENCE / stage / "result.json")["tables"]
 
 
@@ -217,6 +219,18 @@ def test_units_without_scores_name_the_stage_to_run_again(source, tmp_path, quic
     problems, names = redrawn(source, tmp_path / "figures")
     assert len(problems) == 1 and "run 03_units" in problems[0]
     assert names == ALL - DRAWN["03_units"]
+
+
+def test_a_result_from_before_a_figure_was_added_loses_that_figure_only(source, tmp_path, quick):
+    quick("04_ablation")
+    path = source / "04_ablation" / "result.json"
+    content = json.loads(path.read_text())
+    del content["tables"]["differences"]
+    path.write_text(json.dumps(content))
+    (problem,), names = redrawn(source, tmp_path / "figures")
+    assert problem == "04_ablation: figure table1_ablation lacks 'differences': re-run 04_ablation"
+    assert names == ALL - {"table1_ablation"}
+    assert plt.get_fignums() == []
 
 
 # -------------------------------------------------------------------------------------------------------- whose results

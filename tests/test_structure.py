@@ -33,9 +33,11 @@ ALLOWED = {
     "results": {"files"},
     "parameters": {"adapters", "models", "prompts", "units"},
     "training_figures": {"results", "units"},
-    "figures": {"results", "training_figures", "units"},
+    "paper_figures": {"results"},
+    "claims": {"results"},
+    "figures": {"paper_figures", "results", "training_figures", "units"},
     "run": {"results", "files", "parameters"},
-    "publish": {"figures", "files", "results"},
+    "publish": {"claims", "figures", "files", "paper_figures", "results"},
 }
 
 

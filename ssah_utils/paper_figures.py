@@ -1,0 +1,256 @@
+"""The paper's tables as figures, ours beside its numbers, and the summary of all claims.
+
+Knows stored tables and ``data/paper_tables.yaml``. Loads no model. Filled markers are ours, open ones the paper's.
+"""
+
+from collections import Counter
+from functools import cache
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import yaml
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from ssah_utils.results import CONTROL, INK, ROOT, SAFETY, UTILITY
+
+Tables = dict[str, pd.DataFrame]
+WIDTH = 7.0  # inches: both columns of a two-column page
+PAPER_MARKERS = ("D", "^")
+VERDICT_STYLES = {
+    "replicated": ("#0072B2", "o", "full"),
+    "partly": ("#E69F00", "o", "left"),
+    "not replicated": ("#D55E00", "X", "full"),
+    "not measured": ("#999999", "_", "full"),
+}
+
+
+@cache
+def paper_tables() -> Tables:
+    """The paper's numbers, one data frame per table."""
+    content = yaml.safe_load((ROOT / "data" / "paper_tables.yaml").read_text(encoding="utf-8"))
+    return {name: pd.DataFrame(rows) for name, rows in content.items()}
+
+
+# ----------------------------------------------------------------------------------------------------------- dot plots
+
+
+def panels(rows: list[str], titles: list[str], ratios: list[float] | None = None) -> tuple[Figure, list[Axes]]:
+    """One row of axes that share the named rows, first on top, with room for a legend below."""
+    figure, axes = plt.subplots(
+        1, len(titles), figsize=(WIDTH, 0.2 * len(rows) + 1.15), sharey=True, squeeze=False, width_ratios=ratios
+    )
+    for ax, title in zip(axes[0], titles, strict=True):
+        ax.set_title(title, fontsize=8.5)
+        ax.set(yticks=range(len(rows)), yticklabels=rows, ylim=(len(rows) - 0.4, -0.6))
+        ax.grid(axis="y", lw=0.3, color="#DDDDDD")
+        ax.tick_params(axis="y", length=0, labelsize=8)
+    return figure, list(axes[0])
+
+
+def ours(ax: Axes, row: float, part: pd.DataFrame, value: str = "mean", scale: float = 1, colour: str = SAFETY) -> None:
+    """Mean of the rows of ``part`` (seeds or draws) and the envelope of their intervals; nothing where there are none."""
+    values = part[value].astype(float).dropna() * scale
+    if values.empty:
+        return
+    if {"low", "high"} <= set(part.columns):
+        low, high = part["low"].min() * scale, part["high"].max() * scale
+    else:
+        low, high = values.min(), values.max()
+    ax.plot([low, high], [row, row], color=colour, lw=1.4)
+    ax.plot(values.mean(), row, "o", color=colour, ms=4.5)
+
+
+def paper(ax: Axes, row: float, value: float, which: int = 0) -> None:
+    ax.plot(value, row, PAPER_MARKERS[which], mfc="none", mec=INK, ms=5, mew=0.9)
+
+
+def legend(figure: Figure, names: dict[str, str], theirs: list[str]) -> None:
+    """Filled markers by colour, then the paper's open ones."""
+    handles = [Line2D([], [], color=colour, marker="o", ms=4.5, lw=1.4, label=name) for name, colour in names.items()]
+    handles += [Line2D([], [], color=INK, marker=PAPER_MARKERS[n], mfc="none", ms=5, ls="", label=f"paper, {name}")
+                for n, name in enumerate(theirs)]  # fmt: skip
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=7.5, columnspacing=1.2)
+
+
+def table1_ablation(tables: Tables) -> Figure:
+    """Table 1: change of ASR and of utility when a group is switched off, its random control, the paper's two models."""
+    found, theirs = tables["differences"], paper_tables()["table1"]
+    groups = [name for name in ("safety", "utility", "complex", "redundant") if name in set(found["condition"])]
+    models = list(dict.fromkeys(theirs["model"]))
+    titles = ["change in ASR, points", "in coherent ASR, points", "in utility, points"]
+    figure, axes = panels(groups, titles)
+    columns = [("harmful", "asr", "asr"), ("harmful", "coherent_asr", "asr"), ("cloze", "accuracy", "utility")]
+    for ax, (name, metric, column) in zip(axes, columns, strict=True):
+        part = found[(found["set"] == name) & (found["metric"] == metric)]
+        for row, group in enumerate(groups):
+            ours(ax, row - 0.12, part[part["condition"] == group], "difference", 100)
+            ours(ax, row + 0.12, part[part["condition"] == f"random, as {group}"], "difference", 100, CONTROL)
+            for _, one in theirs[theirs["ablated"] == group].iterrows():
+                paper(ax, row, one[column], models.index(one["model"]))
+        ax.axvline(0, color=INK, lw=0.6)
+    legend(figure, {"ours": SAFETY, "random units": CONTROL}, models)
+    return figure
+
+
+def conditions_of(table: pd.DataFrame, column: str) -> list[str]:
+    """Frozen sets of table 2, as far as they were measured, random controls after their originals."""
+    order = ["before", "nothing", "SCU", "SCU + 6% CU", "random, as SCU + 6% CU", "SCU + all CU", "random, as SCU + all CU"]
+    return [name for name in order if name in set(table[column])]
+
+
+def table2_freezing(tables: Tables) -> Figure:
+    """Table 2: harmful requests answered after fine-tuning with units frozen, and our margin gained at equal task loss.
+
+    Ours on AdvBench and HarmBench, the paper's on AdvBench and HEx-PHI, after fine-tuning on Alpaca and Dolly.
+    """
+    rates, theirs = tables["rates"], paper_tables()["table2"]
+    rates = rates[rates["task"].isin(["-", "adaptation"])]
+    names = conditions_of(rates, "condition")
+    figure, axes = panels(names, ["ASR, AdvBench, %", "HarmBench / HEx-PHI, %", "margin gained, nats"])
+    columns = [("harmful", "asr", "asr"), ("other_harmful", "asr", "hexphi")]
+    data = ["Alpaca", "Dolly"]
+    for ax, (name, metric, column) in zip(axes, columns, strict=False):
+        part = rates[(rates["set"] == name) & (rates["metric"] == metric)]
+        for row, condition in enumerate(names):
+            colour = CONTROL if condition.startswith("random") else SAFETY
+            ours(ax, row, part[part["condition"] == condition], scale=100, colour=colour)
+            for _, one in theirs[theirs["frozen"] == condition].iterrows():
+                paper(ax, row, one[column], data.index(one["data"]) if one["data"] in data else 0)
+    gains = tables["equal"][tables["equal"]["task"] == "adaptation"]
+    for row, condition in enumerate(names):
+        ours(axes[2], row, gains[gains["frozen"] == condition], "gain", 1, CONTROL if "random" in condition else SAFETY)
+    axes[2].axvline(0, color=INK, lw=0.6)
+    legend(figure, {"ours": SAFETY, "random units frozen": CONTROL}, [f"Llama2-7B-Chat, {name}" for name in data])
+    return figure
+
+
+def table3_task(tables: Tables) -> Figure:
+    """Table 3: task loss at the last step, by what was frozen; the paper calls its task performance comparable."""
+    paths = tables["paths"]
+    names = conditions_of(paths[paths["step"] > 0], "condition")
+    tasks = list(dict.fromkeys(paths["task"]))
+    figure, axes = panels(names, [f"{task}: task loss, nats" for task in tasks])
+    for ax, task in zip(axes, tasks, strict=True):
+        part = paths[paths["task"] == task]
+        last = part[part["step"] == part["step"].max()]
+        full = last[last["condition"] == "nothing"]["task_loss"].mean()
+        ax.axvspan(0.98 * full, 1.02 * full, color=CONTROL, alpha=0.2, lw=0)
+        for row, name in enumerate(names):
+            colour = CONTROL if name.startswith("random") else UTILITY
+            ours(ax, row, last[last["condition"] == name], "task_loss", colour=colour)
+    legend(figure, {"ours (range over seeds; band: 2% about full fine-tuning)": UTILITY, "random units frozen": CONTROL}, [])
+    return figure
+
+
+def table4_budget(tables: Tables) -> Figure:
+    """Table 4: what training a budget of units alone gives; ours arithmetic and safety, the paper's GSM8K and MT-Bench."""
+    rates, theirs = tables["rates"], paper_tables()["table4"].set_index("trained")
+    rates = rates[rates["method"].isin(["-", "sft"])]
+    names = list(dict.fromkeys(rates["trained"]))
+    titles = ["arithmetic (paper: GSM8K), %", "harmful requests answered, %", "MT-Bench, paper only"]
+    figure, axes = panels(names, titles, [1.2, 1.2, 0.9])
+    for row, name in enumerate(names):
+        for ax, source, metric in ((axes[0], "arithmetic", "accuracy"), (axes[1], "harmful", "coherent_asr")):
+            part = rates[(rates["trained"] == name) & (rates["set"] == source) & (rates["metric"] == metric)]
+            ours(ax, row, part, scale=100, colour=CONTROL if name == "random" else SAFETY)
+        if name in theirs.index:
+            paper(axes[0], row, theirs.loc[name, "gsm8k"])
+            paper(axes[2], row, theirs.loc[name, "mt_bench"])
+    axes[1].set_xlim(-3, 103)
+    axes[2].set_xlim(1, 5)
+    legend(figure, {"ours": SAFETY, "random units": CONTROL}, ["Llama2-7B"])
+    return figure
+
+
+def table5_adapters(tables: Tables) -> Figure:
+    """Table 5: parameter-efficient methods; ours as margin minus full fine-tuning at equal loss, the paper's as harmfulness."""
+    theirs = paper_tables()["table5"].set_index("method")
+    names = [name for name in theirs.index if name != "before"]
+    figure, axes = panels(names, ["ours: margin minus full fine-tuning, nats", "paper: harmfulness (1 to 5)"])
+    peft = tables["peft"][tables["peft"]["against"] == "nothing"]
+    frozen = tables["equal"][(tables["equal"]["task"] == "adaptation") & (tables["equal"]["frozen"] == "SCU + 6% CU")]
+    for row, name in enumerate(names):
+        if name == "full":
+            axes[0].plot(0, row, "|", color=INK, ms=8)
+        ours(axes[0], row, frozen if name == "frozen" else peft[peft["method"] == name], "gain")
+        for which, data in enumerate(("Alpaca", "Dolly")):
+            paper(axes[1], row, theirs.loc[name, data], which)
+    axes[0].axvline(0, color=INK, lw=0.6)
+    axes[0].set_xscale("symlog", linthresh=1)
+    axes[0].xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes[1].axvline(theirs.loc["before", "Alpaca"], color=INK, lw=0.6, ls=":")
+    legend(figure, {"ours": SAFETY}, ["Alpaca", "Dolly"])
+    return figure
+
+
+# -------------------------------------------------------------------------------------------------------------- claims
+
+
+def number(value: float) -> str:
+    """Two digits that matter, as a reader needs them."""
+    return "" if pd.isna(value) else f"{value:.0f}" if abs(value) >= 10 else f"{value:.2g}"
+
+
+def shown_interval(row: pd.Series) -> str:
+    """Ours with its interval, as text."""
+    ends = "" if pd.isna(row["ci_low"]) else f" [{number(row['ci_low'])}, {number(row['ci_high'])}]"
+    return number(row["ours"]) + ends
+
+
+def scaled(row: pd.Series) -> tuple[float, float, float]:
+    """Ours, low and high as distances from the control (from 0 without one), the largest of them 1."""
+    centre = 0.0 if pd.isna(row["control"]) else row["control"]
+    distances = np.array([row["ours"], row["ci_low"], row["ci_high"]], dtype=float) - centre
+    size = np.nanmax(np.abs(distances))
+    return tuple(distances / size) if size > 0 else tuple(distances)
+
+
+def claims(tables: Tables) -> Figure:
+    """One row per claim: the verdict as colour and symbol, ours with its interval as distance from the control, the numbers."""
+    table = tables["claims"].astype({name: float for name in ("ours", "ci_low", "ci_high", "control")})
+    groups = list(dict.fromkeys(table["experiment"]))
+    n_lines = len(table) + len(groups)
+    figure, ax = plt.subplots(figsize=(WIDTH, 0.165 * n_lines + 0.9))
+    line = 0
+    for group in groups:
+        ax.text(-4.15, line, group, fontsize=8, fontweight="bold", va="center")
+        line += 1
+        for _, row in table[table["experiment"] == group].iterrows():
+            claim_line(ax, line, row)
+            line += 1
+    ax.vlines(0, 0.5, n_lines - 0.5, color=INK, lw=0.6)
+    ax.set(xlim=(-4.2, 3.4), ylim=(n_lines - 0.3, -1.6))
+    for x, text in ((0, "control\n(or no effect)"), (1.35, "ours [95%]"), (2.75, "control")):
+        ax.text(x, -0.2, text, fontsize=7, va="bottom", ha="center" if x == 0 else "left")
+    ax.axis("off")
+    counts = Counter(table["verdict"])
+    handles = [Line2D([], [], color=colour, marker=marker, fillstyle=fill, ls="", ms=6, label=f"{verdict}: {counts[verdict]}")
+               for verdict, (colour, marker, fill) in VERDICT_STYLES.items() if counts[verdict]]  # fmt: skip
+    figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), fontsize=8.5)
+    return figure
+
+
+def claim_line(ax: Axes, line: int, row: pd.Series) -> None:
+    """Symbol, name, dot and interval, numbers of one claim, at height ``line``."""
+    colour, marker, fill = VERDICT_STYLES[row["verdict"]]
+    ax.plot(-4.08, line, marker, color=colour, fillstyle=fill, ms=5.5)
+    ax.text(-3.93, line, row["id"].replace("-", " "), fontsize=7.5, va="center")
+    if pd.isna(row["ours"]):
+        return
+    middle, low, high = scaled(row)
+    if not np.isnan(low):
+        ax.plot([low, high], [line, line], color=colour, lw=1.6, alpha=0.75)
+    ax.plot(middle, line, marker, color=colour, fillstyle=fill, ms=4.5)
+    ax.text(1.35, line, shown_interval(row), fontsize=7, va="center")
+    ax.text(2.75, line, number(row["control"]), fontsize=7, va="center")
+
+
+DRAWINGS = {
+    "04_ablation": {"table1_ablation": table1_ablation},
+    "06_freezing": {"table2_freezing": table2_freezing, "table3_task": table3_task, "table5_adapters": table5_adapters},
+    "07_redundant_units": {"table4_budget": table4_budget},
+    "08_claims": {"claims": claims},
+}

@@ -1,0 +1,205 @@
+"""Claims: what the file may say, which row a selector finds, which verdict follows from made-up numbers."""
+
+import json
+import math
+
+import pandas as pd
+import pytest
+import yaml
+
+from ssah_utils import claims
+from ssah_utils.results import REFERENCE, ROOT
+
+RATES = pd.DataFrame(
+    [
+        {"group": "safety", "draw": 0, "step": 5, "mean": 0.5, "low": 0.4, "high": 0.6},
+        {"group": "safety", "draw": 0, "step": 9, "mean": 0.7, "low": 0.6, "high": 0.8},
+        {"group": "random", "draw": 0, "step": 9, "mean": 0.1, "low": 0.0, "high": 0.2},
+        {"group": "random", "draw": 1, "step": 9, "mean": 0.3, "low": 0.1, "high": 0.5},
+        {"group": "empty", "draw": 0, "step": 9, "mean": math.nan, "low": math.nan, "high": math.nan},
+    ]
+)
+TABLES = {"04_ablation": {"rates": RATES}}
+
+
+def number(group: str = "safety", **changes) -> dict:
+    start = {"stage": "04_ablation", "table": "rates", "value": "mean", "low": "low", "high": "high"}
+    return start | {"where": {"group": group}, "last": "step"} | changes
+
+
+def entry(**changes) -> dict:
+    start = {"id": "one", "experiment": "2", "claim": "It is so.", "source": "table 1", "paper": "+1", "ours": number()}
+    control = number("random", aggregate="mean", last="")
+    return start | {"control": control, "replicated": "low > control_high", "partly": "ours > control"} | changes
+
+
+def claim(**changes) -> claims.Claim:
+    return claims.read_claim(entry(**changes))
+
+
+def write(tmp_path, *entries) -> str:
+    path = tmp_path / "claims.yaml"
+    path.write_text(yaml.safe_dump(list(entries)), encoding="utf-8")
+    return path
+
+
+# ------------------------------------------------------------------------------------------------------------- reading
+
+
+@pytest.mark.parametrize(
+    ("changes", "field", "said"),
+    [
+        ({"replicatd": "ours > 1"}, "replicatd", "nearest is 'replicated'"),
+        ({"replicated": "ours > contrl"}, "replicated", "unknown number 'contrl'; nearest is 'control'"),
+        ({"control": None, "partly": ""}, "replicated", "unknown number 'control_high'"),
+        ({"ours": number(low="", high="")}, "replicated", "unknown number 'low'"),
+        ({"partly": "ours >"}, "partly", "is not an expression"),
+        ({"partly": "ours.__class__ == 1"}, "partly", "neither a number nor arithmetic"),
+        ({"partly": "__import__('os') == 1"}, "partly", "neither a number nor arithmetic"),
+        ({"partly": "ours == 'a'"}, "partly", "neither a number nor arithmetic"),
+        ({"partly": "ours + 1"}, "partly", "compares nothing"),
+        ({"ours": number(wher={})}, "ours.wher", "nearest is 'where'"),
+        ({"ours": number(aggregate="mode")}, "ours.aggregate", "one of mean"),
+        ({"ours": number(high="")}, "ours", "belong together"),
+        ({"ours": 3}, "ours", "a mapping"),
+        ({"paper": 5.3}, "paper", "put it in quotes"),
+        ({"control": "random"}, "control", "a selector or a number"),
+        ({"numbers": {"full": {"stage": "04_ablation"}}}, "numbers.full.table", "missing"),
+    ],
+)
+def test_schema_errors_name_file_claim_and_field(tmp_path, changes, field, said):
+    with pytest.raises(ValueError) as caught:
+        claims.load_claims(write(tmp_path, entry(**changes)))
+    line = str(caught.value)
+    assert line.startswith("claims.yaml, claim 'one', field ") and f"'{field}'" in line and said in line and "\n" not in line
+
+
+def test_every_wrong_claim_has_its_line(tmp_path):
+    path = write(tmp_path, entry(id="a", replicated="x > 1"), entry(id="b"), entry(id="c", source=1), entry(id="b"))
+    with pytest.raises(ValueError) as caught:
+        claims.load_claims(path)
+    assert [line.split("'")[1] for line in str(caught.value).splitlines()] == ["a", "c", "b"]
+
+
+@pytest.mark.parametrize("content", ["", "a: [", "- just text", "{a: 1}"])
+def test_files_that_are_no_claims_are_refused(tmp_path, content):
+    path = tmp_path / "claims.yaml"
+    path.write_text(content, encoding="utf-8")
+    with pytest.raises(ValueError, match=r"claims\.yaml"):
+        claims.load_claims(path)
+
+
+# ----------------------------------------------------------------------------------------------------------- selecting
+
+
+def test_selection_of_one_row_several_rows_and_a_factor():
+    assert claims.select(claim().ours, TABLES) == pytest.approx((0.7, 0.6, 0.8))
+    assert claims.select(claim().control, TABLES) == pytest.approx((0.2, 0.0, 0.5)), "mean, and the envelope of the intervals"
+    spread = claim(control=number("random", aggregate="max", low="", high="", scale=100)).control
+    assert claims.select(spread, TABLES) == pytest.approx((30, 10, 30)), "without intervals: the range of the values"
+    value, low, high = claims.select(claim(ours=number(aggregate="mean", low="", high=""), replicated="ours > 1").ours, TABLES)
+    assert value == 0.7 and math.isnan(low) and math.isnan(high), "one value has no range"
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"stage": "05_transfer"}, "no readable result of 05_transfer: re-run 05_transfer"),
+        ({"table": "rate"}, "no table 'rate'; nearest is 'rates'"),
+        ({"value": "men"}, "no column 'men'; nearest is 'mean'"),
+        ({"where": {"grup": "safety"}}, "no column 'grup'; nearest is 'group'"),
+        ({"where": {"group": "safty"}}, "no row with group 'safty'; nearest is 'safety'"),
+        ({"last": ""}, "2 rows match; choose by step"),
+        ({"where": {"group": "empty"}}, "'mean' is empty"),
+        ({"value": "group"}, "holds no numbers"),
+    ],
+)
+def test_what_is_not_found_is_not_measured_and_said_in_one_line(changes, said):
+    row = claims.decide(claim(ours=number(**changes)), TABLES)
+    assert row["verdict"] == "not measured" and said in row["note"] and "\n" not in row["note"]
+    assert math.isnan(row["ours"])
+
+
+# ------------------------------------------------------------------------------------------------------------ deciding
+
+
+@pytest.mark.parametrize(
+    ("replicated", "partly", "verdict"),
+    [
+        ("low > control_high", "ours > 1", "replicated"),
+        ("low > control_high and ours > 1", "ours > 0.65", "partly"),
+        ("high < control_low or 0.7 < low < 0.9", "-ours > control / 2", "not replicated"),
+        ("ours - control >= 0.4", "", "replicated"),
+    ],
+)
+def test_first_true_rule_decides(replicated, partly, verdict):
+    row = claims.decide(claim(replicated=replicated, partly=partly), TABLES)
+    assert (row["verdict"], row["ours"], row["ci_low"], row["control"]) == (verdict, 0.7, 0.6, pytest.approx(0.2))
+
+
+def test_a_rule_on_a_missing_interval_is_false():
+    alone = number("safety", aggregate="mean", low="", high="")
+    for rule in ("low > -9", "low < 9", "low >= -9 and ours > 0"):
+        assert claims.decide(claim(ours=alone, replicated=rule, partly=""), TABLES)["verdict"] == "not replicated"
+
+
+def test_replicated_has_to_hold_with_every_seed():
+    weaker = {"04_ablation": {"rates": RATES.assign(low=RATES["low"] - 0.2)}}
+    same, mixed, lacking = (claims.judge([claim(n_seeds=2)], runs).iloc[0] for runs in
+                            ([TABLES, TABLES], [TABLES, weaker, TABLES], [TABLES, {}]))  # fmt: skip
+    assert (same["verdict"], same["n_seeds"], same["ours_seeds"]) == ("replicated", 4, [0.7, 0.7])
+    assert mixed["verdict"] == "partly" and "1 of 3" in mixed["note"] and mixed["n_seeds"] == 6
+    assert (lacking["verdict"], lacking["n_seeds"]) == ("replicated", 2), "a seed that measured nothing says nothing"
+
+
+def test_verdict_of_the_control_in_the_place_of_ours():
+    (other,) = claims.swapped([claim(), claim(control=0.5, replicated="low > control")])
+    assert claims.decide(other, TABLES)["verdict"] == "not replicated"
+
+
+def test_other_seeds_stand_beside_a_run_and_inside_the_stored_results(tmp_path):
+    for name in ("run/seed-0", "run/seed-2", "stored/seed-1", "stored/04_ablation"):
+        (tmp_path / name).mkdir(parents=True)
+    assert [path.name for path in claims.other_seeds(tmp_path / "run" / "seed-0")] == ["seed-2"]
+    assert [path.name for path in claims.other_seeds(tmp_path / "stored")] == ["seed-1"]
+
+
+def test_damaged_results_are_reported_and_their_claims_not_measured(tmp_path):
+    (tmp_path / "04_ablation").mkdir()
+    (tmp_path / "04_ablation" / "result.json").write_text('{"format": "ssah-res')
+    table, (problem,) = claims.judge_stored(tmp_path, [claim()])
+    assert problem.startswith("04_ablation: ") and "re-run 04_ablation" in problem
+    assert list(table["verdict"]) == ["not measured"]
+    assert json.loads(json.dumps(claims.to_records(table), allow_nan=False))[0]["ours"] is None
+
+
+# ---------------------------------------------------------------------------------------------------- what is committed
+
+
+def test_claims_cover_every_table_experiment_and_the_open_questions():
+    stated = claims.load_claims()
+    sources = " ".join(one.source for one in stated)
+    assert len(stated) >= 14 and len({one.experiment for one in stated}) == 5
+    for place in ("figures 2-4", "figure 5", *(f"table {n}" for n in range(1, 6)),
+                  *(f"open question {n}" for n in (2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 13))):  # fmt: skip
+        assert place in sources, place
+
+
+def test_committed_claims_follow_from_the_committed_results():
+    table, problems = claims.judge_stored(REFERENCE, claims.load_claims())
+    stored = json.loads((REFERENCE / "claims.json").read_text(encoding="utf-8"))
+    assert problems == [] and stored == claims.to_records(table), "run python -m ssah_utils.publish"
+    named = {"id", "claim", "source", "paper", "ours", "ci_low", "ci_high", "control", "n_seeds", "verdict"}
+    assert all(named <= row.keys() and row["verdict"] in claims.VERDICTS for row in stored)
+
+
+def test_readme_shows_the_verdicts_and_numbers_of_the_committed_claims():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    lines = text.partition("<!-- claims -->")[2].partition("<!-- end claims -->")[0].strip().splitlines()[2:]
+    stored = json.loads((REFERENCE / "claims.json").read_text(encoding="utf-8"))
+    assert len(lines) == len(stored)
+    for line, row in zip(lines, stored, strict=True):
+        cells = [cell.strip(" *") for cell in line.strip("|").split("|")]
+        assert (cells[0], cells[-1]) == (row["claim"], row["verdict"])
+        shown, exact = cells[3].partition(" ")[0], row["ours"]
+        assert (shown == "") if exact is None else float(shown) == pytest.approx(exact, rel=0.051, abs=1e-6)

@@ -48,6 +48,8 @@ class Stage:
     outputs: tuple[str, ...]
     minutes: dict[str, float]
     parameters: dict
+    own_files: tuple[str, ...] = ()  # files of the package or of data/ that no other stage depends on
+    every_seed: bool = False  # whether it also reads what runs with other seeds stored
 
     @property
     def notebook(self) -> Path:
@@ -91,7 +93,10 @@ def plan(profile: str, assignments: list[str], only: str = "") -> list[Stage]:
             values[key] = typed(key, parse(chosen[key], defaults[key]), defaults[key])
         values = {key: absolute(key, value) for key, value in values.items()}
         parameters.check(values)
-        stages.append(Stage(entry["name"], tuple(entry["inputs"]), tuple(entry["outputs"]), entry["minutes"], values))
+        own, every_seed = tuple(entry.get("own_files", ())), entry.get("every_seed", False)
+        stages.append(
+            Stage(entry["name"], tuple(entry["inputs"]), tuple(entry["outputs"]), entry["minutes"], values, own, every_seed)
+        )
     return stages
 
 
@@ -175,7 +180,17 @@ def typed(name: str, value: object, default: object) -> object:
 def stage_key(stage: Stage, stages: list[Stage]) -> str:
     """Hash of everything a stage's result depends on: its code, the package, the data, its parameters, its inputs."""
     upstream = [stage_key(other, stages) for other in stages if other.name in stage.inputs]
-    return sha256_of([notebook_source(stage.notebook), package_source(), stage.parameters, named_files(stage), upstream])
+    foreign = {name for other in stages for name in other.own_files} - set(stage.own_files)
+    package = {name: content for name, content in package_source().items() if name not in foreign}
+    content = [notebook_source(stage.notebook), package, stage.parameters, named_files(stage), upstream]
+    return sha256_of([*content, other_seeds(stage)] if stage.every_seed else content)
+
+
+def other_seeds(stage: Stage) -> dict[str, str]:
+    """Hashes of the inputs that runs of the same profile and model with other seeds have stored."""
+    run = stage.folder.parent
+    found = [path for name in stage.inputs for path in run.parent.glob(f"seed-*/{name}/result.json")]
+    return {f"{path.parts[-3]}/{path.parts[-2]}": sha256_of_file(path) for path in sorted(found) if run not in path.parents}
 
 
 def named_files(stage: Stage) -> dict[str, object]:
@@ -198,7 +213,7 @@ def notebook_source(notebook: Path) -> list[str]:
 @cache
 def package_source() -> dict[str, str]:
     files = [*(ROOT / "ssah_utils").glob("*.py"), *(ROOT / "data").glob("*.*")]
-    return {path.name: sha256_of_file(path) for path in sorted(files) if path.name not in ("run.py", "README.md")}
+    return {path.name: sha256_of_file(path) for path in sorted(files) if path.name not in ("run.py", "publish.py", "README.md")}
 
 
 def is_current(stage: Stage, key: str) -> bool:

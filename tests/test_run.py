@@ -48,7 +48,7 @@ def test_plan_joins_defaults_profile_and_assignments():
     for stage in stages:
         assert stage.parameters["profile"] == "smoke" and stage.parameters["seed"] == 3
         assert stage.parameters["model"] == models.TINY_RANDOM  # the profile's
-        assert stage.parameters["harmful_data"] == "advbench"  # the notebook's
+        assert stage.parameters.get("harmful_data", "advbench") == "advbench"  # the notebook's, where it reads requests
         assert stage.parameters.get("safety_fraction", 0.02) == 0.02
     assert "safety_fraction" not in stages[0].parameters
 
@@ -375,6 +375,34 @@ def test_changed_package_runs_everything(quick, monkeypatch):
     quick.run()
     monkeypatch.setattr(run, "package_source", lambda: {"scores.py": "changed"})
     assert quick.run() == ["a", "b", "c"]
+
+
+def test_a_file_of_one_stage_changes_that_stage_alone(monkeypatch):
+    def keys() -> dict[str, str]:
+        stages = run.plan("laptop", [])
+        return {stage.name: run.stage_key(stage, stages) for stage in stages}
+
+    source = run.package_source()
+    assert {"claims.yaml", "claims.py"} <= source.keys()
+    before = keys()
+    monkeypatch.setattr(run, "package_source", lambda: source | {"claims.yaml": "changed"})
+    assert [name for name, key in keys().items() if key != before[name]] == ["08_claims"]
+
+
+def test_stored_results_of_other_seeds_change_the_stage_that_reads_them(monkeypatch, tmp_path):
+    monkeypatch.setenv("SSAH_RUNS", str(tmp_path))
+
+    def keys() -> dict[str, str]:
+        stages = run.plan("smoke", [])
+        return {stage.name: run.stage_key(stage, stages) for stage in stages}
+
+    before = keys()
+    own, other = (tmp_path / "smoke" / "tiny-random-llama" / f"seed-{k}" / "03_units" / "result.json" for k in (0, 1))
+    for path in (own, other):
+        path.parent.mkdir(parents=True)
+        path.write_text("{}")
+        changed = [name for name, key in keys().items() if key != before[name]]
+        assert changed == ([] if path == own else ["08_claims"])
 
 
 def test_another_seed_is_another_folder(quick):

@@ -1,11 +1,14 @@
-"""Turn a finished run into what is committed: data/reference, figures, notebook outputs, README tables.
+"""Turn a finished run into what is committed: data/reference, claims, figures, notebook outputs, README tables.
 
-    python -m ssah_utils.publish --profile laptop
+    python -m ssah_utils.publish --profile reference --seed 1     # stores the results of another seed, in data/reference/seed-1
+    python -m ssah_utils.publish --profile reference              # the run with seed 0, last: all that is committed
+    python -m ssah_utils.publish                                  # writes figures and README again from what is stored
 
 Knows stored results and the notebooks' structure. Loads no model, and writes no number that a run did not produce.
 """
 
 import argparse
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -13,19 +16,33 @@ from pathlib import Path
 import nbformat
 import pandas as pd
 
-from ssah_utils.figures import find_source, redraw
-from ssah_utils.files import complete_only, sha256_of
-from ssah_utils.results import REFERENCE, ROOT, load_result, set_style
+from ssah_utils import claims
+from ssah_utils.figures import redraw
+from ssah_utils.files import complete_only, sha256_of, write_json
+from ssah_utils.paper_figures import number, shown_interval
+from ssah_utils.results import REFERENCE, ROOT, load_result, runs_root, set_style
 
 STORED = ("result.json", "units.safetensors", "frozen_units.safetensors")
 README = ROOT / "README.md"
+CLAIMS = "claims.json"
 
 
-def copy_results(source: Path, target: Path) -> list[str]:
+def find_run(profile: str, seed: int) -> Path:
+    """The newest run of a profile with this seed on this machine; ``FileNotFoundError`` says how to make one."""
+    stamps = sorted((runs_root() / profile).glob(f"*/seed-{seed}/*/stamp.json"), key=lambda stamp: stamp.stat().st_mtime)
+    if not stamps:
+        raise FileNotFoundError(
+            f"no finished run of profile '{profile}' with seed {seed}: "
+            f"run python -m ssah_utils.run --profile {profile} --set seed={seed}"
+        )
+    return stamps[-1].parents[1]
+
+
+def copy_results(source: Path, target: Path, names: tuple[str, ...] = STORED) -> list[str]:
     """Copy the small result files of every stage; returns the stages found."""
     stages = sorted(folder.name for folder in source.iterdir() if (folder / "stamp.json").exists())
     for stage in stages:
-        for name in STORED:
+        for name in names:
             if (source / stage / name).exists():
                 with complete_only(target / stage / name) as partial:
                     shutil.copyfile(source / stage / name, partial)
@@ -204,6 +221,16 @@ def budget_table(results: dict[str, dict]) -> str:
     return markdown(rows, [*header, "cloze", "arithmetic", "NLL of the base's answers"])
 
 
+def claims_table(results: dict[str, dict]) -> str:
+    """One row per claim: ours and its interval, control, verdict; numbers are those of claims.json."""
+    rows = []
+    for _, row in results["08_claims"]["tables"]["claims"].iterrows():
+        seeds = "" if pd.isna(row["n_seeds"]) else f"{row['n_seeds']:.0f}"
+        cells = [row["claim"], row["source"], row["paper"], shown_interval(row), number(row["control"]), row["unit"], seeds]
+        rows.append([*cells, f"**{row['verdict']}**" if row["verdict"] == "replicated" else row["verdict"]])
+    return markdown(rows, ["claim", "in the paper", "paper", "ours", "control", "unit", "seeds", "verdict"])
+
+
 def cost_table(results: dict[str, dict]) -> str:
     """What each notebook took, package start-up included."""
     rows = [[stage, f"{result['seconds'] / 60:.1f}", f"{result['peak_memory_gib']:.1f}"] for stage, result in results.items()]
@@ -212,6 +239,7 @@ def cost_table(results: dict[str, dict]) -> str:
 
 TABLES = {
     "cost": cost_table,
+    "claims": claims_table,
     "alignment": alignment_table,
     "ablation": ablation_table,
     "paper": paper_table,
@@ -238,21 +266,38 @@ def reference_results() -> dict[str, dict]:
     return {path.parent.name: load_result(path) for path in sorted(REFERENCE.glob("*/result.json"))}
 
 
+def publish_claims(folder: Path) -> list[str]:
+    """Write claims.json from the stored results; one line if the stored stage 08_claims says otherwise."""
+    table, problems = claims.judge_stored(folder, claims.load_claims())
+    write_json(folder / CLAIMS, claims.to_records(table))
+    said = claims.to_records(load_result(folder / "08_claims" / "result.json")["tables"]["claims"])
+    if said != json.loads((folder / CLAIMS).read_text(encoding="utf-8")):
+        problems.append("08_claims does not follow from the results and seeds stored now: re-run 08_claims and publish it")
+    return problems
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m ssah_utils.publish", description="Make a finished run the committed one.")
-    parser.add_argument("--profile", default="laptop")
+    parser.add_argument("--profile", default="", help="whose run to store (default: none, only write again what follows)")
+    parser.add_argument("--seed", type=int, default=0, help="other seeds than 0 are stored beside it, as data/reference/seed-K")
     options = parser.parse_args(arguments)
     set_style()
     try:
-        source = find_source(options.profile)
-        for stage in copy_results(source, REFERENCE):
+        source = find_run(options.profile, options.seed) if options.profile else None
+        if options.seed:
+            if not source:
+                raise ValueError("--seed needs --profile: whose run with that seed?")
+            stages = copy_results(source, REFERENCE / f"seed-{options.seed}", ("result.json",))
+            print(f"seed {options.seed}: stored {', '.join(stages)}; publish seed 0 after running its 08_claims again")
+            return 0
+        for stage in copy_results(source, REFERENCE) if source else []:
             publish_notebook(stage, source)
-        problems = redraw(REFERENCE, ROOT / "figures")
+        problems = publish_claims(REFERENCE) + redraw(REFERENCE, ROOT / "figures")
         text = fill_readme(README.read_text(encoding="utf-8"), reference_results())
         with complete_only(README) as partial:
             partial.write_text(text, encoding="utf-8")
     except (OSError, ValueError) as error:
-        problems = [str(error)]
+        problems = str(error).splitlines()
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)
     return 1 if problems else 0

@@ -1,12 +1,13 @@
 """What is committed of a run: outputs that belong to their code, tables that come from stored results."""
 
 import copy
+import os
 
 import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from ssah_utils import publish
+from ssah_utils import publish, results
 
 
 @pytest.fixture
@@ -57,3 +58,54 @@ def test_readme_without_a_place_for_a_table_is_an_error(monkeypatch):
     assert publish.fill_readme("a <!-- cost -->old<!-- end cost --> b", {}) == "a <!-- cost -->\n| a |\n<!-- end cost --> b"
     with pytest.raises(ValueError, match="no place for the table 'cost'"):
         publish.fill_readme("a <!-- cost --> b", {})
+
+
+# ------------------------------------------------------------------------------------------------------------------ seeds
+
+
+@pytest.fixture
+def runs(tmp_path, monkeypatch):
+    """Two seeds that ran, one stage each finished and one not, and an empty folder of stored results."""
+    monkeypatch.setenv("SSAH_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setattr(publish, "REFERENCE", tmp_path / "stored")
+    for seed in (0, 1):
+        folder = tmp_path / "runs" / "reference" / "model" / f"seed-{seed}"
+        for stage in ("03_units", "04_ablation"):
+            results.Run(stage, folder / stage, {"seed": seed}).finish()
+        (folder / "03_units" / "units.safetensors").write_bytes(b"units")
+        (folder / "03_units" / "stamp.json").write_text("{}")
+        os.utime(folder / "03_units" / "stamp.json", (1000, 1000 + seed))
+    return tmp_path
+
+
+def test_run_is_found_by_profile_and_seed(runs):
+    assert [publish.find_run("reference", seed).name for seed in (0, 1)] == ["seed-0", "seed-1"]
+    with pytest.raises(FileNotFoundError, match="--profile reference --set seed=7"):
+        publish.find_run("reference", 7)
+
+
+def test_another_seed_is_stored_beside_the_first(runs, capsys):
+    assert publish.main(["--profile", "reference", "--seed", "1"]) == 0
+    stored = [path.relative_to(runs / "stored").as_posix() for path in (runs / "stored").rglob("*") if path.is_file()]
+    assert stored == ["seed-1/03_units/result.json"], "small results only, of finished stages only"
+    assert "publish seed 0" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", [["--seed", "1"], ["--profile", "reference", "--seed", "7"], ["--profile", "nowhere"]])
+def test_what_cannot_be_published_is_said_in_one_line(runs, capsys, words):
+    assert publish.main(words) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and not (runs / "stored").exists()
+
+
+def test_claims_of_other_results_are_reported(runs, monkeypatch):
+    """The stored table of 08_claims must follow from what is stored beside it."""
+    stored = runs / "stored"
+    rows = publish.pd.DataFrame([{"id": "one", "n_seeds": 1.0, "verdict": "replicated"}])
+    monkeypatch.setattr(publish.claims, "load_claims", list)
+    monkeypatch.setattr(publish.claims, "judge_stored", lambda folder, stated: (rows, []))
+    results.Run("08_claims", stored / "08_claims", {}).finish(claims=rows)
+    assert publish.publish_claims(stored) == []
+    results.Run("08_claims", stored / "08_claims", {}).finish(claims=rows.assign(verdict="partly"))
+    (problem,) = publish.publish_claims(stored)
+    assert "re-run 08_claims" in problem

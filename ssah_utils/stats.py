@@ -1,5 +1,8 @@
 """Intervals and tests for what the notebooks report. numpy, pandas, scipy and scikit-learn only."""
 
+import warnings
+from collections.abc import Callable
+
 import numpy as np
 import pandas as pd
 from scipy import stats
@@ -36,14 +39,43 @@ def proportion_interval(outcomes: np.ndarray, confidence: float = 0.95) -> tuple
 
 
 def paired_difference(a: np.ndarray, b: np.ndarray, seed: int = 0) -> dict[str, float]:
-    """Mean of a - b over the same prompts, its bootstrap interval, and a sign-flip permutation p-value."""
+    """Mean of a - b over the same prompts, its bootstrap interval, a sign-flip permutation p-value, and the effect size.
+
+    ``effect`` is Cohen's d_z: the mean difference over the standard deviation of the differences. It is 0 when both are 0,
+    infinite when only the deviation is.
+    """
     difference = np.asarray(a, dtype=float) - np.asarray(b, dtype=float)
     mean, low, high = mean_interval(difference, seed)
     test = stats.permutation_test(
         (difference,), np.mean, permutation_type="samples", n_resamples=RESAMPLES, vectorized=True,
         rng=np.random.default_rng(seed),
     )  # fmt: skip
-    return {"difference": mean, "low": low, "high": high, "p": float(test.pvalue)}
+    return {"difference": mean, "low": low, "high": high, "p": float(test.pvalue), "effect": _effect(difference)}
+
+
+def _effect(difference: np.ndarray) -> float:
+    mean = difference.mean()
+    if np.ptp(difference) == 0:  # also of a single difference; the computed deviation of equal values need not be 0
+        return float(np.sign(mean) * np.inf) if mean else 0.0
+    return float(mean / difference.std(ddof=1))
+
+
+def hierarchical_interval(values: np.ndarray, seed: int = 0, confidence: float = 0.95) -> tuple[float, float, float]:
+    """Mean and percentile-bootstrap interval of a (n_seeds, n_prompts) matrix: seeds and prompts are both drawn anew.
+
+    Every seed answered the same prompts (crossed, not nested), so a resample takes rows and columns of the matrix. With one
+    seed, or one prompt, that side contributes no uncertainty.
+    """
+    values = np.asarray(values, dtype=float)
+    if values.ndim != 2 or values.size == 0:
+        raise ValueError(f"a matrix of seeds and prompts is needed, not an array of shape {values.shape}")
+    rng = np.random.default_rng(seed)
+    n_seeds, n_prompts = values.shape
+    row_weights = rng.multinomial(n_seeds, np.full(n_seeds, 1 / n_seeds), RESAMPLES) / n_seeds
+    column_weights = rng.multinomial(n_prompts, np.full(n_prompts, 1 / n_prompts), RESAMPLES) / n_prompts
+    means = ((row_weights @ values) * column_weights).sum(1)
+    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(values.mean()), float(low), float(high)
 
 
 def auc(scores: np.ndarray, labels: np.ndarray) -> float:
@@ -56,12 +88,18 @@ def auc(scores: np.ndarray, labels: np.ndarray) -> float:
 
 def auc_interval(scores: np.ndarray, labels: np.ndarray, seed: int = 0) -> tuple[float, float, float]:
     """AUC and its percentile-bootstrap interval over cases."""
-    scores, labels = np.asarray(scores, dtype=float), np.asarray(labels, dtype=bool)
+    return case_interval(auc, np.asarray(scores, dtype=float), np.asarray(labels, dtype=bool), seed=seed)
+
+
+def case_interval(statistic: Callable[..., float], *columns: np.ndarray, seed: int = 0) -> tuple[float, float, float]:
+    """A statistic of whole cases (rows of the columns) and its percentile-bootstrap interval, over the draws that define it."""
     rng = np.random.default_rng(seed)
-    draws = (rng.integers(0, len(labels), len(labels)) for _ in range(RESAMPLES // 4))
-    values = [auc(scores[rows], labels[rows]) for rows in draws]
-    low, high = np.nanquantile(values, [0.025, 0.975])
-    return auc(scores, labels), float(low), float(high)
+    n = len(columns[0])
+    draws = (rng.integers(0, n, n) for _ in range(RESAMPLES // 4))
+    values = [statistic(*(column[rows] for column in columns)) for rows in draws]
+    with warnings.catch_warnings(action="ignore"):  # no draw defined: NaN, as it should be
+        low, high = np.nanquantile(values, [0.025, 0.975])
+    return float(statistic(*columns)), float(low), float(high)
 
 
 def out_of_fold(features: np.ndarray, labels: np.ndarray, seed: int = 0) -> np.ndarray:
@@ -85,9 +123,14 @@ def holm(p_values: list[float]) -> list[float]:
 
 
 def rate_table(rows: pd.DataFrame, by: list[str] | str, columns: list[str]) -> pd.DataFrame:
-    """Mean, low, high of each column per group of rows: Wilson for True/False columns, bootstrap for numbers."""
+    """Mean, low, high of each column per group of rows: Wilson for True/False columns, bootstrap for numbers.
+
+    Missing values do not count; where all are missing, the mean is NaN and n is 0.
+    """
 
     def interval(values: pd.Series) -> tuple[float, float, float]:
+        if values.empty:
+            return float("nan"), float("nan"), float("nan")
         values = values.infer_objects()
         return proportion_interval(values) if values.dtype == bool else mean_interval(values)
 

@@ -80,7 +80,7 @@ def test_clear_shift_has_a_small_p_value():
 
 def test_identical_outcomes_have_p_1():
     a = np.array([True, False, True, True])
-    assert stats.paired_difference(a, a) == {"difference": 0, "low": 0, "high": 0, "p": 1}
+    assert stats.paired_difference(a, a) == {"difference": 0, "low": 0, "high": 0, "p": 1, "effect": 0}
 
 
 def test_p_value_of_five_equal_signs_is_exact():
@@ -194,3 +194,63 @@ def test_out_of_fold_scores_find_a_signal_and_no_noise():
     assert stats.auc(stats.out_of_fold(signal, labels), labels) > 0.65
     assert abs(stats.auc(stats.out_of_fold(rng.normal(size=(400, 5)), labels), labels) - 0.5) < 0.12
     assert (stats.out_of_fold(signal, np.zeros(400, bool)) == 0).all()
+
+
+# ---------------------------------------------------------------------------------------------- effects, seeds, missing values
+
+
+def test_effect_is_the_mean_difference_over_its_deviation():
+    a, b = np.random.default_rng(0).normal(1, 2, (2, 50))
+    t = reference.ttest_rel(a, b).statistic
+    assert stats.paired_difference(a, b)["effect"] == pytest.approx(t / math.sqrt(50))
+    assert stats.paired_difference(a, a)["effect"] == 0
+    assert stats.paired_difference(a, a + 0.1)["effect"] < -1e9  # equal differences
+    assert stats.paired_difference([1, 1, 1], [0, 0, 0])["effect"] == math.inf
+
+
+def test_hierarchical_interval_adds_the_variances_of_seeds_and_prompts():
+    """Additive effects of seeds and prompts: the variance of the bootstrap mean is known."""
+    rng = np.random.default_rng(0)
+    seeds, requests = rng.normal(0, 1, 12), rng.normal(0, 3, 90)
+    mean, low, high = stats.hierarchical_interval(5 + seeds[:, None] + requests)
+    assert mean == pytest.approx(5 + seeds.mean() + requests.mean())
+    deviation = math.sqrt(seeds.var() / 12 + requests.var() / 90)
+    assert (low, high) == pytest.approx((mean - 1.96 * deviation, mean + 1.96 * deviation), abs=0.2 * deviation)
+    assert stats.hierarchical_interval(5 + seeds[:, None] + requests) == (mean, low, high)
+
+
+def test_hierarchical_interval_is_wider_than_one_that_takes_seeds_for_prompts():
+    values = np.repeat(np.random.default_rng(0).normal(0, 1, (5, 1)), 100, axis=1)
+    _, low, high = stats.hierarchical_interval(values)
+    _, naive_low, naive_high = stats.mean_interval(values.ravel())
+    assert high - low > 4 * (naive_high - naive_low)
+
+
+def test_hierarchical_interval_of_one_seed_is_that_of_its_prompts():
+    values = np.random.default_rng(0).normal(0, 1, (1, 200))
+    found, expected = stats.hierarchical_interval(values), stats.mean_interval(values[0])
+    assert found == pytest.approx(expected, abs=0.02)
+    assert stats.hierarchical_interval(np.full((3, 4), 2.0)) == (2, 2, 2)
+
+
+@pytest.mark.parametrize("values", [[1.0, 2.0], [[]], 3.0])
+def test_hierarchical_interval_needs_a_matrix(values):
+    with pytest.raises(ValueError, match="a matrix of seeds and prompts"):
+        stats.hierarchical_interval(values)
+
+
+def test_rate_table_of_a_column_that_is_all_missing():
+    rows = pd.DataFrame({"model": ["a", "a", "b"], "x": [np.nan, np.nan, 1.0], "y": [True, False, True]})
+    table = stats.rate_table(rows, "model", ["x", "y"]).set_index(["model", "metric"])
+    missing = table.loc[("a", "x")]
+    assert missing["n"] == 0 and missing[["mean", "low", "high"]].isna().all()
+    assert table.loc[("b", "x"), "mean"] == 1 and table.loc[("a", "y"), "mean"] == 0.5
+
+
+def test_case_interval_resamples_whole_cases():
+    a = np.random.default_rng(0).normal(0, 1, 300)
+    value, low, high = stats.case_interval(lambda x, y: np.corrcoef(x, y)[0, 1], a, 2 * a)
+    assert (value, low, high) == pytest.approx((1, 1, 1))
+    mean, low, high = stats.case_interval(np.mean, a)
+    assert (mean, low, high) == pytest.approx(stats.mean_interval(a), abs=0.02)
+    assert all(map(math.isnan, stats.case_interval(lambda x: math.nan, a)))

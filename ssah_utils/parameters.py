@@ -8,6 +8,8 @@ from functools import cache
 from pathlib import Path
 
 from ssah_utils.adapters import PEFT_METHODS
+from ssah_utils.evaluation import load_task
+from ssah_utils.judge_models import check_judge
 from ssah_utils.models import EMBEDDED, TINY_RANDOM, check_reachable, load_tokenizer
 from ssah_utils.prompts import POSITIONS, load_dataset, load_pairs, set_chat_template
 from ssah_utils.units import check_fractions
@@ -18,6 +20,7 @@ CHOICES = {
     "alignment": ("auto", "train", "given"),
 }
 METHODS = {"peft_factors": tuple(PEFT_METHODS), "preference_methods": ("all", "redundant", "top", "random", "safety")}
+OPTIONAL_DATA = ("over_refusal_data",)
 
 
 def check(values: dict) -> None:
@@ -40,7 +43,16 @@ def check(values: dict) -> None:
         elif name.endswith("adaptation_data"):
             check_pairs(value)
         elif name.endswith("_data"):
-            check_readable(value)
+            if value or name not in OPTIONAL_DATA:
+                check_readable(value)
+        elif name == "utility_tasks":
+            if not value:
+                raise ValueError("utility_tasks is empty, but at least one task is needed, such as cloze")
+            for task in value:
+                check_task(task)
+        elif name == "judge_model":
+            if value:
+                check_judge(value)
         elif name in ("checkpoints", "sweep_factors"):
             if not value or not all(type(item) in (int, float) and item > 0 for item in value):
                 raise ValueError(f"{name} takes a list of numbers above 0, not {value!r}")
@@ -71,3 +83,10 @@ def check_readable(name: str) -> None:
 def check_pairs(name: str) -> None:
     """What is fine-tuned on needs responses, too."""
     load_pairs(name)
+
+
+@cache
+def check_task(name: str) -> None:
+    """A task of lm-evaluation-harness that is unknown or whose data are out of reach; the shipped one always works."""
+    if name != "cloze":  # the harness takes seconds to import
+        load_task(name)

@@ -22,6 +22,10 @@ from ssah_utils.parameters import check
         ({"preference_methods": ["none"]}, "preference_methods has 'none', but all, redundant"),
         ({"adaptation_data": "advbench"}, "data set 'advbench', line 1: no column 'response'"),
         ({"other_adaptation_data": "arithmetics"}, "nearest is 'arithmetic'"),
+        ({"utility_tasks": []}, "utility_tasks is empty"),
+        ({"utility_tasks": ["cloze", "hellaswagg"]}, "unknown utility task 'hellaswagg'; nearest are hellaswag"),
+        ({"over_refusal_data": "xtest"}, "nearest is 'xstest'"),
+        ({"harmful_data": ""}, "unknown data set ''"),
     ],
 )
 def test_refused(values, message):
@@ -31,6 +35,7 @@ def test_refused(values, message):
 
 def test_accepted():
     check({"checkpoints": [5, 10], "sweep_factors": [1.0, 3.0], "peft_factors": {}, "preference_methods": ["all", "random"],
+           "utility_tasks": ["cloze"], "over_refusal_data": "", "judge_model": "",
            "adaptation_data": "adaptation", "other_adaptation_data": "identity-shift", "n_seeds": 3})  # fmt: skip
 
 

@@ -1,0 +1,122 @@
+"""Model judges, with tiny random models: what they read, and which models are turned away."""
+
+import json
+import math
+
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer
+
+from ssah_utils import judge_models
+from ssah_utils.parameters import check
+
+GUARD = "{% for m in messages %}{{ m['role'] + ' ' + m['content'] + ' ' }}{% endfor %}w5 safe or unsafe w6 "
+CHAT = "{% for m in messages %}{{ m['content'] + ' ' }}{% endfor %}w7 "
+REQUESTS, ANSWERS = ["w10 w11", "w12 w13 w14"], ["w20", "w21 w22 w23 w24"]
+
+
+def classifier(folder, tokenizer, labels: list[str]) -> str:
+    config = transformers.BertConfig(
+        vocab_size=97, hidden_size=16, intermediate_size=20, num_hidden_layers=1, num_attention_heads=2, pad_token_id=0,
+        id2label=dict(enumerate(labels)), label2id={label: index for index, label in enumerate(labels)},
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        model = transformers.BertForSequenceClassification(config)
+        for parameter in model.parameters():
+            parameter.data.normal_(0, 0.5)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("labels", "complied"), [(["normal", "REJECTION"], 0), (["safe", "unsafe"], 1), (["refusal", "other"], 1)]
+)
+def test_classifier_gives_the_probability_of_the_telling_label(tmp_path, tokenizer, labels, complied):
+    name = classifier(tmp_path / "judge", tokenizer, labels)
+    found = judge_models.load_judge(name)(REQUESTS, ANSWERS)
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(name).eval()
+    for value, request, answer in zip(found, REQUESTS, ANSWERS, strict=True):
+        pair = (request, answer) if "unsafe" in labels else (answer,)
+        with torch.inference_mode():
+            expected = model(**tokenizer(*pair, return_tensors="pt")).logits.softmax(-1)[0, complied].item()
+        assert value == pytest.approx(expected, abs=1e-5)
+    assert abs(found[0] - found[1]) > 1e-4, "the answers must be told apart for this to mean something"
+
+
+@pytest.mark.parametrize("labels", [["LABEL_0", "LABEL_1"], ["harmful", "unsafe"]])
+def test_labels_that_tell_nothing_are_refused_in_one_line(tmp_path, tokenizer, labels):
+    name = classifier(tmp_path / "judge", tokenizer, labels)
+    for attempt in (judge_models.load_judge, judge_models.check_judge, lambda n: check({"judge_model": n})):
+        with pytest.raises(ValueError, match=f"has the labels {', '.join(labels)}") as error:
+            attempt(name)
+        assert "\n" not in str(error.value)
+
+
+def chat_judge(folder, model, tokenizer, template: str | None) -> str:
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    copied = transformers.AutoTokenizer.from_pretrained(folder)
+    copied.chat_template = template
+    copied.save_pretrained(folder)
+    return str(folder)
+
+
+WORDS = ["Yes", "yes", "No", "no", "safe", "Safe", "unsafe", "Unsafe"]
+
+
+@pytest.fixture
+def wordy(tokenizer):
+    """The words tokenizer with the judge's words as tokens of their own, in place of the last of its words."""
+    inner = json.loads(tokenizer.backend_tokenizer.to_str())
+    vocabulary = inner["model"]["vocab"]
+    for position, word in enumerate(WORDS):
+        vocabulary[word] = vocabulary.pop(f"w{96 - position}")
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(inner)),
+        pad_token="<pad>", bos_token="<s>", eos_token="</s>",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("template", "words"), [(GUARD, judge_models.GUARD_WORDS), (CHAT, judge_models.YES_WORDS)])
+def test_chat_judge_reads_the_first_words_through_its_own_template(tmp_path, llama, wordy, template, words):
+    name = chat_judge(tmp_path / "judge", llama, wordy, template)
+    found = judge_models.load_judge(name)(REQUESTS, ANSWERS)
+    for value, request, answer in zip(found, REQUESTS, ANSWERS, strict=True):
+        question = judge_models.QUESTION.format(request=request, answer=answer)
+        text = f"user {request} assistant {answer} w5 safe or unsafe w6 " if template == GUARD else f"{question} w7 "
+        ids = wordy(text, add_special_tokens=False).input_ids
+        with torch.inference_mode():
+            p = llama(torch.tensor([ids])).logits[0, -1].double().softmax(-1)
+        yes, no = (sum(p[wordy(word, add_special_tokens=False).input_ids[0]].item() for word in part) for part in words)
+        assert value == pytest.approx(yes / (yes + no), abs=1e-4)
+        assert 0 < value < 1 and not math.isclose(value, 0.5, abs_tol=1e-6)
+
+
+def test_chat_model_without_a_template_is_refused_in_one_line(tmp_path, llama, tokenizer):
+    name = chat_judge(tmp_path / "judge", llama, tokenizer, None)
+    with pytest.raises(ValueError, match="has no chat template") as error:
+        check({"judge_model": name})
+    assert "\n" not in str(error.value)
+
+
+def test_model_without_a_head_is_refused_in_one_line(tmp_path, tokenizer):
+    config = transformers.BertConfig(
+        vocab_size=97, hidden_size=16, intermediate_size=20, num_hidden_layers=1, num_attention_heads=2
+    )
+    transformers.BertModel(config).save_pretrained(tmp_path / "judge")
+    tokenizer.save_pretrained(tmp_path / "judge")
+    with pytest.raises(ValueError, match=r"no head to judge with \(found: BertModel\)"):
+        check({"judge_model": str(tmp_path / "judge")})
+
+
+def test_judge_out_of_reach_or_misspelt_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(judge_models, "hub_answers", lambda: False)
+    with pytest.raises(ConnectionError, match="cannot load judge model 'nobody/no-such-judge'") as error:
+        check({"judge_model": "nobody/no-such-judge"})
+    assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match="unknown model 'guard'"):
+        check({"judge_model": "guard"})
+    check({"judge_model": ""})

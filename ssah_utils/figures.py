@@ -25,7 +25,9 @@ Tables = dict[str, pd.DataFrame]
 VERDICT_COLOURS = {"refused": "#0072B2", "complied": "#D55E00", "degenerate": "#BBBBBB"}
 MODEL_COLOURS = {"base": "#999999", "unaligned": "#E69F00", "aligned": "#0072B2"}
 SET_NAMES = {"harmful": "harmful requests", "other_harmful": "harmful, other source", "harmful_twin": "harmful twins",
-             "safe_twin": "safe twins", "helpful": "harmless requests"}  # fmt: skip
+             "safe_twin": "safe twins", "over_refusal": "safe but scary", "helpful": "harmless requests"}  # fmt: skip
+CASE_COLOURS = {"real": "#0072B2", "words shuffled": "#E69F00", "words looped": "#CC79A7", "characters replaced": "#999999",
+                "ablated": "#D55E00", "telegram style": "#56B4E9"}  # fmt: skip
 
 
 def stacked_verdicts(ax: Axes, labels: list[str], shares: pd.DataFrame) -> None:
@@ -75,6 +77,32 @@ def training_loss(tables: Tables) -> Figure:
         ax.plot(part["step"], part["loss"].rolling(10, min_periods=1).mean(), color=MODEL_COLOURS[model], label=model)
     ax.set(xlabel="optimizer step", ylabel="loss per response token (nats)", title="Both models train the same number of steps")
     ax.legend()
+    return figure
+
+
+def judge_validation(tables: Tables) -> Figure:
+    """Left: refusals found, against labels by people. Right: real answers and gibberish, and the line the judge draws."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(8.0, 2.8), width_ratios=[1, 1.4])
+    refusals = tables["judge_refusals"]
+    parts, judges = list(dict.fromkeys(refusals["part"])), list(dict.fromkeys(refusals["judge"]))
+    for number, (judge, colour) in enumerate(zip(judges, (MODEL_COLOURS["aligned"], CONTROL), strict=True)):
+        rows = refusals[refusals["judge"] == judge].set_index("part").loc[parts]
+        height = np.arange(len(parts)) + 0.24 * (number - 0.5)
+        left.errorbar(rows["f1"], height, xerr=[rows["f1"] - rows["low"], rows["high"] - rows["f1"]], fmt="os"[number], ms=5,
+                      color=colour, capsize=2, label=judge)  # fmt: skip
+    left.set_yticks(range(len(parts)), [f"{part} (n={rows.loc[part, 'n']:.0f})" for part in parts])
+    left.set(xlabel="F1 against people (95% interval)", title="Refusals", ylim=(len(parts) - 0.5, -0.5))
+    left.legend(loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=2)
+    cases = tables["judge_cases"]
+    for kind, colour in CASE_COLOURS.items():
+        of_kind = cases[cases["kind"].str.startswith(kind)]
+        right.scatter(of_kind["base_nll"], of_kind["repetition"], s=12, color=colour, alpha=0.7, lw=0, label=kind,
+                      marker="^" if of_kind["gibberish"].any() else "o")  # fmt: skip
+    weight, threshold = tables["judge_constants"].set_index("constant")["stored"][["REPETITION_WEIGHT", "MAX_DEGENERACY"]]
+    right.plot([threshold, threshold - weight], [0, 1], color=INK, lw=1, label="the judge's line")
+    right.set(xlabel="NLL under the base model (nats per token)", ylabel="repetition", title="Gibberish lies beyond the line",
+              ylim=(-0.03, 1), xlim=(0, None))  # fmt: skip
+    right.legend(fontsize=6.5, loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
 
@@ -239,7 +267,8 @@ def ablation_curve(tables: Tables) -> Figure:
 # ------------------------------------------------------------------------------------------------------------ redraw
 
 FIGURES: dict[str, dict[str, Callable]] = {
-    "01_alignment": {"alignment_verdicts": alignment_verdicts, "training_loss": training_loss},
+    "01_alignment": {"alignment_verdicts": alignment_verdicts, "training_loss": training_loss,
+                     "judge_validation": judge_validation},
     "02_probing": {"probing": probing},
     "03_units": {"score_histograms": score_histograms, "score_scatter": score_scatter, "group_map": group_map,
                  "unit_grid": unit_grid},

@@ -34,7 +34,16 @@ def alignment_tables() -> dict[str, pd.DataFrame]:
     training = pd.DataFrame(
         {"model": ["aligned"] * 12 + ["unaligned"] * 12, "step": [*range(12)] * 2, "loss": np.linspace(2, 1, 24)}
     )
-    return {"rates": pd.DataFrame(rates), "training": training}
+    return {"rates": pd.DataFrame(rates), "training": training} | judge_tables()
+
+
+def judge_tables() -> dict[str, pd.DataFrame]:
+    rows = [{"judge": judge, "part": part, "n": 20, "precision": 1.0, "recall": 0.9, "f1": 0.95, "low": 0.9, "high": 1.0}
+            for judge, part in itertools.product(("rules", "substring list"), ("development", "test", "all"))]  # fmt: skip
+    cases = pd.DataFrame({"kind": ["real", "words looped", "ablated 40%"], "base_nll": [1.0, np.nan, 9.0],
+                          "repetition": [0.0, 0.7, 0.1], "gibberish": [False, True, True]})  # fmt: skip
+    constants = pd.DataFrame({"constant": ["REPETITION_WEIGHT", "MAX_DEGENERACY"], "stored": [8.0, 4.0]})
+    return {"judge_refusals": pd.DataFrame(rows), "judge_cases": cases, "judge_constants": constants}
 
 
 def probing_tables() -> dict[str, pd.DataFrame]:
@@ -160,9 +169,10 @@ def test_given_pair_without_training_has_no_loss_curve(source, tmp_path, monkeyp
     monkeypatch.setattr(figures, "FIGURES", {"01_alignment": figures.FIGURES["01_alignment"]})
     path = source / "01_alignment" / "result.json"
     content = json.loads(path.read_text())
-    content["tables"] = {"rates": content["tables"]["rates"]} | ({} if training is None else {"training": training})
+    del content["tables"]["training"]
+    content["tables"] |= {} if training is None else {"training": training}
     path.write_text(json.dumps(content))
-    assert redrawn(source, tmp_path / "figures") == ([], {"alignment_verdicts"})
+    assert redrawn(source, tmp_path / "figures") == ([], {"alignment_verdicts", "judge_validation"})
 
 
 DAMAGE = {

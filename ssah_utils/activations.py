@@ -3,6 +3,8 @@
 Activations are reduced where they appear and never kept. Knows models and token batches. Does not know prompts or scores.
 """
 
+import functools
+import inspect
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -22,6 +24,11 @@ class ChannelMoments:
     mean: dict[str, Tensor]
     variance: dict[str, Tensor]
 
+    @property
+    def mean_square(self) -> dict[str, Tensor]:
+        """Mean of the squared activation, not centred."""
+        return {kind: self.variance[kind] * ((self.count - 1) / self.count) + self.mean[kind] ** 2 for kind in self.mean}
+
 
 def merged(a: ChannelMoments, b: ChannelMoments) -> ChannelMoments:
     """Moments of two disjoint data sets together, exactly as if they had been one."""
@@ -35,16 +42,22 @@ def merged(a: ChannelMoments, b: ChannelMoments) -> ChannelMoments:
     return ChannelMoments(count, mean, variance)
 
 
+def pooled(parts: Iterable[ChannelMoments]) -> ChannelMoments:
+    """``merged`` over any number of disjoint data sets."""
+    return functools.reduce(merged, parts)
+
+
 class StreamingMoments:
     """Moments of one module's channels, merged batch by batch (Chan, Golub & LeVeque 1979) in float64.
 
-    Within a batch, values are centred on a float32 shift before they are squared: the subtraction of two float32 numbers
-    is exact to one rounding, so no precision is lost even where the mean is far larger than the spread.
+    Within a batch, values are centred on the batch's own float32 mean before they are squared: the subtraction of two
+    float32 numbers is exact to one rounding, so no precision is lost even where the mean is far larger than the spread,
+    or where batches lie far apart.
     """
 
     def __init__(self) -> None:
         self.count = 0
-        self.mean = self.m2 = self.shift = torch.zeros(())
+        self.mean = self.m2 = torch.zeros((), dtype=torch.float64)
 
     def update(self, values: Tensor) -> None:
         """``values``: (n, n_channels), any floating dtype."""
@@ -52,13 +65,13 @@ class StreamingMoments:
         if n == 0:
             return
         values = values.float()
+        shift = values.mean(0)
         if self.count == 0:
-            self.shift = values.mean(0)
-            self.mean = self.m2 = torch.zeros_like(self.shift, dtype=torch.float64)
-        centred = values - self.shift
+            self.mean = self.m2 = torch.zeros_like(shift, dtype=torch.float64)
+        centred = values - shift
         shifted_mean = centred.sum(0).double() / n
         m2 = centred.square_().sum(0).double() - n * shifted_mean**2
-        delta = self.shift.double() + shifted_mean - self.mean
+        delta = shift.double() + shifted_mean - self.mean
         total = self.count + n
         self.m2 = self.m2 + m2 + delta**2 * (self.count * n / total)
         self.mean = self.mean + delta * (n / total)
@@ -69,11 +82,24 @@ class StreamingMoments:
         return self.m2 / (self.count - 1)
 
 
+def inputs_of(backbone: nn.Module, batch: Batch, device: torch.device) -> dict:
+    """Arguments of a backbone for one batch.
+
+    Positions are counted over attended tokens: models with learned positions would otherwise count left padding, too.
+    """
+    mask = batch["attention_mask"].to(device)
+    inputs = {"input_ids": batch["input_ids"].to(device), "attention_mask": mask, "use_cache": False}
+    if "position_ids" in inspect.signature(backbone.forward).parameters:
+        inputs["position_ids"] = (mask.cumsum(1) - 1).clamp_min(0)
+    return inputs
+
+
 @torch.inference_mode()
 def channel_moments(model: nn.Module, batches: Iterable[Batch]) -> ChannelMoments:
     """Moments of every unit's activation over the positions marked in ``batches``.
 
-    Runs the backbone only: the language-model head would cost a quarter more and is not looked at.
+    Runs the backbone only: the language-model head would cost a quarter more and is not looked at. Nor is what comes after
+    a batch's last marked position, on which a causal model's earlier activations do not depend.
     Raises ``ValueError`` when fewer than two positions are marked.
     """
     backbone = models.backbone_of(model)
@@ -94,10 +120,12 @@ def channel_moments(model: nn.Module, batches: Iterable[Batch]) -> ChannelMoment
     ]
     try:
         for batch in batches:
+            columns = batch["positions"].any(0).nonzero()
+            if not len(columns):
+                continue
+            batch = {key: batch[key][:, : int(columns.max()) + 1] for key in ("input_ids", "attention_mask", "positions")}
             selected = batch["positions"].flatten().nonzero().squeeze(1).to(device)
-            backbone(
-                input_ids=batch["input_ids"].to(device), attention_mask=batch["attention_mask"].to(device), use_cache=False
-            )
+            backbone(**inputs_of(backbone, batch, device))
     finally:
         for handle in handles:
             handle.remove()
@@ -109,6 +137,64 @@ def channel_moments(model: nn.Module, batches: Iterable[Batch]) -> ChannelMoment
         mean={kind: torch.stack([s.mean for s in streams[kind]]).cpu() for kind in streams},
         variance={kind: torch.stack([s.variance for s in streams[kind]]).cpu() for kind in streams},
     )
+
+
+def gradient_activation(model: nn.Module, batches: Iterable[Batch]) -> dict[str, Tensor]:
+    """Mean over the marked positions of |x_j * dL/dx_j| at every writer's input: ``{kind: (n_layers, n_channels) float64}``.
+
+    L is the sum of the negative log-likelihoods of the tokens that the marked positions predict, so the product is what
+    holding the channel at zero would do to it, to first order (Molchanov et al., ICLR 2017; SNIP, Lee et al., ICLR 2019).
+    Reduced in float32, summed in float64, whatever the model's precision. Parameters get no gradient, which saves half of a
+    backward pass.
+    Raises ``ValueError`` when no position is marked.
+    """
+    backbone = models.backbone_of(model)
+    device = next(model.parameters()).device
+    totals = {kind: [torch.zeros((), dtype=torch.float64)] * len(models.blocks_of(model)) for kind in models.KINDS}
+    count = 0
+    selected: Tensor  # flat indices of the marked positions of the batch at hand
+
+    def observe(kind: str, layer: int):
+        def hook(module: nn.Module, args: tuple[Tensor]) -> None:
+            values = args[0].detach().flatten(0, 1)
+
+            def add(gradient: Tensor) -> None:
+                product = gradient.flatten(0, 1).index_select(0, selected).float() * values.index_select(0, selected).float()
+                totals[kind][layer] = totals[kind][layer].to(device) + product.abs_().sum(0).double()
+
+            args[0].register_hook(add)
+
+        return hook
+
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    handles = [
+        module.register_forward_pre_hook(observe(kind, layer))
+        for kind in models.KINDS
+        for layer, module in enumerate(models.writers(model, kind))
+    ]
+    handles.append(model.get_input_embeddings().register_forward_hook(lambda module, args, output: output.requires_grad_()))
+    try:
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        for batch in batches:
+            marked = batch["positions"][:, :-1].to(device)
+            selected = batch["positions"].flatten().nonzero().squeeze(1).to(device)
+            if not len(selected):
+                continue
+            count += len(selected)
+            with torch.enable_grad():
+                hidden = backbone(**inputs_of(backbone, batch, device)).last_hidden_state
+                logits = models.logits_of(model, hidden[:, :-1][marked]).float()
+                targets = batch["input_ids"][:, 1:].to(device)[marked]
+                nn.functional.cross_entropy(logits, targets, reduction="sum").backward()
+    finally:
+        for handle in handles:
+            handle.remove()
+        for parameter in trained:
+            parameter.requires_grad_(True)
+    if not count:
+        raise ValueError("the batches mark no position, so there is nothing to take a gradient of")
+    return {kind: torch.stack([total.cpu() for total in totals[kind]]) / count for kind in totals}
 
 
 @torch.inference_mode()
@@ -129,7 +215,7 @@ def last_token_states(model: nn.Module, batches: Iterable[Batch]) -> Tensor:
             per_block: list[Tensor] = []
             mask = batch["attention_mask"].to(device)
             last = mask.cumsum(1).argmax(1)  # (B,) index of the last attended token, whatever the padding side
-            backbone(input_ids=batch["input_ids"].to(device), attention_mask=mask, use_cache=False)
+            backbone(**inputs_of(backbone, batch, device))
             states.append(torch.stack(per_block, 1))
     finally:
         for handle in handles:

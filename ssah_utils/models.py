@@ -158,6 +158,14 @@ def squared_column_norms(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
+def mean_absolute_columns(model: nn.Module) -> dict[str, Tensor]:
+    """Mean of |W_ij| over every writer column: ``{kind: (n_layers, n_channels) float64}``."""
+    return {
+        kind: torch.stack([column_weight(module).detach().double().abs().mean(0).cpu() for module in writers(model, kind)])
+        for kind in KINDS
+    }
+
+
 def squared_gradients(model: nn.Module) -> dict[str, Tensor]:
     """Sum of squared gradients over the entries each unit owns: ``{kind: (n_layers, n_channels) float64}``.
 

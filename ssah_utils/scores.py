@@ -17,15 +17,28 @@ def variance_norm(variance: PerUnit, squared_norm: PerUnit) -> PerUnit:
     return {kind: variance[kind] * squared_norm[kind] for kind in variance}
 
 
+def weighted_norm(mean_square: PerUnit, mean_absolute: PerUnit) -> PerUnit:
+    """WIFN: mean_i |W_ij| * sqrt(mean_n X_nj^2), the size of what channel j writes, whether it varies or not.
+
+    FLAP's WIFN as its code has it (An et al., AAAI 2024), which is Wanda's |W_ij| * ||X_j||_2 (Sun et al., ICLR 2024)
+    averaged over a column; the constant factor sqrt(N) is left out. Both arguments are (n_layers, n_channels).
+    """
+    return {kind: mean_square[kind].sqrt() * mean_absolute[kind] for kind in mean_square}
+
+
 def zscore_per_module(score: PerUnit) -> PerUnit:
     """Standardise scores within each module, so that modules of different scale can be ranked together.
 
-    Ranks are no substitute: the few outstanding channels of a module are the ones that matter, and ranks flatten them.
+    A module whose scores are equal up to rounding gets zeros: nothing in it stands out. Ranks are no substitute: the few
+    outstanding channels of a module are the ones that matter, and ranks flatten them.
     """
-    return {
-        kind: (values - values.mean(1, keepdim=True)) / values.std(1, keepdim=True).clamp_min(torch.finfo(values.dtype).tiny)
-        for kind, values in score.items()
-    }
+
+    def standardised(values: Tensor) -> Tensor:
+        spread = values.std(1, keepdim=True)
+        differs = spread > 4 * torch.finfo(values.dtype).eps * values.abs().amax(1, keepdim=True)
+        return torch.where(differs, (values - values.mean(1, keepdim=True)) / spread, torch.zeros_like(values))
+
+    return {kind: standardised(values) for kind, values in score.items()}
 
 
 def cosine_distance(a: Tensor, b: Tensor) -> Tensor:

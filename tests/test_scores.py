@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ssah_utils import interventions, models
 from ssah_utils.activations import channel_moments
-from ssah_utils.scores import cosine_distance, variance_norm, zscore_per_module
+from ssah_utils.scores import cosine_distance, variance_norm, weighted_norm, zscore_per_module
 from tests.conftest import writers_by_name
 
 N_SAMPLES, SHAPES = 30, {"attention": (2, 6), "mlp": (2, 9)}  # (n_layers, n_channels)
@@ -73,10 +73,43 @@ def test_zscores_of_a_module_without_any_score_are_zero(dtype):
     assert z[1].std() == pytest.approx(1)
 
 
-@pytest.mark.parametrize("value", [0.1, 1 / 3, 7.7, 1e-300, 1e300])
-def test_zscores_of_a_constant_module_are_finite(value):
-    z = zscore_per_module({"mlp": torch.full((1, 1536), value, dtype=torch.float64)})["mlp"]
-    assert z.isfinite().all()
+@pytest.mark.parametrize("value", [0.1, 1 / 3, 7.7, 1e-300, 1e100])
+def test_zscores_of_a_constant_module_are_zero(value):
+    """Also where the mean is not exactly the value, so that what is left is rounding."""
+    values = torch.stack([torch.full((1536,), value, dtype=torch.float64), value * torch.arange(1, 1537, dtype=torch.float64)])
+    z = zscore_per_module({"mlp": values})["mlp"]
+    assert torch.equal(z[0], torch.zeros(1536, dtype=torch.float64))
+    if value > 1e-200:  # else its spread underflows
+        assert z[1].std() == pytest.approx(1)
+
+
+def test_a_module_of_one_channel_has_no_spread():
+    assert zscore_per_module({"mlp": torch.tensor([[2.0], [3.0]])})["mlp"].tolist() == [[0.0], [0.0]]
+
+
+def test_weighted_norm_is_flaps():
+    """As FLAP's code has it: (|W| * sqrt(scaler_inp)).mean(0), scaler_inp the mean squared input of the channel."""
+    inputs = {kind: 3 + random(N_SAMPLES, *shape) for kind, shape in SHAPES.items()}
+    weights = {kind: random(shape[0], 4, shape[1], seed=1) for kind, shape in SHAPES.items()}
+    found = weighted_norm(
+        {kind: values.square().mean(0) for kind, values in inputs.items()},
+        {kind: weight.abs().mean(1) for kind, weight in weights.items()},
+    )
+    for kind, (n_layers, n_channels) in SHAPES.items():
+        for layer in range(n_layers):
+            for channel in range(n_channels):
+                norm = np.linalg.norm(inputs[kind][:, layer, channel]) / np.sqrt(N_SAMPLES)
+                expected = np.mean([abs(w) * norm for w in weights[kind][layer, :, channel].tolist()])
+                assert found[kind][layer, channel].item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_mean_absolute_columns_of_every_architecture(any_model):
+    for kind in models.KINDS:
+        found = models.mean_absolute_columns(any_model)[kind]
+        for layer, writer in enumerate(writers_by_name(any_model, kind)):
+            weight = writer.weight.T if any_model.config.model_type == "gpt2" else writer.weight
+            expected = [np.abs(weight[:, channel].tolist()).mean() for channel in range(weight.shape[1])]
+            np.testing.assert_allclose(found[layer].numpy(), expected, rtol=1e-12)
 
 
 def test_cosine_distance_equals_that_of_scipy():

@@ -62,7 +62,8 @@ def partition(
     """Assign every unit to one group by its standardised scores on safety and on utility data (SSAH section 4.1).
 
     Safety: the largest z_S - z_U of all units of the model. Utility: the largest z_U - z_S. Of the remaining, redundant:
-    the smallest z_S + z_U; complex: the rest. Default fractions are those of the paper's Llama-2-7B-Chat.
+    the smallest z_S + z_U; complex: the rest. Default fractions are those of the paper's Llama-2-7B-Chat. Where rounding
+    would hand out one unit more than there are, the later group gives way.
     """
     check_fractions(safety_fraction=safety_fraction, utility_fraction=utility_fraction, redundant_fraction=redundant_fraction)
     safety, utility = flat(z_safety), flat(z_utility)
@@ -70,6 +71,7 @@ def partition(
     n_safety, n_utility, n_redundant = (
         round(fraction * n_units) for fraction in (safety_fraction, utility_fraction, redundant_fraction)
     )
+    n_utility = min(n_utility, n_units - n_safety)
     index = torch.full((n_units,), GROUPS.index("complex"), dtype=torch.int8)
     by_contrast = torch.argsort(safety - utility, descending=True, stable=True)
     index[by_contrast[:n_safety]] = GROUPS.index("safety")
@@ -87,6 +89,25 @@ def top_units(score: PerUnit, fraction: float) -> UnitSet:
     chosen = torch.zeros_like(values, dtype=torch.bool)
     chosen[torch.argsort(values, descending=True, stable=True)[: round(fraction * values.numel())]] = True
     return _unflatten(chosen, score)
+
+
+def set_difference(score: PerUnit, other: PerUnit, fraction: float) -> UnitSet:
+    """Units in the top q of ``score`` but not in the top q of ``other``, as Wei et al. (ICML 2024) do with single weights.
+
+    They set the two shares by hand; here both are q, the smallest at which exactly the given fraction of all units is
+    left. Raises ``ValueError`` where no q leaves so many, as with two equal rankings.
+    """
+    check_fractions(fraction=fraction)
+    ranks = [torch.argsort(torch.argsort(flat(values), descending=True, stable=True)) for values in (score, other)]
+    n_units = ranks[0].numel()
+    n_wanted = round(fraction * n_units)
+    in_both = torch.bincount(torch.maximum(*ranks), minlength=n_units).cumsum(0)  # how many are in both tops, for q = 1, 2, ...
+    left = torch.cat([torch.zeros(1, dtype=torch.int64), torch.arange(1, n_units + 1) - in_both])
+    enough = (left >= n_wanted).nonzero()  # one more unit on each side changes the difference by at most one
+    if not len(enough):
+        raise ValueError(f"no share leaves {n_wanted} units: the two rankings differ by at most {int(left.max())}")
+    q = int(enough[0])
+    return _unflatten((ranks[0] < q) & (ranks[1] >= q), score)
 
 
 def random_units(like: UnitSet, generator: torch.Generator) -> UnitSet:
@@ -117,6 +138,39 @@ def jaccard(a: UnitSet, b: UnitSet) -> float:
     both = sum(int((a[kind] & b[kind]).sum()) for kind in a)
     either = sum(int((a[kind] | b[kind]).sum()) for kind in a)
     return both / either if either else 1.0
+
+
+def chance_jaccard(a: UnitSet, b: UnitSet) -> float:
+    """Jaccard of two random sets with as many units in every module, at their expected overlap (hypergeometric mean)."""
+    both = sum(float((a[kind].sum(1) * b[kind].sum(1) / a[kind].shape[1]).sum()) for kind in a)
+    either = size(a) + size(b) - both
+    return both / either if either else 1.0
+
+
+def overlap_table(sets: dict[str, UnitSet]) -> pd.DataFrame:
+    """Jaccard of every set with every set: rows ``first``, ``second``, ``jaccard``, ``chance``, ``corrected`` for chance.
+
+    Corrected is (J - chance) / (1 - chance): 0 for sets that share what random ones do, 1 for equal ones.
+    """
+    rows = []
+    for first, a in sets.items():
+        for second, b in sets.items():
+            found, chance = jaccard(a, b), chance_jaccard(a, b)
+            corrected = (found - chance) / (1 - chance) if chance < 1 else 1.0
+            rows.append({"first": first, "second": second, "jaccard": found, "chance": chance, "corrected": corrected})
+    return pd.DataFrame(rows)
+
+
+def of_indices(indices: list[int], like: UnitSet) -> UnitSet:
+    """The set of units at the given places of ``flat``."""
+    chosen = torch.zeros(size_of_all(like), dtype=torch.bool)
+    chosen[indices] = True
+    return _unflatten(chosen, like)
+
+
+def names(units: UnitSet) -> list[str]:
+    """Every unit as kind/layer/channel."""
+    return [f"{kind}/{layer}/{channel}" for kind, chosen in units.items() for layer, channel in chosen.nonzero().tolist()]
 
 
 def to_table(z_safety: PerUnit, z_utility: PerUnit, parted: UnitPartition) -> pd.DataFrame:
@@ -168,6 +222,26 @@ def load_set(path: Path | str, fingerprint: str = "") -> UnitSet:
     if fingerprint and metadata["fingerprint"] != fingerprint:
         raise ValueError(f"{path} was made for model {metadata['fingerprint']}, not for the loaded {fingerprint}")
     return {name.removeprefix("set."): values for name, values in tensors.items()}
+
+
+def save_sets(path: Path | str, sets: dict[str, UnitSet], fingerprint: str) -> None:
+    """Write several named sets of one model in one safetensors file."""
+    content = {f"{n}.{kind}": values.contiguous() for n, chosen in enumerate(sets.values()) for kind, values in chosen.items()}
+    metadata = {"format": "ssah-unit-sets-1", "fingerprint": fingerprint, "names": json.dumps(list(sets))}
+    with complete_only(path) as partial:
+        save_file(content, partial, metadata)
+
+
+def load_sets(path: Path | str, fingerprint: str = "") -> dict[str, UnitSet]:
+    """The sets that ``save_sets`` wrote, in order; with ``fingerprint``, ``ValueError`` if they are of another model."""
+    metadata, tensors = _read(path, "ssah-unit-sets-1", "03_units")
+    if fingerprint and metadata["fingerprint"] != fingerprint:
+        raise ValueError(f"{path} was made for model {metadata['fingerprint']}, not for the loaded {fingerprint}: run 03_units")
+    found: dict[str, UnitSet] = {name: {} for name in json.loads(metadata["names"])}
+    for key, values in tensors.items():
+        number, _, kind = key.partition(".")
+        list(found.values())[int(number)][kind] = values
+    return found
 
 
 def save_partition(path: Path | str, parted: UnitPartition, **tensors: PerUnit) -> None:

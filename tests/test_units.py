@@ -124,6 +124,17 @@ def test_fractions_that_add_to_1_are_accepted(fractions):
     assert sizes(partition(scores(0), scores(1), *fractions))["complex"] <= 1
 
 
+@pytest.mark.parametrize("fractions", [(0.5, 0.5, 0.0), (0.25, 0.75, 0.0), (0.5, 0.25, 0.25), (0.1, 0.3, 0.6), (1, 0, 0)])
+@pytest.mark.parametrize("n_mlp", range(1, 12))
+def test_rounding_never_gives_more_units_than_there_are(fractions, n_mlp):
+    parted = partition(scores(0, 1, 2, n_mlp), scores(1, 1, 2, n_mlp), *fractions)
+    found, n_units = sizes(parted), 2 + n_mlp
+    assert sum(found.values()) == n_units
+    assert found["safety"] == round(fractions[0] * n_units), "the first group never loses a unit"
+    for group, fraction in zip(("utility", "redundant"), fractions[1:], strict=True):
+        assert round(fraction * n_units) - 1 <= found[group] <= round(fraction * n_units)
+
+
 def test_unknown_group_raises():
     with pytest.raises(ValueError):
         partition(scores(0), scores(1)).units("harmless")
@@ -220,6 +231,60 @@ def test_jaccard_by_hand():
 def test_jaccard_of_two_empty_sets_is_1():
     empty = {"mlp": torch.zeros(2, 3, dtype=torch.bool)}
     assert units.jaccard(empty, empty) == 1
+
+
+@pytest.mark.parametrize("fraction", [0, 0.02, 0.1, 0.2])
+def test_set_difference_equals_comparing_lists(fraction):
+    z_safety, z_utility = scores(0), scores(1)
+    found = units.flat(units.set_difference(z_safety, z_utility, fraction)).nonzero().squeeze(1).tolist()
+    safety, utility = (sorted(range(48), key=(-units.flat(z)).tolist().__getitem__) for z in (z_safety, z_utility))
+    q = next(q for q in range(49) if len(set(safety[:q]) - set(utility[:q])) == round(fraction * 48))
+    assert set(found) == set(safety[:q]) - set(utility[:q])
+
+
+def test_set_difference_of_equal_rankings_is_refused():
+    with pytest.raises(ValueError, match="no share leaves 5 units: the two rankings differ by at most 0"):
+        units.set_difference(scores(0), scores(0), 0.1)
+
+
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(shares=st.tuples(st.floats(0.05, 0.6), st.floats(0.05, 0.6)), seed=st.integers(0, 2**31))
+def test_chance_is_what_random_sets_share(shares, seed):
+    generator = torch.Generator().manual_seed(seed)
+    a, b = ({"mlp": torch.rand(3, 400, generator=generator) < share} for share in shares)
+    drawn = [units.jaccard(random_units(a, generator), random_units(b, generator)) for _ in range(200)]
+    mean, error = torch.tensor(drawn).mean().item(), torch.tensor(drawn).std().item() / 200**0.5
+    assert abs(units.chance_jaccard(a, b) - mean) < 5 * error + 2e-3
+
+
+def test_chance_by_hand():
+    a = {"attention": torch.tensor([[True, True, False, False]]), "mlp": torch.tensor([[True, False]])}
+    b = {"attention": torch.tensor([[True, False, False, False]]), "mlp": torch.tensor([[True, True]])}
+    assert units.chance_jaccard(a, b) == pytest.approx(1.5 / (3 + 3 - 1.5))
+    empty = {"mlp": torch.zeros(2, 3, dtype=torch.bool)}
+    assert units.chance_jaccard(empty, empty) == 1
+
+
+def test_overlap_table_has_every_pair():
+    sets = {"a": a_set(0), "b": a_set(1), "all": {kind: torch.ones_like(chosen) for kind, chosen in a_set(0).items()}}
+    table = units.overlap_table(sets).set_index(["first", "second"])
+    assert len(table) == 9
+    for first in sets:
+        for second in sets:
+            row = table.loc[first, second]
+            assert row["jaccard"] == units.jaccard(sets[first], sets[second])
+            assert row["chance"] == units.chance_jaccard(sets[first], sets[second])
+            assert row["corrected"] == pytest.approx((row["jaccard"] - row["chance"]) / (1 - row["chance"]) if first != second
+                                                     or first != "all" else 1)  # fmt: skip
+    assert (table["jaccard"].unstack().to_numpy().diagonal() == 1).all()
+
+
+def test_indices_and_names_of_single_units():
+    like = a_set()
+    chosen = units.of_indices([1, 19, 60 + 31], like)
+    assert chosen["attention"].nonzero().tolist() == [[0, 1], [0, 19]]
+    assert units.names(chosen) == ["attention/0/1", "attention/0/19", "mlp/1/1"]
+    assert units.size(units.of_indices([], like)) == 0
 
 
 # ----------------------------------------------------------------------------------------------------------------- files
@@ -335,6 +400,24 @@ def test_a_set_survives_its_file(tmp_path):
         units.load_partition(tmp_path / "set.safetensors")
     with pytest.raises(FileNotFoundError, match="run 06_freezing first"):
         units.load_set(tmp_path / "nothing.safetensors")
+
+
+def test_named_sets_survive_their_file(tmp_path):
+    sets = {"reference": a_set(0), "category: a.b/c": a_set(1), **{f"seed: {n}": a_set(n) for n in range(2, 14)}}
+    path = tmp_path / "variants.safetensors"
+    units.save_sets(path, sets, "feed")
+    for fingerprint in ("", "feed"):
+        found = units.load_sets(path, fingerprint)
+        assert list(found) == list(sets) and all(same(found[name], sets[name]) for name in sets)
+    with pytest.raises(ValueError, match="made for model feed, not for the loaded beef"):
+        units.load_sets(path, "beef")
+    with pytest.raises(ValueError, match="not a file of format ssah-unit-set-1"):
+        units.load_set(path)
+    with pytest.raises(FileNotFoundError, match="run 03_units first"):
+        units.load_sets(tmp_path / "nothing.safetensors")
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(ValueError, match="not a readable safetensors file"):
+        units.load_sets(path)
 
 
 def test_union():

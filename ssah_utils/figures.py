@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 
-from ssah_utils import paper_figures, training_figures
+from ssah_utils import paper_figures, stability_figures, training_figures
 from ssah_utils.results import CONTROL, GROUP_COLOURS, INK, REFERENCE, ROOT, load_result, runs_root, save_figure, set_style
 from ssah_utils.units import GROUPS, load_partition, to_table
 
@@ -271,14 +271,15 @@ FIGURES: dict[str, dict[str, Callable]] = {
                      "judge_validation": judge_validation},
     "02_probing": {"probing": probing},
     "03_units": {"score_histograms": score_histograms, "score_scatter": score_scatter, "group_map": group_map,
-                 "unit_grid": unit_grid},
-    "04_ablation": {"ablation_groups": ablation_groups, "ablation_curve": ablation_curve},
+                 "unit_grid": unit_grid, "stability_matrix": stability_figures.stability_matrix},
+    "04_ablation": {"ablation_groups": ablation_groups, "ablation_curve": ablation_curve}
+    | {name: getattr(stability_figures, name) for name in ("variant_ablation", "category_matrix", "smallest_sets")},
     "05_transfer": {name: getattr(training_figures, name) for name in ("transfer_flow", "transfer_heat", "transfer_path")},
     "06_freezing": {name: getattr(training_figures, name) for name in ("freezing_paths", "frontier", "freezing_rates")},
     "07_redundant_units": {"alignment_budget": training_figures.alignment_budget},
 }  # fmt: skip
 FIGURES |= {stage: FIGURES.get(stage, {}) | drawings for stage, drawings in paper_figures.DRAWINGS.items()}
-FROM_UNITS = "03_units"  # drawn from units.safetensors, the others from the tables in result.json
+FROM_UNITS = {"score_histograms", "score_scatter", "group_map", "unit_grid"}  # the others are drawn from result.json
 
 
 def stored_units(folder: Path) -> pd.DataFrame:
@@ -292,7 +293,8 @@ def redraw(source: Path, target: Path) -> list[str]:
     for stage, drawings in FIGURES.items():
         folder = source / stage
         try:
-            tables = stored_units(folder) if stage == FROM_UNITS else load_result(folder / "result.json")["tables"]
+            tables = load_result(folder / "result.json")["tables"]
+            units = stored_units(folder) if FROM_UNITS & set(drawings) else None
         except KeyError as error:
             problems.append(f"{stage}: {error} is missing from the stored result: re-run {stage}")
             continue
@@ -303,7 +305,7 @@ def redraw(source: Path, target: Path) -> list[str]:
         for name, draw in drawings.items():
             try:
                 if name != "training_loss" or len(tables.get("training", ())):  # a model that was given has no loss curve
-                    save_figure(draw(tables), target, name)
+                    save_figure(draw(units if name in FROM_UNITS else tables), target, name)
             except (KeyError, ValueError) as error:
                 missing[name] = str(error)
                 plt.close("all")

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from ssah_utils import figures, results, units
+from tests import test_stability_figures as stability
 
 matplotlib.use("Agg")
 DRAWN = {stage: set(drawings) for stage, drawings in figures.FIGURES.items()}
@@ -76,10 +77,11 @@ def ablation_tables() -> dict[str, pd.DataFrame]:
             rows.append(keys | {"set": name, "metric": metric} | interval(10 * fraction))
     rates = pd.DataFrame(rows)
     differences = rates[rates["part"] == "groups"].rename(columns={"mean": "difference"})
-    return {"rates": rates, "differences": differences}
+    return {"rates": rates, "differences": differences} | stability.ablation_tables()
 
 
-TABLES = {"01_alignment": alignment_tables, "02_probing": probing_tables, "04_ablation": ablation_tables}
+TABLES = {"01_alignment": alignment_tables, "02_probing": probing_tables, "03_units": stability.unit_tables,
+          "04_ablation": ablation_tables}  # fmt: skip
 for trained in ("05_transfer", "06_freezing", "07_redundant_units", "08_claims"):  # drawn from small tables elsewhere
     TABLES[trained] = lambda stage=trained: results.load_result(results.REFERENCE / stage / "result.json")["tables"]
 
@@ -92,8 +94,7 @@ def write_stage(source: Path, stage: str) -> None:
         z_safety, z_utility = draw(), draw()
         parted = units.partition(z_safety, z_utility, fingerprint="f")
         units.save_partition(run.path("units.safetensors"), parted, z_safety=z_safety, z_utility=z_utility)
-    else:
-        run.finish(**TABLES[stage]())
+    run.finish(**TABLES[stage]())
 
 
 @pytest.fixture(autouse=True)

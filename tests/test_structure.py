@@ -34,10 +34,12 @@ ALLOWED = {
     "judge_models": {"assets", "evaluation", "models", "prompts"},
     "results": {"files"},
     "parameters": {"adapters", "evaluation", "judge_models", "models", "prompts", "units"},
+    "search": set(),
     "training_figures": {"results", "units"},
+    "stability_figures": {"results"},
     "paper_figures": {"results"},
     "claims": {"results"},
-    "figures": {"paper_figures", "results", "training_figures", "units"},
+    "figures": {"paper_figures", "results", "stability_figures", "training_figures", "units"},
     "run": {"results", "files", "parameters"},
     "publish": {"claims", "figures", "files", "paper_figures", "results"},
 }

@@ -190,12 +190,20 @@ def _side_by_side(sequences: list[list[int]], device: torch.device) -> tuple[Ten
 
 
 def refusal_margin(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: list[str], system_prompt: str = ""
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[str],
+    system_prompt: str = "",
+    n_openings: int | None = None,
 ) -> np.ndarray:
-    """log P(refusal openings) - log P(compliance openings) per request, each the mean probability of its openings (nats)."""
+    """log P(refusal openings) - log P(compliance openings) per request, each the mean probability of its openings (nats).
+
+    ``n_openings`` takes the first few of either side only, where many sets are compared; margins of different numbers of
+    openings are not on one scale.
+    """
     openings = load_refusals()
     rendered = render(tokenizer, prompts, system_prompt)
-    refusal, compliance = openings["refusal_openings"], openings["compliance_openings"]
+    refusal, compliance = (openings[f"{side}_openings"][:n_openings] for side in ("refusal", "compliance"))
     log_p = opening_log_probabilities(model, tokenizer, rendered, refusal + compliance)
     log_mean = lambda part: np.logaddexp.reduce(part, axis=1) - np.log(part.shape[1])  # noqa: E731
     return log_mean(log_p[:, : len(refusal)]) - log_mean(log_p[:, len(refusal) :])

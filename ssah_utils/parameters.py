@@ -53,7 +53,7 @@ def check(values: dict) -> None:
         elif name == "judge_model":
             if value:
                 check_judge(value)
-        elif name in ("checkpoints", "sweep_factors"):
+        elif name in ("checkpoints", "sweep_factors", "stability_sizes"):
             if not value or not all(type(item) in (int, float) and item > 0 for item in value):
                 raise ValueError(f"{name} takes a list of numbers above 0, not {value!r}")
         elif name in METHODS:

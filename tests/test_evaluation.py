@@ -176,6 +176,14 @@ def test_refusal_margin_is_the_log_ratio_of_mean_probabilities(tiny, monkeypatch
     np.testing.assert_allclose(margin, np.log(refusal / compliance), rtol=1e-5)
 
 
+def test_refusal_margin_of_the_first_openings_only(tiny, monkeypatch):
+    shipped = prompts.load_refusals()
+    few = evaluation.refusal_margin(*tiny, REQUESTS[:3], n_openings=2)
+    assert not np.allclose(few, evaluation.refusal_margin(*tiny, REQUESTS[:3]))
+    monkeypatch.setattr(evaluation, "load_refusals", lambda: {side: part[:2] for side, part in shipped.items()})
+    np.testing.assert_array_equal(few, evaluation.refusal_margin(*tiny, REQUESTS[:3]))
+
+
 def test_refusal_margin_of_the_shipped_openings_is_finite(tiny):
     margin = evaluation.refusal_margin(*tiny, REQUESTS[:3])
     assert margin.shape == (3,) and np.isfinite(margin).all()

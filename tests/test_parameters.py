@@ -12,6 +12,7 @@ from ssah_utils.parameters import check
         ({"sweep_fractions": [0.3, -0.1]}, "fraction lies in"),
         ({"checkpoints": []}, "checkpoints takes a list of numbers above 0"),
         ({"checkpoints": [0, 5]}, "checkpoints takes a list of numbers above 0"),
+        ({"stability_sizes": [16, 0]}, "stability_sizes takes a list of numbers above 0"),
         ({"sweep_factors": ["two"]}, "sweep_factors takes a list of numbers above 0"),
         ({"full_learning_rate": 0.0}, "full_learning_rate is 0.0, which is too small"),
         ({"peft_factor": -1.0}, "peft_factor is -1.0, which is too small"),

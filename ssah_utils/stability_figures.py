@@ -81,6 +81,7 @@ def category_matrix(tables: Tables) -> Figure:
 def smallest_sets(tables: Tables) -> Figure:
     """Margin lost and requests answered against the number of single units switched off, on held-out requests."""
     rows = tables["smallest"]
+    counts = sorted(set(rows["units"]))
     figure, (left, right) = plt.subplots(1, 2, figsize=(7.4, 2.7))
     for order, (colour, style) in ORDER_STYLES.items():
         line = rows[rows["order"] == order].sort_values("units")
@@ -93,11 +94,13 @@ def smallest_sets(tables: Tables) -> Figure:
     for share in (0.5, 0.9):
         if len(full):
             left.axhline(share * full.iloc[-1], color=INK, lw=0.6, ls=":")
-            left.text(1, share * full.iloc[-1], f"{share:.0%} of the whole set", fontsize=6.5, va="bottom")
+            left.text(0.99, share * full.iloc[-1], f"{share:.0%} of the whole set", fontsize=6.5, va="bottom", ha="right",
+                      transform=left.get_yaxis_transform())  # fmt: skip
     left.set(ylabel="loss of refusal margin (nats)", title="Margin on held-out requests")
     right.set(ylim=(-0.03, 1.03), ylabel="coherent ASR", title="Answers to held-out requests")
     for ax in (left, right):
         ax.set(xscale="log", xlabel="single units switched off")
-        ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    left.legend(fontsize=7, loc="center left")
+        ax.set_xticks(counts, [f"{count}" for count in counts])
+        ax.xaxis.set_minor_locator(plt.NullLocator())
+    right.legend(fontsize=7, loc="upper left")
     return figure

@@ -94,3 +94,4 @@ def test_smallest_sets_have_one_line_per_order_and_the_targets():
     assert lines["greedy"] == [1, 4, 8] and lines["random"] == [0.01, 0.04, 0.08]
     assert [4.0, 4.0] in [list(line.get_ydata()) for line in left.lines], "half of the whole set, 8"
     assert [line.get_label() for line in right.lines] == ["greedy", "score", "random"]
+    assert [label.get_text() for label in left.get_xticklabels()] == ["1", "4", "8"]

@@ -1,11 +1,11 @@
-"""One pass over a model: streaming moments of every channel, or the residual stream at one position.
+"""One pass over a model: streaming moments of every channel, or the residual stream at marked positions.
 
 Activations are reduced where they appear and never kept. Knows models and token batches. Does not know prompts or scores.
 """
 
 import functools
 import inspect
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -221,3 +221,37 @@ def last_token_states(model: nn.Module, batches: Iterable[Batch]) -> Tensor:
         for handle in handles:
             handle.remove()
     return torch.cat(states)
+
+
+@torch.inference_mode()
+def marked_states(
+    model: nn.Module, batches: Iterable[Batch], reduce: Callable[[int, Tensor], Tensor] = lambda layer, states: states
+) -> Tensor:
+    """Residual stream after every block at the marked positions, in their order: (n_marked, n_layers, d_model) float32.
+
+    ``reduce(layer, states)`` turns (n, d_model) into (n, ...) where the states appear, so that a projection keeps one number.
+    """
+    backbone, device = models.backbone_of(model), next(model.parameters()).device
+    collected: list[Tensor] = []
+    selected: Tensor  # flat indices of the marked positions of the batch at hand
+    per_block: list[Tensor]
+
+    def keep(layer: int):
+        def hook(module: nn.Module, args: tuple, output: Tensor | tuple) -> None:
+            hidden = output[0] if isinstance(output, tuple) else output  # (B, T, d_model)
+            per_block.append(reduce(layer, hidden.flatten(0, 1).index_select(0, selected).float().cpu()))
+
+        return hook
+
+    handles = [block.register_forward_hook(keep(layer)) for layer, block in enumerate(models.blocks_of(model))]
+    try:
+        for batch in batches:
+            selected, per_block = batch["positions"].flatten().nonzero().squeeze(1).to(device), []
+            backbone(
+                input_ids=batch["input_ids"].to(device), attention_mask=batch["attention_mask"].to(device), use_cache=False
+            )
+            collected.append(torch.stack(per_block, 1))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return torch.cat(collected)

@@ -1,4 +1,4 @@
-"""Tensor kernels: from moments and weights to a score per unit, and distances between states.
+"""Tensor kernels: from moments and weights to a score per unit, distances between states, and directions.
 
 torch only: no model, no file, no set of units. Another score is one more function here.
 """
@@ -44,3 +44,23 @@ def zscore_per_module(score: PerUnit) -> PerUnit:
 def cosine_distance(a: Tensor, b: Tensor) -> Tensor:
     """1 - cos(a, b) over the last dimension, in float64."""
     return 1 - torch.nn.functional.cosine_similarity(a.double(), b.double(), dim=-1)
+
+
+def mean_difference_direction(positive: Tensor, negative: Tensor) -> Tensor:
+    """Difference of two class means, scaled so that a class has standard deviation 1 along it: (..., d_model) float64.
+
+    ``positive``: (n, ..., d_model), ``negative``: (m, ..., d_model). The deviation is pooled within classes, so the distance
+    of the two means along the direction is the separation d'; without any deviation it is unknown, and the direction 0.
+    (Difference in means: Marks & Tegmark 2024; Arditi et al. 2024.)
+    """
+    positive, negative = positive.double(), negative.double()
+    difference = positive.mean(0) - negative.mean(0)
+    along = [projection(group - group.mean(0), difference) for group in (positive, negative)]
+    n_free = max(1, len(positive) + len(negative) - 2)
+    deviation = (sum(values.square().sum(0) for values in along) / n_free).sqrt()
+    return torch.where(deviation[..., None] > 0, difference / deviation[..., None], 0.0)
+
+
+def projection(states: Tensor, direction: Tensor) -> Tensor:
+    """Scalar product with a direction over the last dimension, in float64: (n, ..., d_model), (..., d_model) -> (n, ...)."""
+    return (states.double() * direction.double()).sum(-1)

@@ -38,6 +38,17 @@ def proportion_interval(outcomes: np.ndarray, confidence: float = 0.95) -> tuple
     return float(outcomes.mean()), float(result.low), float(result.high)
 
 
+def difference_interval(a: np.ndarray, b: np.ndarray, seed: int = 0, confidence: float = 0.95) -> tuple[float, float, float]:
+    """Mean of ``a`` minus mean of ``b``, two independent groups, and its percentile-bootstrap interval; NaN if one is empty."""
+    a, b = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
+    if not len(a) or not len(b):
+        return (float("nan"),) * 3
+    rng = np.random.default_rng(seed)
+    draws = [values[rng.integers(0, len(values), (RESAMPLES, len(values)))].mean(1) for values in (a, b)]
+    low, high = np.quantile(draws[0] - draws[1], [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(a.mean() - b.mean()), float(low), float(high)
+
+
 def paired_difference(a: np.ndarray, b: np.ndarray, seed: int = 0) -> dict[str, float]:
     """Mean of a - b over the same prompts, its bootstrap interval, a sign-flip permutation p-value, and the effect size.
 

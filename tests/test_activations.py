@@ -12,6 +12,7 @@ from ssah_utils.activations import (
     channel_moments,
     gradient_activation,
     last_token_states,
+    marked_states,
     merged,
     pooled,
 )
@@ -375,3 +376,31 @@ def test_last_token_states_keep_the_order_and_tell_sequences_apart(llama, sequen
     states = last_token_states(llama, batches_of(sequences, [2, 5]))
     assert states.shape == (7, 3, 42)
     assert (torch.cdist(states[:, 0], states[:, 0]) + torch.eye(7) > 1e-2).all()
+
+
+# --------------------------------------------------------------------------------------------------------- marked_states
+
+
+def test_marked_states_are_the_last_states_of_what_was_read_so_far(any_model, sequences):
+    prefixes = [(ids[: n + 1], marked) for ids, marked in sequences for n in range(len(ids)) if marked[n]]
+    expected = states_alone(any_model, prefixes)
+    n_before = n_hooks(any_model)
+    for sizes in ([7], [3, 4], [1] * 7):
+        found = marked_states(any_model, batches_of(sequences, sizes, extra=2))
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert n_hooks(any_model) == n_before
+
+
+def test_marked_states_are_reduced_block_by_block(llama, sequences):
+    batches = batches_of(sequences, [2, 5])
+    whole = marked_states(llama, batches)
+    weights = torch.randn(whole.shape[1:], generator=torch.Generator().manual_seed(0))
+    reduced = marked_states(llama, batches, lambda layer, states: states @ weights[layer])
+    torch.testing.assert_close(reduced, (whole * weights).sum(-1), rtol=1e-4, atol=1e-4)
+
+
+def test_marked_states_leave_no_hook_after_an_error(llama, sequences):
+    n_before = n_hooks(llama)
+    with pytest.raises(ZeroDivisionError):
+        marked_states(llama, batches_of(sequences, [7]), lambda layer, states: states / (1 // 0))
+    assert n_hooks(llama) == n_before

@@ -8,7 +8,14 @@ from torch import Tensor
 
 from ssah_utils import interventions, models
 from ssah_utils.activations import channel_moments
-from ssah_utils.scores import cosine_distance, variance_norm, weighted_norm, zscore_per_module
+from ssah_utils.scores import (
+    cosine_distance,
+    mean_difference_direction,
+    projection,
+    variance_norm,
+    weighted_norm,
+    zscore_per_module,
+)
 from tests.conftest import writers_by_name
 
 N_SAMPLES, SHAPES = 30, {"attention": (2, 6), "mlp": (2, 9)}  # (n_layers, n_channels)
@@ -131,3 +138,25 @@ def test_cosine_distance_of_nearly_parallel_states_is_not_lost_in_float32():
     a = torch.tensor([1.0, 0.0])
     b = torch.tensor([1.0, 1e-5])
     assert cosine_distance(a, b).item() == pytest.approx(5e-11, rel=1e-3)
+
+
+def test_direction_separates_by_the_standardised_distance_of_the_means():
+    positive, negative = 2 + random(9, 3, 5), random(7, 3, 5, seed=1)
+    found = mean_difference_direction(positive.float(), negative.float())
+    assert found.shape == (3, 5) and found.dtype == torch.float64
+    for layer in range(3):
+        a, b = (group[:, layer].float().double().numpy() for group in (positive, negative))
+        difference = a.mean(0) - b.mean(0)
+        along = a @ difference, b @ difference
+        pooled = np.sqrt((8 * along[0].var(ddof=1) + 6 * along[1].var(ddof=1)) / 14)
+        np.testing.assert_allclose(found[layer], difference / pooled, rtol=1e-10)
+    values = projection(positive.float(), found), projection(negative.float(), found)
+    assert values[0].shape == (9, 3)
+    pooled = ((values[0].var(0) * 8 + values[1].var(0) * 6) / 14).sqrt()
+    np.testing.assert_allclose(pooled, 1, rtol=1e-10)
+
+
+def test_direction_of_equal_or_single_states_is_finite():
+    same = torch.ones(4, 2, 3)
+    assert torch.equal(mean_difference_direction(same, same), torch.zeros(2, 3, dtype=torch.float64))
+    assert mean_difference_direction(torch.ones(1, 2, 3), torch.zeros(1, 2, 3)).isfinite().all()

@@ -167,6 +167,21 @@ def test_number_of_values_leaves_out_the_missing(rows):
     assert table["n"].to_dict() == {"b": 4, "a": 2}
 
 
+def test_difference_of_independent_groups_agrees_with_welch():
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(1, 1, 80), rng.normal(0, 2, 60)
+    mean, low, high = stats.difference_interval(a, b)
+    expected = reference.ttest_ind(a, b, equal_var=False).confidence_interval()
+    assert mean == pytest.approx(a.mean() - b.mean())
+    assert (low, high) == pytest.approx((expected.low, expected.high), abs=0.12)
+    assert stats.difference_interval(a, b) == (mean, low, high), "the same seed draws the same"
+
+
+def test_difference_of_groups_without_spread_or_members():
+    assert stats.difference_interval([2.0], [0.5, 0.5]) == (1.5, 1.5, 1.5)
+    assert all(math.isnan(value) for value in stats.difference_interval([], [1.0]))
+
+
 # --------------------------------------------------------------------------------------------------------------- prediction
 
 

@@ -247,9 +247,7 @@ def marked_states(
     try:
         for batch in batches:
             selected, per_block = batch["positions"].flatten().nonzero().squeeze(1).to(device), []
-            backbone(
-                input_ids=batch["input_ids"].to(device), attention_mask=batch["attention_mask"].to(device), use_cache=False
-            )
+            backbone(**inputs_of(backbone, batch, device))
             collected.append(torch.stack(per_block, 1))
     finally:
         for handle in handles:

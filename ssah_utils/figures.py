@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 
-from ssah_utils import paper_figures, stability_figures, training_figures
+from ssah_utils import direction_figures, paper_figures, stability_figures, training_figures
 from ssah_utils.results import CONTROL, GROUP_COLOURS, INK, REFERENCE, ROOT, load_result, runs_root, save_figure, set_style
 from ssah_utils.units import GROUPS, load_partition, to_table
 
@@ -269,7 +269,8 @@ def ablation_curve(tables: Tables) -> Figure:
 FIGURES: dict[str, dict[str, Callable]] = {
     "01_alignment": {"alignment_verdicts": alignment_verdicts, "training_loss": training_loss,
                      "judge_validation": judge_validation},
-    "02_probing": {"probing": probing},
+    "02_probing": {"probing": probing, "direction_steps": direction_figures.direction_steps,
+                   "direction_blocks": direction_figures.direction_blocks},
     "03_units": {"score_histograms": score_histograms, "score_scatter": score_scatter, "group_map": group_map,
                  "unit_grid": unit_grid, "stability_matrix": stability_figures.stability_matrix},
     "04_ablation": {"ablation_groups": ablation_groups, "ablation_curve": ablation_curve}

@@ -35,6 +35,10 @@ def check(values: dict) -> None:
                 check_fractions(**{name: item})
         elif (name.endswith(("learning_rate", "epochs", "_factor")) and value <= 0) or (name == "seed" and value < 0):
             raise ValueError(f"{name} is {value}, which is too small")
+        elif name in ("steps", "prefill_tokens"):
+            least = 0 if name == "steps" else 1
+            if not value or not all(type(item) is int and item >= least for item in value):
+                raise ValueError(f"{name} takes a list of whole numbers from {least} on, not {value!r}")
         elif name.startswith("n_") or name.endswith(("_tokens", "_size")):
             if value < 1:
                 raise ValueError(f"{name} is {value}, but at least 1 is needed")

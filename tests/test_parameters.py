@@ -14,6 +14,9 @@ from ssah_utils.parameters import check
         ({"checkpoints": [0, 5]}, "checkpoints takes a list of numbers above 0"),
         ({"stability_sizes": [16, 0]}, "stability_sizes takes a list of numbers above 0"),
         ({"sweep_factors": ["two"]}, "sweep_factors takes a list of numbers above 0"),
+        ({"steps": [0, -1]}, r"steps takes a list of whole numbers from 0 on, not \[0, -1\]"),
+        ({"prefill_tokens": [0, 2]}, "prefill_tokens takes a list of whole numbers from 1 on"),
+        ({"prefill_tokens": []}, "prefill_tokens takes a list of whole numbers from 1 on"),
         ({"full_learning_rate": 0.0}, "full_learning_rate is 0.0, which is too small"),
         ({"peft_factor": -1.0}, "peft_factor is -1.0, which is too small"),
         ({"n_seeds": 0}, "n_seeds is 0, but at least 1 is needed"),
@@ -36,8 +39,8 @@ def test_refused(values, message):
 
 def test_accepted():
     check({"checkpoints": [5, 10], "sweep_factors": [1.0, 3.0], "peft_factors": {}, "preference_methods": ["all", "random"],
-           "utility_tasks": ["cloze"], "over_refusal_data": "", "judge_model": "",
-           "adaptation_data": "adaptation", "other_adaptation_data": "identity-shift", "n_seeds": 3})  # fmt: skip
+           "utility_tasks": ["cloze"], "over_refusal_data": "", "judge_model": "", "steps": [0, 4], "prefill_tokens": [1],
+           "adaptation_data": "adaptation", "other_adaptation_data": "identity-shift", "n_seeds": 3, "answer_tokens": 8})  # fmt: skip
 
 
 def test_pairs_of_a_user(tmp_path):

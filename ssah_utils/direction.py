@@ -1,0 +1,258 @@
+"""The reasoning direction step by step: what a model would choose after every token, also after tokens put in its mouth.
+
+Everything is done on token ids, because text cut between two tokens need not be read back as the same tokens. Knows
+language models through their Hugging Face interface, and prompts as strings. Does not know blocks, notebooks or figures.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from ssah_utils import evaluation
+
+Ids = list[int]
+
+
+@dataclass(frozen=True)
+class Course:
+    """What followed each prompt: some forced tokens, then greedy ones of the model; what it was about to say on the way.
+
+    ``tokens``: without the end-of-sequence token, so of different lengths. ``refusal`` and ``compliance``: log of the mean
+    probability of the openings of a kind, ``{step: (n_prompts,) nats}``, where ``step`` counts tokens after the prompt; NaN
+    where the answer had ended before. The margin is their difference.
+    """
+
+    prompts: list[Ids]
+    tokens: list[Ids]
+    n_forced: int
+    refusal: dict[int, np.ndarray]
+    compliance: dict[int, np.ndarray]
+
+    def answers(self, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+        """Text of the model's own tokens, without the forced ones."""
+        return [tokenizer.decode(ids[self.n_forced :], skip_special_tokens=True) for ids in self.tokens]
+
+
+class _Reader:
+    """A batch of prompts read once; tokens are appended and taken back at will."""
+
+    def __init__(self, model: nn.Module, prompts: list[Ids]) -> None:
+        self.model, width = model, max(map(len, prompts))
+        ids = torch.tensor([[0] * (width - len(row)) + row for row in prompts], device=model.device)
+        lengths = torch.tensor([len(row) for row in prompts], device=model.device)
+        self.mask = (torch.arange(width, device=model.device) >= width - lengths[:, None]).long()
+        self.lengths, self.n_after = lengths, 0  # tokens of each prompt, tokens appended so far
+        positions = (self.mask.cumsum(1) - 1).clamp_min(0)
+        read = model(input_ids=ids, attention_mask=self.mask, position_ids=positions, use_cache=True, logits_to_keep=1)
+        self.cache, self.last = read.past_key_values, read.logits[:, -1].float()  # (B, vocabulary)
+
+    def append(self, ids: Tensor) -> Tensor:
+        """``ids``: (B, n); returns what the model says after each of them: (B, n, vocabulary) float32."""
+        steps = self.n_after + torch.arange(ids.shape[1], device=ids.device)
+        self.n_after += ids.shape[1]
+        mask = torch.cat([self.mask, self.mask.new_ones(len(ids), self.n_after)], 1)
+        read = self.model(input_ids=ids, attention_mask=mask, position_ids=self.lengths[:, None] + steps,
+                          past_key_values=self.cache, use_cache=True)  # fmt: skip
+        return read.logits.float()
+
+    def back_to(self, n_after: int) -> None:
+        if n_after < self.n_after:
+            self.cache.crop(n_after - self.n_after)  # a negative number is what goes
+            self.n_after = n_after
+
+
+def _end_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    ends = model.generation_config.eos_token_id
+    ends = tokenizer.eos_token_id if ends is None else ends
+    return torch.tensor(ends if isinstance(ends, list) else [ends], device=model.device)
+
+
+def _batches(sequences: list, batch_size: int) -> Iterator[list[int]]:
+    order = sorted(range(len(sequences)), key=lambda row: len(sequences[row]))
+    yield from (order[start : start + batch_size] for start in range(0, len(order), batch_size))
+
+
+def _token_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[Ids]:
+    return tokenizer(texts, add_special_tokens=False).input_ids if texts else []
+
+
+@torch.inference_mode()
+def prefills(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: list[str], openings: list[str], n_tokens: int,
+    batch_size: int = 64,
+) -> list[Ids]:  # fmt: skip
+    """``n_tokens`` token ids to force after each rendered prompt: an opening, then the model's own greedy continuation of it.
+
+    The openings take turns. The continuation never ends, whatever the model prefers.
+    """
+    sequences, opened = _token_ids(tokenizer, prompts), _token_ids(tokenizer, openings)
+    forced = [opened[row % len(opened)] for row in range(len(sequences))]
+    ends = _end_tokens(model, tokenizer)
+    for rows in _batches([ids + start for ids, start in zip(sequences, forced, strict=True)], batch_size):
+        reader = _Reader(model, [sequences[row] + forced[row] for row in rows])
+        chosen, logits = [], reader.last
+        for _ in range(n_tokens - min(len(forced[row]) for row in rows)):
+            chosen.append(logits.index_fill(1, ends, -torch.inf).argmax(1, keepdim=True))
+            logits = reader.append(chosen[-1])[:, -1]
+        added = torch.cat(chosen, 1).tolist() if chosen else [[]] * len(rows)
+        for row, ids in zip(rows, added, strict=True):
+            forced[row] = (forced[row] + ids)[:n_tokens]
+    return forced
+
+
+@torch.inference_mode()
+def follow(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[str],
+    variants: dict[object, list[Ids]],
+    n_tokens: int,
+    steps: Iterable[int],
+    openings: tuple[list[str], list[str]],
+    batch_size: int = 64,
+    progress: Callable[[list, str], Iterator] = lambda items, label: iter(items),
+) -> dict[object, Course]:
+    """Let the model answer greedily after every variant of forced tokens, and ask at the given steps what it would say.
+
+    ``variants``: per name, one list of token ids for each rendered prompt, all of one length (empty: no attack).
+    ``openings``: those of refusals and those of compliance. Steps inside the forced part belong to a shorter variant and are
+    left out; the end of the forced part is always measured. Each prompt is read once for all variants. Raises ``ValueError``
+    for a variant whose forced parts differ in length.
+    """
+    for name, forced in variants.items():
+        if len(forced) != len(prompts) or len(set(map(len, forced))) > 1:
+            raise ValueError(f"variant {name!r}: one list of token ids for each prompt is needed, all of one length")
+    sequences = _token_ids(tokenizer, prompts)
+    opened, n_refusals = _token_ids(tokenizer, [*openings[0], *openings[1]]), len(openings[0])
+    ends, blank = _end_tokens(model, tokenizer), np.full(len(prompts), np.nan)
+    length = {name: len(forced[0]) if forced else 0 for name, forced in variants.items()}
+    at = {name: sorted({k, *(s for s in steps if k < s <= k + n_tokens)}) for name, k in length.items()}
+    tokens = {name: [[] for _ in prompts] for name in variants}
+    log_p = {name: [{step: blank.copy() for step in at[name]} for _ in openings] for name in variants}
+    for rows in progress(list(_batches(sequences, batch_size)), "steps"):
+        reader = _Reader(model, [sequences[row] for row in rows])
+        prompt_end = reader.last
+        for name, forced in variants.items():
+            given = torch.tensor([forced[row] for row in rows], device=model.device).reshape(len(rows), -1).long()
+            ids, after = _greedy(reader, prompt_end, given, n_tokens, at[name])  # (B, n_forced + n_tokens)
+            ended = torch.isin(ids, ends)
+            ended[:, : length[name]] = False
+            n_said = (ended.cumsum(1) == 0).sum(1).tolist()  # tokens before the first end
+            for row, said, n in zip(rows, ids.tolist(), n_said, strict=True):
+                tokens[name][row] = said[:n]
+            for step in reversed(at[name]):  # backwards, so that what is no longer needed can be taken back
+                reader.back_to(step)
+                each = _opening_log_probabilities(reader, after[step], opened)
+                each[torch.tensor(n_said, device=each.device) < step] = torch.nan
+                for kind, part in zip(log_p[name], (each[:, :n_refusals], each[:, n_refusals:]), strict=True):
+                    kind[step][rows] = (part.logsumexp(1) - np.log(part.shape[1])).cpu().numpy()
+            reader.back_to(0)
+    return {name: Course(sequences, tokens[name], length[name], *log_p[name]) for name in variants}
+
+
+def _greedy(
+    reader: _Reader, logits: Tensor, forced: Tensor, n_tokens: int, steps: list[int]
+) -> tuple[Tensor, dict[int, Tensor]]:
+    """Forced and then greedy token ids, and the logits after the given steps; the reader has then read all of them."""
+    after = {0: logits} if 0 in steps else {}
+    ids = [forced]
+    if forced.shape[1]:
+        logits = reader.append(forced)[:, -1]
+    for step in range(forced.shape[1], forced.shape[1] + n_tokens):
+        if step in steps:
+            after[step] = logits
+        ids.append(logits.argmax(1, keepdim=True))
+        logits = reader.append(ids[-1])[:, -1]
+    if (last := forced.shape[1] + n_tokens) in steps:
+        after[last] = logits
+    return torch.cat(ids, 1), after
+
+
+def _opening_log_probabilities(reader: _Reader, logits: Tensor, openings: list[Ids]) -> Tensor:
+    """log P(opening) after what the reader has read, with ``logits`` (B, vocabulary) after its last token: (B, n_openings)."""
+    here, columns = reader.n_after, []
+    for opening in openings:
+        target = torch.tensor(opening, device=logits.device).expand(len(logits), -1)
+        said = [logits[:, None]]
+        if len(opening) > 1:
+            said.append(reader.append(target[:, :-1]))
+            reader.back_to(here)
+        said = torch.cat(said, 1)  # (B, opening, vocabulary)
+        columns.append((said.gather(2, target[..., None])[..., 0] - said.logsumexp(2)).double().sum(1))
+    return torch.stack(columns, 1)
+
+
+@torch.inference_mode()
+def own_nll(base: nn.Module, courses: dict[object, Course], batch_size: int = 32) -> dict[object, np.ndarray]:
+    """Mean negative log-likelihood per token (nats) under ``base`` of what each answer adds to its forced tokens.
+
+    All courses follow the same prompts, each of which is read once. NaN where nothing was added.
+    """
+    prompts = next(iter(courses.values())).prompts
+    nll = {name: np.full(len(prompts), np.nan) for name in courses}
+    for rows in _batches(prompts, batch_size):
+        reader = _Reader(base, [prompts[row] for row in rows])
+        prompt_end = reader.last[:, None]
+        for name, course in courses.items():
+            said = [course.tokens[row] for row in rows]
+            width = max(map(len, said))
+            if width > course.n_forced:
+                ids = torch.tensor([[*row, *[0] * (width - len(row))] for row in said], device=base.device)
+                logits = torch.cat([prompt_end, reader.append(ids)[:, :-1]], 1)  # (B, width, vocabulary)
+                loss = nn.functional.cross_entropy(logits.transpose(1, 2), ids, reduction="none")
+                column, lengths = torch.arange(width), torch.tensor(list(map(len, said)))
+                own = ((column >= course.n_forced) & (column < lengths[:, None])).to(loss.device)
+                nll[name][rows] = (loss.where(own, 0).sum(1) / own.sum(1)).double().cpu().numpy()
+                reader.back_to(0)
+    return nll
+
+
+# ------------------------------------------------------------------------------------------------------ what came out
+
+
+def margin_rows(course: Course, requests: pd.DataFrame, **keys) -> pd.DataFrame:
+    """One row per step and request whose answer had not ended: its id and queries, step, margin, log_p_refusal (nats), keys."""
+    parts = [
+        requests[["id", "queries"]].assign(step=step, margin=values - course.compliance[step], log_p_refusal=values)
+        for step, values in course.refusal.items()
+    ]
+    return pd.concat(parts, ignore_index=True).dropna(subset="margin").assign(**keys)
+
+
+def verdict_rows(
+    course: Course, nll: np.ndarray, tokenizer: PreTrainedTokenizerBase, requests: pd.DataFrame, **keys
+) -> pd.DataFrame:
+    """Verdict on what the model said after the forced tokens: id, queries, refused, coherent_asr, degenerate, keys.
+
+    After a prefill, ``refused`` means that the model recovered. ``nll``: ``own_nll`` of the course under the base model.
+    """
+    verdicts = [evaluation.verdict(text, value) for text, value in zip(course.answers(tokenizer), nll, strict=True)]
+    metrics = {"refused": "refused", "coherent_asr": "complied", "degenerate": "degenerate"}
+    table = requests[["id", "queries"]].assign(**keys)
+    return table.assign(**{metric: [found == name for found in verdicts] for metric, name in metrics.items()})
+
+
+def step_batches(course: Course, steps: Iterable[int], batch_size: int = 16) -> tuple[list[dict[str, Tensor]], pd.DataFrame]:
+    """Prompts with their answers as right-padded batches for ``activations.marked_states``; which row and step a mark is.
+
+    Marked is the last token before the model chooses what follows after ``steps`` tokens; none after the end of an answer.
+    """
+    batches, marks = [], []
+    for start in range(0, len(course.prompts), batch_size):
+        pairs = list(zip(course.prompts, course.tokens, strict=True))[start : start + batch_size]
+        width = max(len(prompt) + len(said) for prompt, said in pairs)
+        ids = torch.tensor([[*prompt, *said, *[0] * (width - len(prompt) - len(said))] for prompt, said in pairs])
+        lengths = torch.tensor([len(prompt) + len(said) for prompt, said in pairs])
+        positions = torch.zeros_like(ids, dtype=torch.bool)
+        for row, (prompt, said) in enumerate(pairs):
+            for step in sorted(step for step in steps if step <= len(said)):
+                positions[row, len(prompt) + step - 1] = True
+                marks.append({"row": start + row, "step": step})
+        mask = (torch.arange(width) < lengths[:, None]).long()
+        batches.append({"input_ids": ids, "attention_mask": mask, "positions": positions})
+    return batches, pd.DataFrame(marks, columns=["row", "step"])

@@ -40,7 +40,8 @@ def test_refused(values, message):
 def test_accepted():
     check({"checkpoints": [5, 10], "sweep_factors": [1.0, 3.0], "peft_factors": {}, "preference_methods": ["all", "random"],
            "utility_tasks": ["cloze"], "over_refusal_data": "", "judge_model": "", "steps": [0, 4], "prefill_tokens": [1],
-           "adaptation_data": "adaptation", "other_adaptation_data": "identity-shift", "n_seeds": 3, "answer_tokens": 8})  # fmt: skip
+           "answer_tokens": 8, "adaptation_data": "adaptation", "other_adaptation_data": "identity-shift",
+           "n_seeds": 3})  # fmt: skip
 
 
 def test_pairs_of_a_user(tmp_path):

@@ -223,7 +223,7 @@ def claims(tables: Tables) -> Figure:
             line += 1
     ax.vlines(0, 0.5, n_lines - 0.5, color=INK, lw=0.6)
     ax.set(xlim=(-4.2, 3.4), ylim=(n_lines - 0.3, -1.6))
-    for x, text in ((0, "control\n(or no effect)"), (1.35, "ours [95%]"), (2.75, "control")):
+    for x, text in ((0, "control\n(or no effect)"), (1.35, "ours [interval]"), (2.75, "control")):
         ax.text(x, -0.2, text, fontsize=7, va="bottom", ha="center" if x == 0 else "left")
     ax.axis("off")
     counts = Counter(table["verdict"])

@@ -44,7 +44,8 @@ ALLOWED = {
     "claims": {"results"},
     "figures": {"direction_figures", "paper_figures", "results", "stability_figures", "training_figures", "units"},
     "run": {"results", "files", "parameters"},
-    "publish": {"claims", "figures", "files", "paper_figures", "results"},
+    "readme_tables": {"paper_figures"},
+    "publish": {"claims", "figures", "files", "readme_tables", "results"},
 }
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from ssah_utils import evaluation
+from ssah_utils import evaluation, judge
 
 Ids = list[int]
 
@@ -231,7 +231,7 @@ def verdict_rows(
 
     After a prefill, ``refused`` means that the model recovered. ``nll``: ``own_nll`` of the course under the base model.
     """
-    verdicts = [evaluation.verdict(text, value) for text, value in zip(course.answers(tokenizer), nll, strict=True)]
+    verdicts = [judge.verdict(text, value) for text, value in zip(course.answers(tokenizer), nll, strict=True)]
     metrics = {"refused": "refused", "coherent_asr": "complied", "degenerate": "degenerate"}
     table = requests[["id", "queries"]].assign(**keys)
     return table.assign(**{metric: [found == name for found in verdicts] for metric, name in metrics.items()})

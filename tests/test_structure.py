@@ -29,7 +29,7 @@ ALLOWED = {
     "adapters": {"models"},
     "partial": {"models"},
     "training": {"models", "files", "partial"},
-    "direction": {"evaluation"},
+    "direction": {"evaluation", "judge"},
     "stats": set(),
     "judge": {"prompts", "stats"},
     "evaluation": {"arithmetic", "assets", "files", "judge", "prompts"},

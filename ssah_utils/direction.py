@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from ssah_utils import evaluation, judge
+from ssah_utils import judge
 
 Ids = list[int]
 

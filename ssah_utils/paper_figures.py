@@ -179,8 +179,6 @@ def table5_adapters(tables: Tables) -> Figure:
         for which, data in enumerate(("Alpaca", "Dolly")):
             paper(axes[1], row, theirs.loc[name, data], which)
     axes[0].axvline(0, color=INK, lw=0.6)
-    axes[0].set_xscale("symlog", linthresh=1)
-    axes[0].xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes[1].axvline(theirs.loc["before", "Alpaca"], color=INK, lw=0.6, ls=":")
     legend(figure, {"ours": SAFETY}, ["Alpaca", "Dolly"])
     return figure

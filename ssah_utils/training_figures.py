@@ -203,13 +203,13 @@ def freezing_rates(tables: Tables) -> Figure:
 # ------------------------------------------------------------------------------------------------ 07_redundant_units
 
 BUDGET_PANELS = {
-    ("harmful", "coherent_asr"): "harmful: coherent ASR",
-    ("other_harmful", "coherent_asr"): "other source: coherent ASR",
-    ("helpful", "refused"): "harmless refused",
-    ("safe_twin", "refused"): "safe twins refused",
-    ("cloze", "accuracy"): "cloze accuracy",
-    ("arithmetic", "accuracy"): "arithmetic exact match",
-    ("helpful", "answer_nll"): "NLL of the base's answers",
+    ("harmful", "coherent_asr"): "harmful:\ncoherent ASR",
+    ("other_harmful", "coherent_asr"): "other source:\ncoherent ASR",
+    ("helpful", "refused"): "harmless\nrefused",
+    ("safe_twin", "refused"): "safe twins\nrefused",
+    ("cloze", "accuracy"): "cloze\naccuracy",
+    ("arithmetic", "accuracy"): "arithmetic\nexact match",
+    ("helpful", "answer_nll"): "NLL of the\nbase's answers",
 }
 
 

@@ -4,6 +4,7 @@ import copy
 import os
 
 import nbformat
+import pandas as pd
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
@@ -101,7 +102,7 @@ def test_what_cannot_be_published_is_said_in_one_line(runs, capsys, words):
 def test_claims_of_other_results_are_reported(runs, monkeypatch):
     """The stored table of 08_claims must follow from what is stored beside it."""
     stored = runs / "stored"
-    rows = publish.pd.DataFrame([{"id": "one", "n_seeds": 1.0, "verdict": "replicated"}])
+    rows = pd.DataFrame([{"id": "one", "n_seeds": 1.0, "verdict": "replicated"}])
     monkeypatch.setattr(publish.claims, "load_claims", list)
     monkeypatch.setattr(publish.claims, "judge_stored", lambda folder, stated: (rows, []))
     results.Run("08_claims", stored / "08_claims", {}).finish(claims=rows)

@@ -15,6 +15,7 @@ bfloat16 and the trained entries in float32, which is what partial training is f
 
 import argparse
 import contextlib
+import json
 import platform
 import statistics
 import subprocess
@@ -213,40 +214,53 @@ def training_figures() -> dict[str, float]:
     model, tokenizer = models.load(models.EMBEDDED)
     flops = train_flops_per_step(training_examples(tokenizer), model)
     figures["train_gemm_efficiency"] = flops / full_seconds / gemm_peak(models.preferred_dtype("cpu"))
-    del model
-    memory = {name: in_own_process("--alone", name, "memory") for name in ("full", "redundant")}
-    figures["ru_peak_memory_over_full"] = memory["redundant"] / memory["full"]
     figures["ru_step_over_plain"] = figures.pop("ru_step_seconds") / in_own_process("--alone", "full", "plain")
     return figures
 
 
+def memory_figures() -> dict[str, float]:
+    memory = {name: in_own_process("--alone", name, "memory") for name in ("full", "redundant")}
+    return {"ru_peak_memory_over_full": memory["redundant"] / memory["full"]}
+
+
+def inference_figures() -> dict[str, float]:
+    model, tokenizer = models.load(models.EMBEDDED, torch.float32)
+    speedup, same = generation_speedup(model, tokenizer)
+    print(f"answers identical to one-at-a-time: {same:.1%}")
+    return {
+        "scoring_over_forward": scoring_over_forward(model, tokenizer),
+        "generation_speedup": speedup,
+        "forward_gemm_efficiency": forward_gemm_efficiency(model),
+        "identical_answers": same,
+    }
+
+
+PARTS = {"inference": inference_figures, "training": training_figures, "memory": memory_figures}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.bench")
+    parser.add_argument("--only", choices=PARTS, help="measure one part again and keep the other stored figures")
     parser.add_argument("--alone", nargs=2, metavar=("CONDITION", "WHAT"), help="one training in this process (used by itself)")
     options = parser.parse_args()
     if options.alone:
         print(alone(*options.alone))
         return
-    model, tokenizer = models.load(models.EMBEDDED, torch.float32)
-    speedup, same = generation_speedup(model, tokenizer)
-    figures = {
-        "scoring_over_forward": scoring_over_forward(model, tokenizer),
-        "generation_speedup": speedup,
-        "forward_gemm_efficiency": forward_gemm_efficiency(model),
-    }
-    del model
-    figures |= training_figures()
-    for name, value in figures.items():
-        word, goal = GOALS[name]
-        met = value <= goal if word == "at most" else value >= goal
-        print(f"{name:28} {value:7.3f}   goal {word} {goal}: {'met' if met else 'missed'}")
+    figures: dict[str, float] = {}
+    for name, measure in PARTS.items():
+        if options.only in (None, name):
+            figures |= measure()
+    for name, (word, goal) in GOALS.items():
+        if name in figures:
+            met = figures[name] <= goal if word == "at most" else figures[name] >= goal
+            print(f"{name:28} {figures[name]:7.3f}   goal {word} {goal}: {'met' if met else 'missed'}")
     native = models.preferred_dtype("cpu") == torch.bfloat16
-    print(f"answers identical to one-at-a-time: {same:.1%}; bfloat16 is native here: {native}")
-    details = {"identical_answers": same, "dtype": "float32", "threads": torch.get_num_threads(), "machine": platform.machine()}
-    write_json(
-        REFERENCE / "bench.json",
-        {name: round(value, 3) for name, value in figures.items()} | details | {"versions": versions()},
-    )
+    print(f"bfloat16 is native here: {native}")
+    path = REFERENCE / "bench.json"
+    stored = json.loads(path.read_text(encoding="utf-8")) if options.only else {}
+    details = {"dtype": "float32", "threads": torch.get_num_threads(), "machine": platform.machine()}
+    rounded = {name: round(value, 3) for name, value in figures.items()}
+    write_json(path, stored | rounded | details | {"versions": versions()})
 
 
 if __name__ == "__main__":

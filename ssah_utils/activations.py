@@ -197,30 +197,15 @@ def gradient_activation(model: nn.Module, batches: Iterable[Batch]) -> dict[str,
     return {kind: torch.stack([total.cpu() for total in totals[kind]]) / count for kind in totals}
 
 
-@torch.inference_mode()
 def last_token_states(model: nn.Module, batches: Iterable[Batch]) -> Tensor:
     """Residual stream after every block at each sequence's last token: (n_sequences, n_layers, d_model) float32."""
-    backbone = models.backbone_of(model)
-    device = next(model.parameters()).device
-    states: list[Tensor] = []
-    last: Tensor
 
-    def keep_last(module: nn.Module, args: tuple, output: Tensor | tuple) -> None:
-        hidden = output[0] if isinstance(output, tuple) else output  # (B, T, d_model)
-        per_block.append(hidden[torch.arange(len(hidden), device=device), last].float().cpu())
+    def at_the_end(batch: Batch) -> Batch:
+        mask = batch["attention_mask"]
+        last = mask.cumsum(1).argmax(1)  # (B,) index of the last attended token, whatever the padding side
+        return batch | {"positions": nn.functional.one_hot(last, mask.shape[1]).bool()}
 
-    handles = [block.register_forward_hook(keep_last) for block in models.blocks_of(model)]
-    try:
-        for batch in batches:
-            per_block: list[Tensor] = []
-            mask = batch["attention_mask"].to(device)
-            last = mask.cumsum(1).argmax(1)  # (B,) index of the last attended token, whatever the padding side
-            backbone(**inputs_of(backbone, batch, device))
-            states.append(torch.stack(per_block, 1))
-    finally:
-        for handle in handles:
-            handle.remove()
-    return torch.cat(states)
+    return marked_states(model, map(at_the_end, batches))
 
 
 @torch.inference_mode()

@@ -153,10 +153,14 @@ def judge_table(results: dict[str, dict]) -> str:
         shares = f"precision {row['precision']:.2f}, recall {row['recall']:.2f}"
         rows.append([row["judge"], "refusals, human labels", row["part"], f"{row['n']}", quality, shares])
     for _, row in tables["judge_degenerate"].iterrows():
-        quality = f"AUC {row['auc']:.3f} [{row['low']:.3f}, {row['high']:.3f}]"
-        shares = f"sensitivity {row['sensitivity']:.2f}, specificity {row['specificity']:.2f}"
-        rows.append(["degeneracy", f"gibberish: {row['kind']}", row["part"], f"{row['n']}", quality, shares])
-    return markdown(rows, ["judge", "against", "part", "n", "", ""])
+        share = f"specificity {row['specificity']:.2f} [{row['specificity_low']:.2f}, {row['specificity_high']:.2f}]"
+        if row["n"] == 0:  # real answers only, at the limit of what the score is made for
+            rows.append(["degeneracy", f"real answers: {row['kind']}", row["part"], f"{row['n_real']}", "", share])
+        elif row["part"] == "test" or row["kind"] == "all":
+            quality = f"AUC {row['auc']:.3f} [{row['low']:.3f}, {row['high']:.3f}]"
+            found = f"sensitivity {row['sensitivity']:.2f} [{row['sensitivity_low']:.2f}, {row['sensitivity_high']:.2f}]"
+            rows.append(["degeneracy", f"gibberish: {row['kind']}", row["part"], f"{row['n']}", quality, f"{found}, {share}"])
+    return markdown(rows, ["judge", "against", "part", "n", "quality [95%]", "as used"])
 
 
 def stability_table(results: dict[str, dict]) -> str:

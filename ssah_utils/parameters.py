@@ -8,8 +8,6 @@ from functools import cache
 from pathlib import Path
 
 from ssah_utils.adapters import PEFT_METHODS
-from ssah_utils.evaluation import load_task
-from ssah_utils.judge_models import check_judge
 from ssah_utils.models import EMBEDDED, TINY_RANDOM, check_reachable, load_tokenizer
 from ssah_utils.prompts import POSITIONS, load_dataset, load_pairs, set_chat_template
 from ssah_utils.units import check_fractions
@@ -56,6 +54,8 @@ def check(values: dict) -> None:
                 check_task(task)
         elif name == "judge_model":
             if value:
+                from ssah_utils.judge_models import check_judge  # seconds to import, and rarely asked for
+
                 check_judge(value)
         elif name in ("checkpoints", "sweep_factors", "stability_sizes"):
             if not value or not all(type(item) in (int, float) and item > 0 for item in value):
@@ -92,5 +92,7 @@ def check_pairs(name: str) -> None:
 @cache
 def check_task(name: str) -> None:
     """A task of lm-evaluation-harness that is unknown or whose data are out of reach; the shipped one always works."""
-    if name != "cloze":  # the harness takes seconds to import
+    if name != "cloze":
+        from ssah_utils.evaluation import load_task  # seconds to import, and rarely asked for
+
         load_task(name)

@@ -8,8 +8,18 @@ import pandas as pd
 from ssah_utils.paper_figures import number, shown_interval
 
 
-def interval(row: pd.Series, scale: float = 100, digits: int = 1) -> str:
-    return f"{scale * row['mean']:.{digits}f} [{scale * row['low']:.{digits}f}, {scale * row['high']:.{digits}f}]"
+def interval(row: pd.Series, form: str, value: str = "mean", low: str = "low", high: str = "high", scale: float = 1) -> str:
+    """A value with its interval, from three columns of a row."""
+    return f"{scale * row[value]:{form}} [{scale * row[low]:{form}}, {scale * row[high]:{form}}]"
+
+
+def percent(row: pd.Series, form: str = ".0f") -> str:
+    return interval(row, form, scale=100)
+
+
+def chosen(rates: pd.DataFrame, name: str, metric: str) -> pd.DataFrame:
+    """Rows of a metric on one set of requests or items."""
+    return rates[(rates["set"] == name) & (rates["metric"] == metric)]
 
 
 def markdown(rows: list[list[str]], header: list[str]) -> str:
@@ -24,7 +34,7 @@ def alignment_table(results: dict[str, dict]) -> str:
              ("helpful", "refused", "harmless requests refused"), ("safe_twin", "refused", "safe contrast twins refused"),
              ("harmful_twin", "asr", "ASR, harmful contrast twins"), ("cloze", "accuracy", "cloze accuracy")]  # fmt: skip
     models = [name for name in ("base", "unaligned", "aligned") if name in rates.index.get_level_values("model")]
-    rows = [[title, *(interval(rates.loc[(name, metric, model)]) for model in models)] for name, metric, title in names]
+    rows = [[title, *(percent(rates.loc[(name, metric, model)], ".1f") for model in models)] for name, metric, title in names]
     return markdown(rows, ["held-out, %", *models])
 
 
@@ -32,37 +42,20 @@ def ablation_table(results: dict[str, dict]) -> str:
     """Verdicts and utility under every ablation; random controls are averaged over their draws, range in parentheses."""
     rates = results["04_ablation"]["tables"]["rates"]
     rates = rates[rates["part"].isin(["groups", "kinds"])]
-    columns = [
-        ("harmful", "asr"),
-        ("harmful", "coherent_asr"),
-        ("harmful", "degenerate"),
-        ("helpful", "refused"),
-        ("cloze", "accuracy"),
-    ]
+    columns = [("harmful", "asr"), ("harmful", "coherent_asr"), ("harmful", "degenerate"), ("helpful", "refused"),
+               ("cloze", "accuracy")]  # fmt: skip
     rows = []
     for condition, part in rates.groupby("condition", sort=False):
         cells = []
         for name, metric in columns:
-            found = part[(part["set"] == name) & (part["metric"] == metric)]
-            if len(found) == 1:
-                cells.append(interval(found.iloc[0], digits=0))
-            else:
-                cells.append(
-                    f"{100 * found['mean'].mean():.0f} ({100 * found['mean'].min():.0f} to {100 * found['mean'].max():.0f})"
-                )
-        nll = part[(part["set"] == "helpful") & (part["metric"] == "answer_nll")]["mean"].mean()
+            found = chosen(part, name, metric)
+            shares = 100 * found["mean"]
+            spread = f"{shares.mean():.0f} ({shares.min():.0f} to {shares.max():.0f})"
+            cells.append(percent(found.iloc[0]) if len(found) == 1 else spread)
+        nll = chosen(part, "helpful", "answer_nll")["mean"].mean()
         rows.append([condition, f"{part['fraction'].iloc[0]:.1%}", *cells, f"{nll:.2f}"])
-    header = [
-        "ablated",
-        "share",
-        "ASR",
-        "coherent ASR",
-        "degenerate",
-        "harmless refused",
-        "cloze accuracy",
-        "NLL of own answers",
-    ]
-    return markdown(rows, header)
+    header = ["ablated", "share", "ASR", "coherent ASR", "degenerate", "harmless refused", "cloze accuracy"]
+    return markdown(rows, [*header, "NLL of own answers"])
 
 
 def paper_table(results: dict[str, dict]) -> str:
@@ -74,24 +67,15 @@ def paper_table(results: dict[str, dict]) -> str:
         attack = f"{change['coherent ASR, ours']} [{change['low']}, {change['high']}]"
         beside = [change[name] for name in ("random control", "ASR, paper", "utility, ours", "utility, paper")]
         rows.append([row["ablated"], change["ASR, ours"], attack, *beside, "yes" if row["same direction"] else "no"])
-    header = [
-        "ablated",
-        "ASR",
-        "coherent ASR [95%]",
-        "random control",
-        "ASR, paper",
-        "utility",
-        "utility, paper",
-        "same direction",
-    ]
-    return markdown(rows, header)
+    header = ["ablated", "ASR", "coherent ASR [95%]", "random control", "ASR, paper", "utility", "utility, paper"]
+    return markdown(rows, [*header, "same direction"])
 
 
 def transfer_table(results: dict[str, dict]) -> str:
     """What fine-tuning moved, against its two controls."""
     rows = [
-        [row["claim"], row["paper"], f"{row['ours']:.2f} [{row['low']:.2f}, {row['high']:.2f}]", f"{row['control']:.2f}",
-         f"{row['floor']:.2f}", "yes" if row["holds"] else "no"]
+        [row["claim"], row["paper"], interval(row, ".2f", "ours"), f"{row['control']:.2f}", f"{row['floor']:.2f}",
+         "yes" if row["holds"] else "no"]
         for _, row in results["05_transfer"]["tables"]["comparison"].iterrows()
     ]  # fmt: skip
     return markdown(rows, ["claim", "paper", "ours", "fine-tuned with refusals", "other calibration", "holds"])
@@ -104,27 +88,21 @@ def freezing_table(results: dict[str, dict]) -> str:
     rows = []
     for _, row in tables["equal"].iterrows():
         part = tables["rates"][(tables["rates"]["task"] == row["task"]) & (tables["rates"]["condition"] == row["frozen"])]
-        cells = [percent(part, name, metric) for name, metric in columns]
+        cells = [f"{100 * chosen(part, name, metric)['mean'].mean():.0f}" for name, metric in columns]
         path = tables["paths"][(tables["paths"]["task"] == row["task"]) & (tables["paths"]["condition"] == row["frozen"])]
         last = path[path["step"] == path["step"].max()]["task_loss"].mean()
-        gain = "-" if row["frozen"] == "nothing" else f"{row['gain']:+.2f} [{row['low']:+.2f}, {row['high']:+.2f}]"
+        gain = "-" if row["frozen"] == "nothing" else interval(row, "+.2f", "gain")
         seeds = f"{row['seed_low']:+.2f} to {row['seed_high']:+.2f}"
         rows.append([row["task"], row["frozen"], gain, seeds, *cells, f"{last:.2f}"])
     header = ["fine-tuned on", "frozen", "margin gained, nats", "seeds", "ASR, AdvBench", "coherent", "coherent, HarmBench"]
     return markdown(rows, [*header, "cloze", "last task loss"])
 
 
-def percent(part: pd.DataFrame, name: str, metric: str) -> str:
-    return f"{100 * part[(part['set'] == name) & (part['metric'] == metric)]['mean'].mean():.0f}"
-
-
 def adapter_table(results: dict[str, dict]) -> str:
     """PEFT methods against full fine-tuning and freezing, at the task loss that both reach."""
-    table = results["06_freezing"]["tables"]["peft"]
-    gains = [f"{row['gain']:+.2f} [{row['low']:+.2f}, {row['high']:+.2f}]" for _, row in table.iterrows()]
     rows = [
-        [row["method"], row["against"], f"{row['last_loss']:.2f}", f"{row['task_loss']:.2f}", gains[n]]
-        for n, row in table.iterrows()
+        [row["method"], row["against"], f"{row['last_loss']:.2f}", f"{row['task_loss']:.2f}", interval(row, "+.2f", "gain")]
+        for _, row in results["06_freezing"]["tables"]["peft"].iterrows()
     ]
     return markdown(rows, ["method", "against (frozen)", "last task loss", "compared at", "margin, difference in nats"])
 
@@ -136,9 +114,9 @@ def budget_table(results: dict[str, dict]) -> str:
                ("cloze", "accuracy"), ("arithmetic", "accuracy")]  # fmt: skip
     rows = []
     for (method, trained), part in rates.groupby(["method", "trained"], sort=False):
-        found = [part[(part["set"] == name) & (part["metric"] == metric)] for name, metric in columns]
-        cells = [interval(one.iloc[0], digits=0) if len(one) == 1 else f"{100 * one['mean'].mean():.0f}" for one in found]
-        nll = part[(part["set"] == "helpful") & (part["metric"] == "answer_nll")]["mean"].mean()
+        found = [chosen(part, name, metric) for name, metric in columns]
+        cells = [percent(one.iloc[0]) if len(one) == 1 else f"{100 * one['mean'].mean():.0f}" for one in found]
+        nll = chosen(part, "helpful", "answer_nll")["mean"].mean()
         rows.append([method.upper(), trained, *cells, f"{nll:.2f}"])
     header = ["", "trained", "coherent ASR, AdvBench", "HarmBench", "harmless refused", "safe twins refused"]
     return markdown(rows, [*header, "cloze", "arithmetic", "NLL of the base's answers"])
@@ -149,16 +127,17 @@ def judge_table(results: dict[str, dict]) -> str:
     tables = results["01_alignment"]["tables"]
     rows = []
     for _, row in tables["judge_refusals"].iterrows():
-        quality = f"F1 {row['f1']:.3f} [{row['low']:.3f}, {row['high']:.3f}]"
+        quality = f"F1 {interval(row, '.3f', 'f1')}"
         shares = f"precision {row['precision']:.2f}, recall {row['recall']:.2f}"
         rows.append([row["judge"], "refusals, human labels", row["part"], f"{row['n']}", quality, shares])
     for _, row in tables["judge_degenerate"].iterrows():
-        share = f"specificity {row['specificity']:.2f} [{row['specificity_low']:.2f}, {row['specificity_high']:.2f}]"
+        found, share = (
+            f"{name} {interval(row, '.2f', name, f'{name}_low', f'{name}_high')}" for name in ("sensitivity", "specificity")
+        )
         if row["n"] == 0:  # real answers only, at the limit of what the score is made for
             rows.append(["degeneracy", f"real answers: {row['kind']}", row["part"], f"{row['n_real']}", "", share])
         elif row["part"] == "test" or row["kind"] == "all":
-            quality = f"AUC {row['auc']:.3f} [{row['low']:.3f}, {row['high']:.3f}]"
-            found = f"sensitivity {row['sensitivity']:.2f} [{row['sensitivity_low']:.2f}, {row['sensitivity_high']:.2f}]"
+            quality = f"AUC {interval(row, '.3f', 'auc')}"
             rows.append(["degeneracy", f"gibberish: {row['kind']}", row["part"], f"{row['n']}", quality, f"{found}, {share}"])
     return markdown(rows, ["judge", "against", "part", "n", "quality [95%]", "as used"])
 
@@ -172,8 +151,8 @@ def stability_table(results: dict[str, dict]) -> str:
     for _, row in results["03_units"]["tables"]["variants"].iterrows():
         if row["variant"] in carriers.index:
             found, answered = carriers.loc[row["variant"]], coherent.loc[row["variant"]]
-            drop = f"{found['margin_drop']:.1f} [{found['low']:.1f}, {found['high']:.1f}]"
-            cells = [f"{row['n_requests']:.0f}", f"{row['corrected']:.2f}", drop, interval(answered, digits=0)]
+            drop = interval(found, ".1f", "margin_drop")
+            cells = [f"{row['n_requests']:.0f}", f"{row['corrected']:.2f}", drop, percent(answered)]
             rows.append([row["variant"], *cells, "yes" if found["carries"] else "no"])
     return markdown(rows, ["safety set by", "requests", "overlap", "margin lost, nats", "coherent ASR", "carries safety"])
 

@@ -169,6 +169,7 @@ def _for_a_while(model: nn.Module) -> Iterator[None]:
         model.__dict__.pop("forward", None)
         if forward is not None:
             model.forward = forward
+        gc.collect()  # trainers refer to themselves: several trainings in a row would keep every model and its optimizer
 
 
 def fine_tune(
@@ -189,17 +190,13 @@ def fine_tune(
         if all(label == -100 for label in example["labels"]):
             raise ValueError(f"example {number} has no response token to learn: {tokenizer.decode(example['input_ids'])!r}")
     with tempfile.TemporaryDirectory() as folder, _for_a_while(model):
-        trainer = ResponseTrainer(
+        return _losses(ResponseTrainer(
             model=model,
             args=training_arguments(folder, config, model),
             train_dataset=with_prompt_length(examples),
             data_collator=DataCollatorForSeq2Seq(tokenizer, padding=True, label_pad_token_id=-100),
             callbacks=list(callbacks),
-        )
-        losses = _losses(trainer)
-        del trainer
-        gc.collect()  # trainers refer to themselves: several trainings in a row would keep every model and its optimizer
-    return losses
+        ))  # fmt: skip
 
 
 def with_prompt_length(examples: list[dict[str, list[int]]]) -> Dataset:
@@ -265,7 +262,7 @@ def prefer(
         raise ValueError("nothing to train on: the list of pairs is empty")
     # five progress bars of its own come on stderr; the steps are reported by a callback
     with tempfile.TemporaryDirectory() as folder, _for_a_while(model), contextlib.redirect_stderr(io.StringIO()):
-        trainer = DPOTrainer(
+        return _losses(DPOTrainer(
             model=model,
             args=DPOConfig(
                 **common_arguments(folder, config, model), beta=beta, gradient_checkpointing=False,
@@ -274,11 +271,7 @@ def prefer(
             train_dataset=Dataset.from_list(pairs),
             processing_class=tokenizer,
             callbacks=[StopOnNaN(), *callbacks],
-        )  # fmt: skip
-        losses = _losses(trainer)
-        del trainer
-        gc.collect()  # trainers refer to themselves: several trainings in a row would keep every model and its optimizer
-    return losses
+        ))  # fmt: skip
 
 
 def _losses(trainer: Trainer) -> list[float]:

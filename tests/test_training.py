@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import gc
 import json
 import math
 from collections.abc import Callable
@@ -437,6 +438,14 @@ def test_measures_in_the_precision_of_the_model(llama, tokenizer, token_ids, mon
     callback = AtSteps([0], lambda step: found.append(output_of(llama, token_ids)))
     fine_tune(llama, tokenizer, examples_of(8), SFTConfig(max_steps=1, batch_size=4), (callback,))
     torch.testing.assert_close(found[0], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("train", ["fine_tune", "prefer"])
+def test_a_trainer_does_not_outlive_its_training(llama, tokenizer, train):
+    """It would keep the model and the state of its optimizer."""
+    data = {"fine_tune": examples_of(8), "prefer": PAIRS}[train]
+    getattr(training, train)(llama, copy.deepcopy(tokenizer), data, SFTConfig(max_steps=1, batch_size=4))
+    assert not [one for one in gc.get_objects() if issubclass(type(one), transformers.Trainer)]
 
 
 @pytest.mark.parametrize("some", [False, True])

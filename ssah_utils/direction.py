@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from ssah_utils import judge
-
-Ids = list[int]
+from ssah_utils.reading import Ids, Reader, length_sorted, token_ids
 
 
 @dataclass(frozen=True)
@@ -38,47 +37,10 @@ class Course:
         return [tokenizer.decode(ids[self.n_forced :], skip_special_tokens=True) for ids in self.tokens]
 
 
-class _Reader:
-    """A batch of prompts read once; tokens are appended and taken back at will."""
-
-    def __init__(self, model: nn.Module, prompts: list[Ids]) -> None:
-        self.model, width = model, max(map(len, prompts))
-        ids = torch.tensor([[0] * (width - len(row)) + row for row in prompts], device=model.device)
-        lengths = torch.tensor([len(row) for row in prompts], device=model.device)
-        self.mask = (torch.arange(width, device=model.device) >= width - lengths[:, None]).long()
-        self.lengths, self.n_after = lengths, 0  # tokens of each prompt, tokens appended so far
-        positions = (self.mask.cumsum(1) - 1).clamp_min(0)
-        read = model(input_ids=ids, attention_mask=self.mask, position_ids=positions, use_cache=True, logits_to_keep=1)
-        self.cache, self.last = read.past_key_values, read.logits[:, -1].float()  # (B, vocabulary)
-
-    def append(self, ids: Tensor) -> Tensor:
-        """``ids``: (B, n); returns what the model says after each of them: (B, n, vocabulary) float32."""
-        steps = self.n_after + torch.arange(ids.shape[1], device=ids.device)
-        self.n_after += ids.shape[1]
-        mask = torch.cat([self.mask, self.mask.new_ones(len(ids), self.n_after)], 1)
-        read = self.model(input_ids=ids, attention_mask=mask, position_ids=self.lengths[:, None] + steps,
-                          past_key_values=self.cache, use_cache=True)  # fmt: skip
-        return read.logits.float()
-
-    def back_to(self, n_after: int) -> None:
-        if n_after < self.n_after:
-            self.cache.crop(n_after - self.n_after)  # a negative number is what goes
-            self.n_after = n_after
-
-
 def _end_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> Tensor:
     ends = model.generation_config.eos_token_id
     ends = tokenizer.eos_token_id if ends is None else ends
     return torch.tensor(ends if isinstance(ends, list) else [ends], device=model.device)
-
-
-def _batches(sequences: list, batch_size: int) -> Iterator[list[int]]:
-    order = sorted(range(len(sequences)), key=lambda row: len(sequences[row]))
-    yield from (order[start : start + batch_size] for start in range(0, len(order), batch_size))
-
-
-def _token_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[Ids]:
-    return tokenizer(texts, add_special_tokens=False).input_ids if texts else []
 
 
 @torch.inference_mode()
@@ -90,11 +52,11 @@ def prefills(
 
     The openings take turns. The continuation never ends, whatever the model prefers.
     """
-    sequences, opened = _token_ids(tokenizer, prompts), _token_ids(tokenizer, openings)
+    sequences, opened = token_ids(tokenizer, prompts), token_ids(tokenizer, openings)
     forced = [opened[row % len(opened)] for row in range(len(sequences))]
     ends = _end_tokens(model, tokenizer)
-    for rows in _batches([ids + start for ids, start in zip(sequences, forced, strict=True)], batch_size):
-        reader = _Reader(model, [sequences[row] + forced[row] for row in rows])
+    for rows in length_sorted([ids + start for ids, start in zip(sequences, forced, strict=True)], batch_size):
+        reader = Reader(model, [sequences[row] + forced[row] for row in rows])
         chosen, logits = [], reader.last
         for _ in range(n_tokens - min(len(forced[row]) for row in rows)):
             chosen.append(logits.index_fill(1, ends, -torch.inf).argmax(1, keepdim=True))
@@ -127,15 +89,15 @@ def follow(
     for name, forced in variants.items():
         if len(forced) != len(prompts) or len(set(map(len, forced))) > 1:
             raise ValueError(f"variant {name!r}: one list of token ids for each prompt is needed, all of one length")
-    sequences = _token_ids(tokenizer, prompts)
-    opened, n_refusals = _token_ids(tokenizer, [*openings[0], *openings[1]]), len(openings[0])
+    sequences = token_ids(tokenizer, prompts)
+    opened, n_refusals = token_ids(tokenizer, [*openings[0], *openings[1]]), len(openings[0])
     ends, blank = _end_tokens(model, tokenizer), np.full(len(prompts), np.nan)
     length = {name: len(forced[0]) if forced else 0 for name, forced in variants.items()}
     at = {name: sorted({k, *(s for s in steps if k < s <= k + n_tokens)}) for name, k in length.items()}
     tokens = {name: [[] for _ in prompts] for name in variants}
     log_p = {name: [{step: blank.copy() for step in at[name]} for _ in openings] for name in variants}
-    for rows in progress(list(_batches(sequences, batch_size)), "steps"):
-        reader = _Reader(model, [sequences[row] for row in rows])
+    for rows in progress(length_sorted(sequences, batch_size), "steps"):
+        reader = Reader(model, [sequences[row] for row in rows])
         prompt_end = reader.last
         for name, forced in variants.items():
             given = torch.tensor([forced[row] for row in rows], device=model.device).reshape(len(rows), -1).long()
@@ -147,7 +109,7 @@ def follow(
                 tokens[name][row] = said[:n]
             for step in reversed(at[name]):  # backwards, so that what is no longer needed can be taken back
                 reader.back_to(step)
-                each = _opening_log_probabilities(reader, after[step], opened)
+                each = reader.log_probabilities(opened, after[step])
                 each[torch.tensor(n_said, device=each.device) < step] = torch.nan
                 for kind, part in zip(log_p[name], (each[:, :n_refusals], each[:, n_refusals:]), strict=True):
                     kind[step][rows] = (part.logsumexp(1) - np.log(part.shape[1])).cpu().numpy()
@@ -156,7 +118,7 @@ def follow(
 
 
 def _greedy(
-    reader: _Reader, logits: Tensor, forced: Tensor, n_tokens: int, steps: list[int]
+    reader: Reader, logits: Tensor, forced: Tensor, n_tokens: int, steps: list[int]
 ) -> tuple[Tensor, dict[int, Tensor]]:
     """Forced and then greedy token ids, and the logits after the given steps; the reader has then read all of them."""
     after = {0: logits} if 0 in steps else {}
@@ -173,20 +135,6 @@ def _greedy(
     return torch.cat(ids, 1), after
 
 
-def _opening_log_probabilities(reader: _Reader, logits: Tensor, openings: list[Ids]) -> Tensor:
-    """log P(opening) after what the reader has read, with ``logits`` (B, vocabulary) after its last token: (B, n_openings)."""
-    here, columns = reader.n_after, []
-    for opening in openings:
-        target = torch.tensor(opening, device=logits.device).expand(len(logits), -1)
-        said = [logits[:, None]]
-        if len(opening) > 1:
-            said.append(reader.append(target[:, :-1]))
-            reader.back_to(here)
-        said = torch.cat(said, 1)  # (B, opening, vocabulary)
-        columns.append((said.gather(2, target[..., None])[..., 0] - said.logsumexp(2)).double().sum(1))
-    return torch.stack(columns, 1)
-
-
 @torch.inference_mode()
 def own_nll(base: nn.Module, courses: dict[object, Course], batch_size: int = 32) -> dict[object, np.ndarray]:
     """Mean negative log-likelihood per token (nats) under ``base`` of what each answer adds to its forced tokens.
@@ -195,8 +143,8 @@ def own_nll(base: nn.Module, courses: dict[object, Course], batch_size: int = 32
     """
     prompts = next(iter(courses.values())).prompts
     nll = {name: np.full(len(prompts), np.nan) for name in courses}
-    for rows in _batches(prompts, batch_size):
-        reader = _Reader(base, [prompts[row] for row in rows])
+    for rows in length_sorted(prompts, batch_size):
+        reader = Reader(base, [prompts[row] for row in rows])
         prompt_end = reader.last[:, None]
         for name, course in courses.items():
             said = [course.tokens[row] for row in rows]

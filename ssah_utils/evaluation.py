@@ -16,9 +16,10 @@ import numpy as np
 import pandas as pd
 import torch
 import yaml
-from torch import Tensor, nn
+from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from ssah_utils import reading
 from ssah_utils.arithmetic import is_correct
 from ssah_utils.assets import hub_answers
 from ssah_utils.files import cache_dir, sha256_of, write_json
@@ -53,7 +54,7 @@ def generate(
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
         eos_token_id=model.generation_config.eos_token_id or tokenizer.eos_token_id,
     )
-    for rows in progress(_length_sorted(tokenizer, prompts, batch_size), "answers"):
+    for rows in progress(reading.length_sorted(reading.token_ids(tokenizer, prompts), batch_size), "answers"):
         batch = _left_padded(tokenizer, [prompts[row] for row in rows]).to(model.device)
         answers = model.generate(**batch, generation_config=config)[:, batch["input_ids"].shape[1] :]
         for row, text in zip(rows, tokenizer.batch_decode(answers, skip_special_tokens=True), strict=True):
@@ -80,10 +81,8 @@ def response_nll(
 ) -> np.ndarray:  # fmt: skip
     """Mean negative log-likelihood per token (nats) of each response after its rendered prompt; NaN if it has no token."""
     examples = encode(tokenizer, prompts, responses, max_response_tokens, end=False)
-    order = sorted(range(len(examples)), key=lambda row: len(examples[row]["input_ids"]))
     nll = np.full(len(examples), np.nan)
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
+    for rows in reading.length_sorted([example["input_ids"] for example in examples], batch_size):
         ids, labels, mask = right_padded([examples[row] for row in rows])
         n_kept = int((labels != IGNORED).flip(1).cumsum(1).argmax(1).max()) + 2  # from the earliest response token on
         logits = model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False,
@@ -95,12 +94,6 @@ def response_nll(
         n_tokens = marked.sum(1)
         nll[rows] = torch.where(n_tokens > 0, loss.sum(1) / n_tokens, torch.nan).numpy()
     return nll
-
-
-def _length_sorted(tokenizer: PreTrainedTokenizerBase, prompts: list[str], batch_size: int) -> list[list[int]]:
-    lengths = [len(ids) for ids in tokenizer(prompts, add_special_tokens=False).input_ids]
-    order = sorted(range(len(prompts)), key=lengths.__getitem__)
-    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
 def _left_padded(tokenizer: PreTrainedTokenizerBase, texts: list[str]):
@@ -143,50 +136,12 @@ def opening_log_probabilities(
 
     Each prompt is read once; then all openings are, side by side in one pass, none seeing another.
     """
-    opening_ids = [tokenizer(opening, add_special_tokens=False).input_ids for opening in openings]
-    read_ids, of_opening, place = _side_by_side(opening_ids, model.device)
+    prompt_ids, opening_ids = (reading.token_ids(tokenizer, texts) for texts in (prompts, openings))
     scores = np.zeros((len(prompts), len(openings)))
-    for rows in _length_sorted(tokenizer, prompts, batch_size):
-        batch = _left_padded(tokenizer, [prompts[row] for row in rows]).to(model.device)
-        plain, prefix, n_prefix = _learned_prefix(model, len(rows))
-        seen = nn.functional.pad(batch["attention_mask"], (n_prefix, 0), value=1)
-        read = plain(
-            input_ids=batch["input_ids"], attention_mask=seen, position_ids=(seen.cumsum(1) - 1).clamp_min(0)[:, n_prefix:],
-            past_key_values=prefix, use_cache=True, logits_to_keep=1,
-        )  # fmt: skip
-        logits = [read.logits[:, -1:]]  # (B, 1, vocabulary): of every opening's first token
-        if len(read_ids):
-            before = (of_opening[:, None] == of_opening) & (place[:, None] >= place)  # (n_read, n_read)
-            may_see = torch.cat([seen.bool()[:, None].expand(-1, len(read_ids), -1), before.expand(len(rows), -1, -1)], 2)
-            logits += [plain(
-                input_ids=read_ids.expand(len(rows), -1),
-                attention_mask=torch.zeros(may_see.shape, dtype=model.dtype, device=model.device)
-                .masked_fill(~may_see, torch.finfo(model.dtype).min)[:, None],
-                position_ids=seen.sum(1, keepdim=True) + place,
-                past_key_values=read.past_key_values,
-            ).logits]  # fmt: skip
-        for row, of_row in zip(rows, torch.cat(logits, 1), strict=True):  # one by one: in float32 they are large
-            log_p, start = of_row.float().log_softmax(-1), 1
-            for column, ids in enumerate(opening_ids):
-                at = [0, *range(start, start + len(ids) - 1)]  # where each of its tokens is predicted
-                scores[row, column] = float(log_p[at, ids].sum())
-                start += len(ids) - 1
+    for rows in reading.length_sorted(prompt_ids, batch_size):
+        reader = reading.Reader(model, [prompt_ids[row] for row in rows])
+        scores[rows] = reader.log_probabilities(opening_ids, reader.last).cpu().numpy()
     return scores
-
-
-def _learned_prefix(model: nn.Module, batch_size: int) -> tuple[nn.Module, object | None, int]:
-    """The model without PEFT's prefix, that prefix as a cache, and its length: PEFT takes no other cache beside its own."""
-    if not hasattr(model, "peft_config") or not model.active_peft_config.is_prompt_learning:
-        return model, None, 0
-    return model.get_base_model(), model.get_prompt(batch_size), model.active_peft_config.num_virtual_tokens
-
-
-def _side_by_side(sequences: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """All tokens but each sequence's last, in one row: ids, which sequence each is of, its place there."""
-    rows = [(token, number, place) for number, ids in enumerate(sequences) for place, token in enumerate(ids[:-1])]
-    return tuple(
-        torch.tensor(column, dtype=torch.long, device=device) for column in (zip(*rows, strict=True) if rows else ([],) * 3)
-    )
 
 
 def refusal_margin(

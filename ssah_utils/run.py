@@ -219,7 +219,9 @@ def package_source() -> dict[str, str]:
 def is_current(stage: Stage, key: str) -> bool:
     if not stage.stamp.exists() or json.loads(stage.stamp.read_text())["key"] != key:
         return False
-    return not missing_outputs(stage)
+    inputs = [stage.folder.parent / name / stage.stamp.name for name in stage.inputs]
+    made_again = any(path.exists() and path.stat().st_mtime_ns > stage.stamp.stat().st_mtime_ns for path in inputs)
+    return not made_again and not missing_outputs(stage)
 
 
 def missing_outputs(stage: Stage) -> list[str]:
@@ -337,7 +339,10 @@ def run(stages: list[Stage], only: str = "", force: bool = False) -> None:
         absent = [other.name for other in stages if other.name in selected[0].inputs and not other.stamp.exists()]
         if absent:
             raise ValueError(f"{only} needs the results of {', '.join(absent)}: run the whole profile first")
-    todo = [stage for stage in selected if force or not is_current(stage, keys[stage.name])]
+    todo: list[Stage] = []
+    for stage in selected:
+        if force or not is_current(stage, keys[stage.name]) or any(other.name in stage.inputs for other in todo):
+            todo.append(stage)
     estimates = {stage.name: expected_seconds(stage) for stage in todo}
     require_space(selected[0].folder, 2 * 2**30 if todo else 0)
     began = time.monotonic()

@@ -366,9 +366,15 @@ def test_changed_parameter_runs_what_it_belongs_to(quick):
 def test_changed_upstream_parameter_runs_the_downstream_notebook(quick):
     quick.run()
     assert quick.run("n_items=4", only="a") == ["a"]
-    assert quick.run() == ["a"], "b was never run on the other a"
+    assert quick.run() == ["a", "b"], "what follows from a stage is made again after it"
     stages = run.plan("laptop", ["n_items=4"], "a")
     assert [run.is_current(stage, run.stage_key(stage, stages)) for stage in stages] == [False, False, True]
+
+
+def test_what_a_forced_stage_feeds_is_not_up_to_date_any_more(quick):
+    quick.run()
+    assert quick.run(only="a", force=True) == ["a"]
+    assert quick.run() == ["b"] and quick.run() == []
 
 
 def test_changed_package_runs_everything(quick, monkeypatch):

@@ -277,22 +277,30 @@ def holds(rule: str, names: dict[str, float]) -> bool:
 
 
 def judge(claims: list[Claim], runs: list[Tables]) -> pd.DataFrame:
-    """The claims table: numbers and intervals of the first run; ``replicated`` has to hold in every run that measured it.
+    """The claims table over runs with different seeds: mean over the runs, the envelope of their intervals, one verdict.
 
-    ``n_seeds`` sums the seeds of all runs that measured the claim, ``ours_seeds`` holds their values.
+    Replicated has to be so in every run that measured it, not replicated in most; anything between is partly. ``n_seeds``
+    sums the seeds of all runs that measured the claim, ``ours_seeds`` holds their values. Runs that disagree are noted.
     """
-    rows = []
-    for claim in claims:
-        first, *others = [decide(claim, tables) for tables in runs]
-        measured = [row for row in (first, *others) if row["verdict"] != "not measured"]
-        first["ours_seeds"] = [row["ours"] for row in measured]
-        if first["verdict"] != "not measured":
-            first["n_seeds"] = sum(row["n_seeds"] for row in measured)
-        failing = sum(row["verdict"] != "replicated" for row in measured)
-        if first["verdict"] == "replicated" and failing:
-            first |= {"verdict": "partly", "note": f"replicated with the first seed, not in {failing} of {len(measured)} runs"}
-        rows.append({name: first[name] for name in STORED_FIELDS})
-    return pd.DataFrame(rows, columns=list(STORED_FIELDS))
+    return pd.DataFrame(
+        [over_runs([decide(claim, tables) for tables in runs]) for claim in claims], columns=list(STORED_FIELDS)
+    )
+
+
+def over_runs(rows: list[dict]) -> dict:
+    """One row from those of several runs on the same claim."""
+    measured = [row for row in rows if row["verdict"] != "not measured"]
+    if not measured:
+        return rows[0] | {"ours_seeds": []}
+    table, verdicts = pd.DataFrame(measured), [row["verdict"] for row in measured]
+    agreed = set(verdicts) == {verdicts[0]}
+    most_fail = 2 * verdicts.count("not replicated") > len(verdicts)
+    return measured[0] | {
+        "ours": table["ours"].mean(), "ci_low": table["ci_low"].min(), "ci_high": table["ci_high"].max(),
+        "control": table["control"].mean(), "n_seeds": int(table["n_seeds"].sum()), "ours_seeds": table["ours"].tolist(),
+        "verdict": verdicts[0] if agreed else "not replicated" if most_fail else "partly",
+        "note": "" if agreed else f"by run: {', '.join(verdicts)}",
+    }  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------------ stored

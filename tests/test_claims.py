@@ -143,13 +143,36 @@ def test_a_rule_on_a_missing_interval_is_false():
         assert claims.decide(claim(ours=alone, replicated=rule, partly=""), TABLES)["verdict"] == "not replicated"
 
 
-def test_replicated_has_to_hold_with_every_seed():
-    weaker = {"04_ablation": {"rates": RATES.assign(low=RATES["low"] - 0.2)}}
-    same, mixed, lacking = (claims.judge([claim(n_seeds=2)], runs).iloc[0] for runs in
-                            ([TABLES, TABLES], [TABLES, weaker, TABLES], [TABLES, {}]))  # fmt: skip
-    assert (same["verdict"], same["n_seeds"], same["ours_seeds"]) == ("replicated", 4, [0.7, 0.7])
-    assert mixed["verdict"] == "partly" and "1 of 3" in mixed["note"] and mixed["n_seeds"] == 6
+def shifted(by: float) -> dict:
+    """The stored tables of a run in which everything came out lower."""
+    return {"04_ablation": {"rates": RATES.assign(**{name: RATES[name] - by for name in ("mean", "low", "high")})}}
+
+
+def test_runs_are_averaged_within_the_envelope_of_their_intervals():
+    row = claims.judge([claim(n_seeds=2)], [TABLES, shifted(0.1)]).iloc[0]
+    assert (row["ours"], row["ci_low"], row["n_seeds"]) == (pytest.approx(0.65), pytest.approx(0.5), 4)
+    assert row["ci_high"] == claims.decide(claim(), TABLES)["ci_high"] and row["ours_seeds"] == pytest.approx([0.7, 0.6])
+    lacking = claims.judge([claim(n_seeds=2)], [{}, TABLES]).iloc[0]
     assert (lacking["verdict"], lacking["n_seeds"]) == ("replicated", 2), "a seed that measured nothing says nothing"
+
+
+@pytest.mark.parametrize(
+    ("shifts", "verdict"),
+    [
+        ([0, 0, 0], "replicated"),
+        ([0, 0, 0.9], "partly"),
+        ([0.9, 0, 0], "partly"),
+        ([0.9, 0, 0.9], "not replicated"),
+        ([0, 0.9], "partly"),
+        ([0, 0.3], "partly"),
+        ([0.3, 0.9, 0.9], "not replicated"),
+    ],
+)
+def test_replicated_has_to_hold_in_every_run_and_its_contrary_in_most(shifts, verdict):
+    one = claim(replicated="ours > 0.65", partly="ours > 0.3", control=None)
+    row = claims.judge([one], [shifted(by) for by in shifts]).iloc[0]
+    assert row["verdict"] == verdict
+    assert (row["note"] == "") == (len(set(shifts)) == 1) and row["note"].count(",") == (len(shifts) - 1) * (row["note"] != "")
 
 
 def test_verdict_of_the_control_in_the_place_of_ours():

@@ -1,18 +1,26 @@
-# reproduce · test · figures · lab · bench · bench-gpu : each target sets up what it needs.
+# reproduce · reference · test · figures · lab · bench · bench-gpu : each target sets up what it needs.
 #   make reproduce PROFILE=smoke|laptop|reference
+#   make reference PROFILE=laptop OTHER_SEEDS="1 2"    what is committed: several seeds, published; seed 0 last, as it reads the others
 #   make test PIP_FLAGS=...   further flags for pip, e.g. the index of CPU-only torch builds
 
 PYTHON ?= python3
 PROFILE ?= laptop
+OTHER_SEEDS ?= 1 2
 PIP_FLAGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: reproduce test figures lab bench bench-gpu lint clean
+.PHONY: reproduce reference test figures lab bench bench-gpu lint clean
 
 reproduce: $(VENV)/installed
 	$(BIN)/python -m ssah_utils.run --profile $(PROFILE)
 	$(BIN)/python -m ssah_utils.figures --profile $(PROFILE) --to runs/$(PROFILE)/figures
+
+reference: $(VENV)/installed
+	set -e; for seed in $(OTHER_SEEDS) 0; do \
+		$(BIN)/python -m ssah_utils.run --profile $(PROFILE) --set seed=$$seed; \
+		$(BIN)/python -m ssah_utils.publish --profile $(PROFILE) --seed $$seed; \
+	done
 
 test: $(VENV)/installed
 	$(BIN)/python -m ssah_utils.assets

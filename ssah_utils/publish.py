@@ -1,7 +1,7 @@
 """Turn a finished run into what is committed: data/reference, claims, figures, notebook outputs, README tables.
 
-    python -m ssah_utils.publish --profile reference --seed 1     # stores the results of another seed, in data/reference/seed-1
-    python -m ssah_utils.publish --profile reference              # the run with seed 0, last: all that is committed
+    python -m ssah_utils.publish --profile laptop --seed 1        # stores the results of another seed, in data/reference/seed-1
+    python -m ssah_utils.publish --profile laptop                 # the run with seed 0, last: all that is committed
     python -m ssah_utils.publish                                  # writes figures and README again from what is stored
 
 Knows stored results and the notebooks' structure. Loads no model, and writes no number that a run did not produce.

@@ -198,16 +198,19 @@ def shown_interval(row: pd.Series) -> str:
     return number(row["ours"]) + ends
 
 
-def scaled(row: pd.Series) -> tuple[float, float, float]:
-    """Ours, low and high as distances from the control (from 0 without one), the largest of them 1."""
+def scaled(row: pd.Series) -> np.ndarray:
+    """Ours, low, high and the values of the single runs as distances from the control (or from 0), the largest of them 1."""
     centre = 0.0 if pd.isna(row["control"]) else row["control"]
-    distances = np.array([row["ours"], row["ci_low"], row["ci_high"]], dtype=float) - centre
+    distances = np.array([row["ours"], row["ci_low"], row["ci_high"], *row.get("ours_seeds", [])], dtype=float) - centre
     size = np.nanmax(np.abs(distances))
-    return tuple(distances / size) if size > 0 else tuple(distances)
+    return distances / size if size > 0 else distances
 
 
 def claims(tables: Tables) -> Figure:
-    """One row per claim: the verdict as colour and symbol, ours with its interval as distance from the control, the numbers."""
+    """One row per claim: the verdict as colour and symbol, ours with its interval as distance from the control, the numbers.
+
+    Ticks: the runs one by one, where there are several.
+    """
     table = tables["claims"].astype({name: float for name in ("ours", "ci_low", "ci_high", "control")})
     groups = list(dict.fromkeys(table["experiment"]))
     n_lines = len(table) + len(groups)
@@ -238,9 +241,11 @@ def claim_line(ax: Axes, line: int, row: pd.Series) -> None:
     ax.text(-3.93, line, row["id"].replace("-", " "), fontsize=7.5, va="center")
     if pd.isna(row["ours"]):
         return
-    middle, low, high = scaled(row)
+    middle, low, high, *runs = scaled(row)
     if not np.isnan(low):
         ax.plot([low, high], [line, line], color=colour, lw=1.6, alpha=0.75)
+    if len(runs) > 1:
+        ax.plot(runs, [line] * len(runs), "|", color=colour, ms=6, mew=1)
     ax.plot(middle, line, marker, color=colour, fillstyle=fill, ms=4.5)
     ax.text(1.35, line, shown_interval(row), fontsize=7, va="center")
     ax.text(2.75, line, number(row["control"]), fontsize=7, va="center")

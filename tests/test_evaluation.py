@@ -154,16 +154,6 @@ def test_opening_log_probabilities_equal_whole_forward_passes(tiny, rendered, ba
     np.testing.assert_allclose(found, expected, atol=1e-4, rtol=0)
 
 
-def test_openings_are_read_apart_in_every_architecture(any_model, tokenizer):
-    texts, openings = ["w5 w6 w7 w8", "w9", "w4 w11 w3"], ["w3 w4 w5", "w6", "w3 w9", "w7 w8 w3 w4"]
-    found = evaluation.opening_log_probabilities(any_model, tokenizer, texts, openings)
-    expected = [
-        [continuation_log_probability(any_model, ids_of(tokenizer, text), ids_of(tokenizer, opening)) for opening in openings]
-        for text in texts
-    ]
-    np.testing.assert_allclose(found, expected, atol=1e-4, rtol=0)
-
-
 def test_refusal_margin_is_the_log_ratio_of_mean_probabilities(tiny, monkeypatch):
     model, tokenizer = tiny
     openings = {"refusal_openings": OPENINGS[:1], "compliance_openings": OPENINGS[1:]}  # unequal numbers

@@ -79,6 +79,13 @@ def test_rows_are_scaled_by_their_distance_from_the_control():
     assert paper_figures.scaled(rows.iloc[2])[0] == 0
 
 
+def test_single_runs_are_ticks_on_the_scale_of_their_row():
+    rows = claim_rows().assign(ours_seeds=[[2.0, 4.0], [-2.0], [1.0], []])
+    ticks = [line for line in paper_figures.claims({"claims": rows}).axes[0].lines if line.get_marker() == "|"]
+    (line,) = ticks  # one run alone is the dot
+    assert line.get_xdata() == pytest.approx([0.25, 0.75])
+
+
 def test_symbols_differ_not_only_in_colour():
     styles = paper_figures.VERDICT_STYLES.values()
     assert len({(marker, fill) for _, marker, fill in styles}) == len(styles)

@@ -12,15 +12,9 @@ import argparse
 import ast
 import difflib
 import json
-import logging
-import os
 import shutil
 import sys
-import tempfile
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -32,10 +26,12 @@ from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 
 from ssah_utils import parameters
-from ssah_utils.files import cache_dir, complete_only, require_space, sha256_of, sha256_of_file, write_json
-from ssah_utils.results import ROOT, run_folder, runs_root
+from ssah_utils.files import complete_only, require_space, sha256_of, sha256_of_file, write_json
+from ssah_utils.results import ROOT, run_folder
+from ssah_utils.status import clock, log_to, status_line
 
 NOTEBOOKS = ROOT / "notebooks"
+RUNNER = ("run.py", "status.py", "publish.py", "README.md")  # no result depends on them
 IDENTITY = {"model", "seed"}  # they name the run folder, so all notebooks get them
 
 
@@ -177,9 +173,13 @@ def typed(name: str, value: object, default: object) -> object:
 # -------------------------------------------------------------------------------------------------------- execution
 
 
-def stage_key(stage: Stage, stages: list[Stage]) -> str:
-    """Hash of everything a stage's result depends on: its code, the package, the data, its parameters, its inputs."""
-    upstream = [stage_key(other, stages) for other in stages if other.name in stage.inputs]
+def stage_key(stage: Stage, stages: list[Stage], as_made: bool = False) -> str:
+    """Hash of everything a stage's result depends on: its code, the package, the data, its parameters, its inputs.
+
+    The inputs as they are planned, or ``as_made``: with what they were made last.
+    """
+    inputs = [other for other in stages if other.name in stage.inputs]
+    upstream = [read_stamp(other)["key"] if as_made else stage_key(other, stages) for other in inputs]
     foreign = {name for other in stages for name in other.own_files} - set(stage.own_files)
     package = {name: content for name, content in package_source().items() if name not in foreign}
     content = [notebook_source(stage.notebook), package, stage.parameters, named_files(stage), upstream]
@@ -213,11 +213,15 @@ def notebook_source(notebook: Path) -> list[str]:
 @cache
 def package_source() -> dict[str, str]:
     files = [*(ROOT / "ssah_utils").glob("*.py"), *(ROOT / "data").glob("*.*")]
-    return {path.name: sha256_of_file(path) for path in sorted(files) if path.name not in ("run.py", "publish.py", "README.md")}
+    return {path.name: sha256_of_file(path) for path in sorted(files) if path.name not in RUNNER}
+
+
+def read_stamp(stage: Stage) -> dict:
+    return json.loads(stage.stamp.read_text()) if stage.stamp.exists() else {}
 
 
 def is_current(stage: Stage, key: str) -> bool:
-    if not stage.stamp.exists() or json.loads(stage.stamp.read_text())["key"] != key:
+    if read_stamp(stage).get("key") != key:
         return False
     inputs = [stage.folder.parent / name / stage.stamp.name for name in stage.inputs]
     made_again = any(path.exists() and path.stat().st_mtime_ns > stage.stamp.stat().st_mtime_ns for path in inputs)
@@ -275,60 +279,19 @@ def skipped_cells(executed: Path) -> str:
     return ""
 
 
-@contextmanager
-def log_to(path: Path) -> Iterator[None]:
-    """Send what the notebook prints, and papermill's own messages, to a file."""
-    handler = logging.FileHandler(path, mode="w", encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-    logger = logging.getLogger("papermill")
-    logger.handlers, logger.propagate = [handler], False
-    logger.setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        handler.close()
-
-
-@contextmanager
-def status_line(name: str, left: float) -> Iterator[None]:
-    """Keep one terminal line current (or print one a minute to a log) while a notebook runs; ``left``: seconds to the end."""
-    started, done = time.monotonic(), threading.Event()
-    live = sys.stdout.isatty()
-    with tempfile.TemporaryDirectory() as folder:
-        status = Path(folder) / "status"
-        # the kernel starts in another folder, where a relative path would mean another place
-        told = {"SSAH_PROGRESS": str(status), "SSAH_RUNS": str(runs_root()), "SSAH_CACHE": str(cache_dir())}
-        before = {name: os.environ.get(name) for name in told}
-        os.environ.update(told)
-
-        def show() -> None:
-            while not done.wait(1 if live else 60):
-                what = status.read_text() if status.exists() else "starting"
-                elapsed = time.monotonic() - started
-                line = f"{name}  {clock(elapsed)} elapsed, about {clock(max(0, left - elapsed))} left in all · {what}"
-                print(f"\r\033[K{line}" if live else line, end="" if live else "\n", flush=True)
-
-        thread = threading.Thread(target=show, daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            done.set()
-            thread.join()
-            for name, value in before.items():
-                os.environ.pop(name) if value is None else os.environ.update({name: value})
-            print("\r\033[K" if live else "", end="", flush=True)
-
-
-def clock(seconds: float) -> str:
-    return f"{int(seconds // 60)}:{int(seconds % 60):02d}"
-
-
 def expected_seconds(stage: Stage) -> float:
     """What the stage took last time here, else what pipeline.yaml says."""
-    if stage.stamp.exists():
-        return json.loads(stage.stamp.read_text())["seconds"]
-    return 60 * stage.minutes.get(stage.parameters["profile"], stage.minutes["laptop"])
+    planned = 60 * stage.minutes.get(stage.parameters["profile"], stage.minutes["laptop"])
+    return read_stamp(stage).get("seconds", planned)
+
+
+def outdated(selected: list[Stage], keys: dict[str, str]) -> list[Stage]:
+    """Stages to execute: what is not up to date, and what follows from it."""
+    found: list[Stage] = []
+    for stage in selected:
+        if not is_current(stage, keys[stage.name]) or any(other.name in stage.inputs for other in found):
+            found.append(stage)
+    return found
 
 
 def run(stages: list[Stage], only: str = "", force: bool = False) -> None:
@@ -339,10 +302,8 @@ def run(stages: list[Stage], only: str = "", force: bool = False) -> None:
         absent = [other.name for other in stages if other.name in selected[0].inputs and not other.stamp.exists()]
         if absent:
             raise ValueError(f"{only} needs the results of {', '.join(absent)}: run the whole profile first")
-    todo: list[Stage] = []
-    for stage in selected:
-        if force or not is_current(stage, keys[stage.name]) or any(other.name in stage.inputs for other in todo):
-            todo.append(stage)
+        keys[only] = stage_key(selected[0], stages, as_made=True)
+    todo = selected if force else outdated(selected, keys)
     estimates = {stage.name: expected_seconds(stage) for stage in todo}
     require_space(selected[0].folder, 2 * 2**30 if todo else 0)
     began = time.monotonic()
@@ -363,8 +324,9 @@ def shown(path: Path) -> str:
 
 
 def list_pipeline(stages: list[Stage]) -> None:
+    todo = outdated(stages, {stage.name: stage_key(stage, stages) for stage in stages})
     for stage in stages:
-        state = "up to date" if is_current(stage, stage_key(stage, stages)) else "to run"
+        state = "to run" if stage in todo else "up to date"
         print(f"{stage.name:14} {state:11} needs {', '.join(stage.inputs) or 'nothing':28} writes {', '.join(stage.outputs)}")
 
 
@@ -378,12 +340,12 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:  # everything a user can get wrong is found here, before a kernel starts
         stages = plan(options.profile, options.set, options.only)
+        if options.list:
+            list_pipeline(stages)
+            return 0
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    if options.list:
-        list_pipeline(stages)
-        return 0
     try:
         run(stages, options.only, options.force)
     except (RuntimeError, ValueError, OSError) as error:

@@ -371,6 +371,21 @@ def test_changed_upstream_parameter_runs_the_downstream_notebook(quick):
     assert [run.is_current(stage, run.stage_key(stage, stages)) for stage in stages] == [False, False, True]
 
 
+def test_a_stage_run_on_other_inputs_is_not_taken_for_the_planned_one(quick):
+    quick.run()
+    quick.run("n_items=4", only="a")
+    assert quick.run(only="b") == ["b"] and quick.run(only="b") == []
+    assert quick.run() == ["a", "b"]
+
+
+def test_the_list_shows_what_a_run_would_do(quick, capsys):
+    quick.run()
+    (quick.stage_folder("a") / "result.json").unlink()
+    run.list_pipeline(run.plan("laptop", []))
+    states = [line.split("needs")[0].split(maxsplit=1)[1].strip() for line in capsys.readouterr().out.splitlines()[-3:]]
+    assert states == ["to run", "to run", "up to date"] and quick.run() == ["a", "b"]
+
+
 def test_what_a_forced_stage_feeds_is_not_up_to_date_any_more(quick):
     quick.run()
     assert quick.run(only="a", force=True) == ["a"]

@@ -44,7 +44,8 @@ ALLOWED = {
     "paper_figures": {"results"},
     "claims": {"results"},
     "figures": {"direction_figures", "paper_figures", "results", "stability_figures", "training_figures", "units"},
-    "run": {"results", "files", "parameters"},
+    "status": {"files", "results"},
+    "run": {"results", "files", "parameters", "status"},
     "readme_tables": {"paper_figures"},
     "publish": {"claims", "figures", "files", "readme_tables", "results"},
 }

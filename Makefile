@@ -17,10 +17,8 @@ reproduce: $(VENV)/installed
 	$(BIN)/python -m ssah_utils.figures --profile $(PROFILE) --to runs/$(PROFILE)/figures
 
 reference: $(VENV)/installed
-	set -e; for seed in $(OTHER_SEEDS) 0; do \
-		$(BIN)/python -m ssah_utils.run --profile $(PROFILE) --set seed=$$seed; \
-		$(BIN)/python -m ssah_utils.publish --profile $(PROFILE) --seed $$seed; \
-	done
+	for seed in $(OTHER_SEEDS) 0; do $(BIN)/python -m ssah_utils.run --profile $(PROFILE) --set seed=$$seed || exit 1; done
+	for seed in $(OTHER_SEEDS) 0; do $(BIN)/python -m ssah_utils.publish --profile $(PROFILE) --seed $$seed || exit 1; done
 
 test: $(VENV)/installed
 	$(BIN)/python -m ssah_utils.assets

@@ -32,9 +32,10 @@ ARITHMETIC = (ast.Expression, ast.BoolOp, ast.And, ast.Or, ast.UnaryOp, ast.USub
 class Selector:
     """One number of a stored table: the column ``value`` of the row where ``where`` holds.
 
-    Several rows need an ``aggregate``. Their interval goes from the smallest ``low`` to the largest ``high``; without such
-    columns it is the range of the values, and one value has none. ``last``: only rows with the largest value of that column.
-    ``scale`` multiplies.
+    Several rows need an ``aggregate``. ``min`` and ``max`` take one row with its interval. For the others it goes from the
+    smallest ``low`` to the largest ``high``; without such columns it is the range of the values, and one value has none.
+    ``last``: only rows with the largest value of that column. ``scale`` multiplies. ``otherwise``: the value where the rows
+    hold none, as of a search that reached no end.
     """
 
     stage: str
@@ -46,10 +47,11 @@ class Selector:
     last: str = ""
     aggregate: str = ""
     scale: float = 1.0
+    otherwise: float | None = None
 
     @property
     def has_interval(self) -> bool:
-        return bool(self.low and self.high) or bool(self.aggregate)
+        return bool(self.low and self.high) or self.aggregate not in ("", "min", "max")
 
 
 @dataclass(frozen=True)
@@ -240,12 +242,16 @@ def estimate(rows: pd.DataFrame, selector: Selector) -> tuple[float, float, floa
             raise LookupError(f"{place} holds no numbers: re-run {selector.stage}") from error
 
     values = numbers(selector.value).dropna()
+    if values.empty and selector.otherwise is not None:
+        return selector.otherwise, np.nan, np.nan
     if values.empty:
         raise LookupError(f"{selector.stage}, table '{selector.table}': '{selector.value}' is empty: re-run {selector.stage}")
     value = float(values.agg(selector.aggregate or "mean"))
+    extreme = {"min": values.idxmin, "max": values.idxmax}.get(selector.aggregate)
     if selector.low:
-        return value, float(numbers(selector.low).min()), float(numbers(selector.high).max())
-    return (value, float(values.min()), float(values.max())) if len(values) > 1 else (value, np.nan, np.nan)
+        here = slice(None) if extreme is None else [extreme()]
+        return value, float(numbers(selector.low)[here].min()), float(numbers(selector.high)[here].max())
+    return (value, float(values.min()), float(values.max())) if len(values) > 1 and extreme is None else (value, np.nan, np.nan)
 
 
 # ---------------------------------------------------------------------------------------------------------- deciding
@@ -293,13 +299,17 @@ def over_runs(rows: list[dict]) -> dict:
     if not measured:
         return rows[0] | {"ours_seeds": []}
     table, verdicts = pd.DataFrame(measured), [row["verdict"] for row in measured]
-    agreed = set(verdicts) == {verdicts[0]}
+    agreed, said = set(verdicts) == {verdicts[0]}, []
+    if not agreed:
+        said.append(f"by run: {', '.join(verdicts)}")
+    if len(measured) < len(rows):
+        said.append(f"measured in {len(measured)} of {len(rows)} runs")
     most_fail = 2 * verdicts.count("not replicated") > len(verdicts)
     return measured[0] | {
         "ours": table["ours"].mean(), "ci_low": table["ci_low"].min(), "ci_high": table["ci_high"].max(),
         "control": table["control"].mean(), "n_seeds": int(table["n_seeds"].sum()), "ours_seeds": table["ours"].tolist(),
         "verdict": verdicts[0] if agreed else "not replicated" if most_fail else "partly",
-        "note": "" if agreed else f"by run: {', '.join(verdicts)}",
+        "note": "; ".join(said),
     }  # fmt: skip
 
 
@@ -329,10 +339,19 @@ def stages_of(claims: list[Claim]) -> list[str]:
 
 
 def judge_stored(folder: Path, claims: list[Claim]) -> tuple[pd.DataFrame, list[str]]:
-    """The claims table of a run and of its other seeds, and the results of this run that could not be read."""
+    """The claims table of a run and of its other seeds, and one line per result that could not be read.
+
+    Another seed may lack stages: it then says nothing on their claims.
+    """
     stages = stages_of(claims)
     tables, problems = read_tables(folder, stages)
-    return judge(claims, [tables, *(read_tables(other, stages)[0] for other in other_seeds(folder))]), problems
+    runs = [tables]
+    for other in other_seeds(folder):
+        there = [stage for stage in stages if (other / stage / "result.json").exists()]
+        tables, unreadable = read_tables(other, there)
+        runs.append(tables)
+        problems += [f"{other.name}/{line}" for line in unreadable]
+    return judge(claims, runs), problems
 
 
 def swapped(claims: list[Claim]) -> list[Claim]:

@@ -175,7 +175,7 @@ def cloze(model: nn.Module, tokenizer: PreTrainedTokenizerBase, limit: int | Non
 def utility(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, tasks: list[str], limit: int | None = None, batch_size: int = 64
 ) -> pd.DataFrame:
-    """Tasks by lm-evaluation-harness on a model in memory, ``limit`` items of each: task, id, correct.
+    """Tasks by lm-evaluation-harness on a model in memory, ``limit`` items of each (of each subtask): task, id, correct.
 
     ``tasks``: "cloze" (shipped), or any of the harness's, such as those of ``PAPER_TASKS``. An item counts by the first of
     ``METRICS`` that its task reports, under the first of its answer filters; subtasks of a group count under its name.
@@ -234,6 +234,8 @@ def load_task(name: str) -> dict:
                 f"cannot load the data of utility task '{name}' from the Hugging Face hub or its cache; a task that needs no "
                 "hub: cloze"
             ) from error
+        except (ImportError, RuntimeError) as error:  # a package that one task needs; data that come as a script
+            raise ValueError(f"utility task '{name}' does not load here: {' '.join(str(error).split())}") from error
 
 
 def exact_match(

@@ -18,7 +18,7 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 
 from ssah_utils import direction_figures, paper_figures, stability_figures, training_figures
-from ssah_utils.results import CONTROL, GROUP_COLOURS, INK, REFERENCE, ROOT, load_result, runs_root, save_figure, set_style
+from ssah_utils.results import CONTROL, GROUP_COLOURS, INK, REFERENCE, ROOT, find_run, load_result, save_figure, set_style
 from ssah_utils.units import GROUPS, load_partition, to_table
 
 Tables = dict[str, pd.DataFrame]
@@ -307,35 +307,27 @@ def redraw(source: Path, target: Path) -> list[str]:
             try:
                 if name != "training_loss" or len(tables.get("training", ())):  # a model that was given has no loss curve
                     save_figure(draw(units if name in FROM_UNITS else tables), target, name)
-            except (KeyError, ValueError) as error:
-                missing[name] = str(error)
+            except (LookupError, ValueError, TypeError, AttributeError) as error:  # a table, column, row or value is not there
+                missing[name] = f"lacks {error}" if isinstance(error, KeyError) else f"fails: {error}"
                 plt.close("all")
         if missing:
-            what = "; ".join(f"figure {name} lacks {error}" for name, error in missing.items())
+            what = "; ".join(f"figure {name} {error}" for name, error in missing.items())
             problems.append(f"{stage}: {what}: re-run {stage}")
     return problems
 
 
-def find_source(profile: str) -> Path:
-    """The newest run of a profile on this machine, else the committed reference results."""
-    if profile == "reference":
-        return REFERENCE
-    stamps = sorted((runs_root() / profile).glob("*/seed-*/*/stamp.json"), key=lambda stamp: stamp.stat().st_mtime)
-    return stamps[-1].parents[1] if stamps else REFERENCE
-
-
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m ssah_utils.figures", description="Redraw all figures from stored results.")
-    parser.add_argument(
-        "--profile", default="reference", help="whose results: a profile that ran here, or 'reference' (committed)"
-    )
+    parser.add_argument("--profile", default="", help="whose results: a profile that ran here (default: the committed ones)")
+    parser.add_argument("--seed", type=int, default=0, help="of that run (default: 0)")
     parser.add_argument("--to", type=Path, default=ROOT / "figures", help="folder for the files (default: figures)")
     options = parser.parse_args(arguments)
-    if not (ROOT / "notebooks" / "profiles" / f"{options.profile}.yaml").exists():
-        print(f"error: unknown profile '{options.profile}'", file=sys.stderr)
-        return 2
     set_style()
-    source = find_source(options.profile)
+    try:
+        source = find_run(options.profile, options.seed) if options.profile else REFERENCE
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     problems = redraw(source, options.to)
     print(f"figures from {source} written to {options.to}")
     for problem in problems:

@@ -35,6 +35,7 @@ def check_judge(name: str) -> None:
     config = _config(name)
     if _is_classifier(config):
         complied_label(config)
+        load_tokenizer(name)
     elif config.architectures and config.architectures[0].endswith("CausalLM"):
         check_chat_template(load_tokenizer(name))
     else:
@@ -48,9 +49,12 @@ def load_judge(name: str, dtype: torch.dtype = torch.float32, device: str = "cpu
     """A judge from a Hugging Face id or folder, if ``check_judge`` accepts it. Runs no remote code; reads safetensors only."""
     check_judge(name)
     config, tokenizer = _config(name), load_tokenizer(name)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
     loader = AutoModelForSequenceClassification if _is_classifier(config) else AutoModelForCausalLM
     model = loader.from_pretrained(resolve(name), dtype=dtype, use_safetensors=True, trust_remote_code=False)
     model = model.to(device).eval()
+    model.config.pad_token_id = tokenizer.pad_token_id  # by which a decoder with a classifier's head finds the last token
     ask = classified if _is_classifier(config) else asked
     return lambda requests, answers: ask(model, tokenizer, requests, answers)
 
@@ -94,6 +98,8 @@ def asked(model: nn.Module, tokenizer: PreTrainedTokenizerBase, requests: list[s
 def complied_label(config) -> tuple[int, bool]:
     """(index of the telling label, whether it means complied); ``ValueError`` when the names of the labels tell nothing."""
     labels = {int(index): label for index, label in config.id2label.items()}
+    if len(labels) < 2:
+        raise ValueError(f"judge model '{config.name_or_path}' has a single label: give a classifier of two or more")
     for pattern, means_complied in ((REFUSED_LABEL, False), (COMPLIED_LABEL, True)):
         found = [index for index, label in labels.items() if pattern.search(label)]
         if len(found) == 1:

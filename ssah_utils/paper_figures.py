@@ -202,7 +202,8 @@ def scaled(row: pd.Series) -> np.ndarray:
     """Ours, low, high and the values of the single runs as distances from the control (or from 0), the largest of them 1."""
     centre = 0.0 if pd.isna(row["control"]) else row["control"]
     distances = np.array([row["ours"], row["ci_low"], row["ci_high"], *row.get("ours_seeds", [])], dtype=float) - centre
-    size = np.nanmax(np.abs(distances))
+    distances[~np.isfinite(distances)] = np.nan
+    size = np.nanmax(np.abs(distances), initial=0.0)
     return distances / size if size > 0 else distances
 
 

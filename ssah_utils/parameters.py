@@ -48,8 +48,8 @@ def check(values: dict) -> None:
             if value or name not in OPTIONAL_DATA:
                 check_readable(value)
         elif name == "utility_tasks":
-            if not value:
-                raise ValueError("utility_tasks is empty, but at least one task is needed, such as cloze")
+            if not value or not all(isinstance(task, str) for task in value):
+                raise ValueError(f"utility_tasks takes the names of tasks, at least one, such as cloze, not {value!r}")
             for task in value:
                 check_task(task)
         elif name == "judge_model":

@@ -19,33 +19,26 @@ from ssah_utils import claims
 from ssah_utils.figures import redraw
 from ssah_utils.files import complete_only, sha256_of, write_json
 from ssah_utils.readme_tables import TABLES
-from ssah_utils.results import REFERENCE, ROOT, load_result, runs_root, set_style
+from ssah_utils.results import REFERENCE, ROOT, find_run, load_result, set_style
 
-STORED = ("result.json", "units.safetensors", "frozen_units.safetensors")
+RESULT = "result.json"
+STORED = (RESULT, "units.safetensors", "frozen_units.safetensors")
 README = ROOT / "README.md"
 CLAIMS = "claims.json"
 
 
-def find_run(profile: str, seed: int) -> Path:
-    """The newest run of a profile with this seed on this machine; ``FileNotFoundError`` says how to make one."""
-    stamps = sorted((runs_root() / profile).glob(f"*/seed-{seed}/*/stamp.json"), key=lambda stamp: stamp.stat().st_mtime)
-    if not stamps:
-        raise FileNotFoundError(
-            f"no finished run of profile '{profile}' with seed {seed}: "
-            f"run python -m ssah_utils.run --profile {profile} --set seed={seed}"
-        )
-    return stamps[-1].parents[1]
+def finished_stages(source: Path) -> list[str]:
+    return sorted(folder.name for folder in source.iterdir() if (folder / "stamp.json").exists())
 
 
 def copy_results(source: Path, target: Path, names: tuple[str, ...] = STORED) -> list[str]:
-    """Copy the small result files of every stage; returns the stages found."""
-    stages = sorted(folder.name for folder in source.iterdir() if (folder / "stamp.json").exists())
-    for stage in stages:
+    """Copy the small result files of every finished stage; returns the stages."""
+    for stage in finished_stages(source):
         for name in names:
             if (source / stage / name).exists():
                 with complete_only(target / stage / name) as partial:
                     shutil.copyfile(source / stage / name, partial)
-    return stages
+    return finished_stages(source)
 
 
 def code_hash(notebook: nbformat.NotebookNode) -> str:
@@ -77,40 +70,111 @@ def with_outputs(source: nbformat.NotebookNode, executed: nbformat.NotebookNode)
     return source
 
 
-def publish_notebook(stage: str, source: Path) -> None:
-    path = ROOT / "notebooks" / f"{stage}.ipynb"
-    notebook = with_outputs(nbformat.read(path, as_version=4), nbformat.read(source / stage / f"{stage}.ipynb", as_version=4))
-    with complete_only(path) as partial:
-        nbformat.write(notebook, partial)
+def published_notebooks(source: Path) -> dict[Path, nbformat.NotebookNode]:
+    """Every finished stage's notebook with its outputs, by where it belongs; ``ValueError`` names the first that cannot be."""
+    notebooks = {}
+    for stage in finished_stages(source):
+        path = ROOT / "notebooks" / f"{stage}.ipynb"
+        executed = nbformat.read(source / stage / f"{stage}.ipynb", as_version=4)
+        try:
+            notebooks[path] = with_outputs(nbformat.read(path, as_version=4), executed)
+        except ValueError as error:
+            raise ValueError(f"{stage}: {error}") from error
+    return notebooks
 
 
 # ------------------------------------------------------------------------------------------------------------ README
 
 
-def fill_readme(text: str, results: dict[str, dict]) -> str:
-    """README with everything between ``<!-- NAME -->`` and ``<!-- end NAME -->`` replaced by the table of that name."""
+def fill_readme(text: str, results: dict[str, dict]) -> tuple[str, list[str]]:
+    """README with everything between ``<!-- NAME -->`` and ``<!-- end NAME -->`` replaced by the table of that name.
+
+    A table whose results lack something stays as it was; the list has one line for each.
+    """
+    problems = []
     for name, make in TABLES.items():
         opening, closing = f"<!-- {name} -->", f"<!-- end {name} -->"
         before, found, rest = text.partition(opening)
         _, ended, after = rest.partition(closing)
         if not found or not ended:
             raise ValueError(f"README.md has no place for the table '{name}': put {opening} and {closing} where it belongs")
-        text = f"{before}{opening}\n{make(results)}\n{closing}{after}"
-    return text
+        try:
+            text = f"{before}{opening}\n{make(results)}\n{closing}{after}"
+        except (LookupError, TypeError, ValueError) as error:
+            problems.append(f"README table '{name}' stays as it was, stored results lack {error}: re-run the stage")
+    return text, problems
 
 
-def reference_results() -> dict[str, dict]:
-    return {path.parent.name: load_result(path) for path in sorted(REFERENCE.glob("*/result.json"))}
+def reference_results(folder: Path) -> tuple[dict[str, dict], list[str]]:
+    """Stored results by stage, and one line for each that could not be read."""
+    results, problems = {}, []
+    for path in sorted(folder.glob("*/result.json")):
+        try:
+            results[path.parent.name] = load_result(path)
+        except ValueError as error:
+            problems.append(str(error))
+    return results, problems
 
 
 def publish_claims(folder: Path) -> list[str]:
-    """Write claims.json from the stored results; one line if the stored stage 08_claims says otherwise."""
+    """Write claims.json from the stored results; one line for each reason to doubt it."""
     table, problems = claims.judge_stored(folder, claims.load_claims())
     write_json(folder / CLAIMS, claims.to_records(table))
-    said = claims.to_records(load_result(folder / "08_claims" / "result.json")["tables"]["claims"])
+    seeds = [path.name for path in claims.other_seeds(folder)]
+    for name in seeds:
+        problems += other_settings(folder, folder / name)
+    try:
+        said = claims.to_records(load_result(folder / "08_claims" / "result.json")["tables"]["claims"])
+    except (OSError, ValueError, LookupError) as error:
+        return [*problems, f"08_claims: {error}"]
     if said != json.loads((folder / CLAIMS).read_text(encoding="utf-8")):
-        problems.append("08_claims does not follow from the results and seeds stored now: re-run 08_claims and publish it")
+        problems.append(
+            f"08_claims does not follow from what is stored now (seed 0, {', '.join(seeds) or 'no other seed'}): re-run 08_claims "
+            "beside runs with these seeds and publish, or remove the seeds that are not meant from data/reference"
+        )
     return problems
+
+
+def other_settings(first: Path, other: Path) -> list[str]:
+    """Stages of another seed's results that were run with other parameters than the first's: their mean would mean nothing."""
+    problems = []
+    for path in sorted(other.glob("*/result.json")):
+        try:
+            ours, theirs = (load_result(folder / path.parent.name / path.name)["parameters"] for folder in (first, other))
+        except (OSError, ValueError, LookupError):
+            continue  # reported where it is read
+        differing = sorted(
+            name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name) and name != "seed"
+        )
+        if differing:
+            problems.append(f"{other.name}/{path.parent.name} was run with another {', '.join(differing)} than seed 0")
+    return problems
+
+
+def publish(profile: str, seed: int) -> list[str]:
+    """Store a run (none without ``profile``) and write what follows from it; one line for each thing that is amiss."""
+    if seed:
+        if not profile:
+            raise ValueError("--seed needs --profile: whose run with that seed?")
+        target = REFERENCE / f"seed-{seed}"
+        stages = copy_results(find_run(profile, seed), target, (RESULT,))
+        for stale in set(target.iterdir()) - {target / stage for stage in stages}:
+            shutil.rmtree(stale)
+        print(f"seed {seed}: stored {', '.join(stages)}; publish seed 0 after its 08_claims has run again")
+        return []
+    if profile:
+        source = find_run(profile, seed)
+        notebooks = published_notebooks(source)  # all of them before anything is written
+        copy_results(source, REFERENCE)
+        for path, notebook in notebooks.items():
+            with complete_only(path) as partial:
+                nbformat.write(notebook, partial)
+    problems = publish_claims(REFERENCE) + redraw(REFERENCE, ROOT / "figures")
+    results, unreadable = reference_results(REFERENCE)
+    text, unfilled = fill_readme(README.read_text(encoding="utf-8"), results)
+    with complete_only(README) as partial:
+        partial.write_text(text, encoding="utf-8")
+    return list(dict.fromkeys([*problems, *unreadable, *unfilled]))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -120,19 +184,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     set_style()
     try:
-        source = find_run(options.profile, options.seed) if options.profile else None
-        if options.seed:
-            if not source:
-                raise ValueError("--seed needs --profile: whose run with that seed?")
-            stages = copy_results(source, REFERENCE / f"seed-{options.seed}", ("result.json",))
-            print(f"seed {options.seed}: stored {', '.join(stages)}; publish seed 0 after running its 08_claims again")
-            return 0
-        for stage in copy_results(source, REFERENCE) if source else []:
-            publish_notebook(stage, source)
-        problems = publish_claims(REFERENCE) + redraw(REFERENCE, ROOT / "figures")
-        text = fill_readme(README.read_text(encoding="utf-8"), reference_results())
-        with complete_only(README) as partial:
-            partial.write_text(text, encoding="utf-8")
+        problems = publish(options.profile, options.seed)
     except (OSError, ValueError) as error:
         problems = str(error).splitlines()
     for problem in problems:

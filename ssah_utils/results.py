@@ -137,6 +137,17 @@ def load_result(path: Path) -> dict:
     return result
 
 
+def find_run(profile: str, seed: int = 0) -> Path:
+    """The newest run of a profile with this seed on this machine; ``FileNotFoundError`` says how to make one."""
+    stamps = sorted((runs_root() / profile).glob(f"*/seed-{seed}/*/stamp.json"), key=lambda stamp: stamp.stat().st_mtime)
+    if not stamps:
+        raise FileNotFoundError(
+            f"no finished run of profile '{profile}' with seed {seed}: "
+            f"run python -m ssah_utils.run --profile {profile} --set seed={seed}"
+        )
+    return stamps[-1].parents[1]
+
+
 def versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in PACKAGES}
 
@@ -156,10 +167,14 @@ def commit() -> str:
 # ----------------------------------------------------------------------------------------------- what people see
 
 
+REDACTED_LENGTH = 80  # characters: in a text without spaces, every word is one
+
+
 def redact(text: str, words: int = 4) -> str:
     """The first words of a completion: enough to see its direction, never its content."""
-    opening = text.split()
-    return " ".join(opening[:words]) + (" [...]" if len(opening) > words else "")
+    whole = " ".join(text.split())
+    opening = " ".join(text.split()[:words])[:REDACTED_LENGTH]
+    return opening + (" [...]" if len(opening) < len(whole) else "")
 
 
 def show_progress(label: str, done: int, total: int) -> None:

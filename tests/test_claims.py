@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import yaml
 
-from ssah_utils import claims
+from ssah_utils import claims, results
 from ssah_utils.results import REFERENCE, ROOT
 
 RATES = pd.DataFrame(
@@ -95,8 +95,8 @@ def test_files_that_are_no_claims_are_refused(tmp_path, content):
 def test_selection_of_one_row_several_rows_and_a_factor():
     assert claims.select(claim().ours, TABLES) == pytest.approx((0.7, 0.6, 0.8))
     assert claims.select(claim().control, TABLES) == pytest.approx((0.2, 0.0, 0.5)), "mean, and the envelope of the intervals"
-    spread = claim(control=number("random", aggregate="max", low="", high="", scale=100)).control
-    assert claims.select(spread, TABLES) == pytest.approx((30, 10, 30)), "without intervals: the range of the values"
+    spread = claim(control=number("random", aggregate="mean", low="", high="", scale=100)).control
+    assert claims.select(spread, TABLES) == pytest.approx((20, 10, 30)), "without intervals: the range of the values"
     value, low, high = claims.select(claim(ours=number(aggregate="mean", low="", high=""), replicated="ours > 1").ours, TABLES)
     assert value == 0.7 and math.isnan(low) and math.isnan(high), "one value has no range"
 
@@ -143,6 +143,21 @@ def test_a_rule_on_a_missing_interval_is_false():
         assert claims.decide(claim(ours=alone, replicated=rule, partly=""), TABLES)["verdict"] == "not replicated"
 
 
+def test_the_extreme_of_several_rows_comes_with_its_own_interval():
+    for aggregate, group, expected in (("min", "random", (0.1, 0.0, 0.2)), ("max", "random", (0.3, 0.1, 0.5))):
+        chosen = claim(ours=number(group, aggregate=aggregate, last="")).ours
+        assert claims.select(chosen, TABLES) == pytest.approx(expected)
+    bare = claim(ours=number("random", aggregate="min", last="", low="", high=""), replicated="ours > 1").ours
+    value, low, high = claims.select(bare, TABLES)
+    assert value == pytest.approx(0.1) and math.isnan(low) and math.isnan(high)
+
+
+def test_a_search_that_reached_no_end_is_a_result():
+    one = claim(ours=number("empty", otherwise=math.inf, low="", high=""), control=None, replicated="ours <= 64", partly="")
+    table = claims.judge([one], [TABLES])
+    assert table["verdict"].item() == "not replicated" and claims.to_records(table)[0]["ours"] is None
+
+
 def shifted(by: float) -> dict:
     """The stored tables of a run in which everything came out lower."""
     return {"04_ablation": {"rates": RATES.assign(**{name: RATES[name] - by for name in ("mean", "low", "high")})}}
@@ -154,6 +169,7 @@ def test_runs_are_averaged_within_the_envelope_of_their_intervals():
     assert row["ci_high"] == claims.decide(claim(), TABLES)["ci_high"] and row["ours_seeds"] == pytest.approx([0.7, 0.6])
     lacking = claims.judge([claim(n_seeds=2)], [{}, TABLES]).iloc[0]
     assert (lacking["verdict"], lacking["n_seeds"]) == ("replicated", 2), "a seed that measured nothing says nothing"
+    assert lacking["note"] == "measured in 1 of 2 runs"
 
 
 @pytest.mark.parametrize(
@@ -193,7 +209,19 @@ def test_damaged_results_are_reported_and_their_claims_not_measured(tmp_path):
     table, (problem,) = claims.judge_stored(tmp_path, [claim()])
     assert problem.startswith("04_ablation: ") and "re-run 04_ablation" in problem
     assert list(table["verdict"]) == ["not measured"]
+    assert "re-run 04_ablation" in table["note"].item()
     assert json.loads(json.dumps(claims.to_records(table), allow_nan=False))[0]["ours"] is None
+
+
+def test_a_damaged_result_of_another_seed_is_reported_and_an_absent_one_is_not(tmp_path):
+    results.Run("04_ablation", tmp_path / "04_ablation", {}).finish(rates=RATES)
+    (tmp_path / "seed-2").mkdir()
+    damaged = tmp_path / "seed-1" / "04_ablation" / "result.json"
+    damaged.parent.mkdir(parents=True)
+    damaged.write_text('{"format": "ssah-res')
+    table, (problem,) = claims.judge_stored(tmp_path, [claim()])
+    assert problem.startswith("seed-1/04_ablation: ") and "re-run 04_ablation" in problem
+    assert table["verdict"].item() == "replicated" and table["note"].item() == "measured in 1 of 3 runs"
 
 
 # ---------------------------------------------------------------------------------------------------- what is committed

@@ -246,6 +246,21 @@ def test_a_result_from_before_a_figure_was_added_loses_that_figure_only(source, 
     assert plt.get_fignums() == []
 
 
+@pytest.mark.parametrize("damage", ["rows", "values"])
+def test_a_table_without_the_rows_or_values_it_needs_costs_its_figure_only(source, tmp_path, damage):
+    path = source / "05_transfer" / "result.json"
+    content = json.loads(path.read_text())
+    moves = content["tables"]["moves"]
+    if damage == "rows":
+        content["tables"]["moves"] = [row for row in moves if row["data"] != "floor"]
+    else:
+        content["tables"]["moves"] = [row | {"share": "many"} for row in moves]
+    path.write_text(json.dumps(content))
+    problems, names = redrawn(source, tmp_path / "figures")
+    assert len(problems) == 1 and problems[0].endswith("re-run 05_transfer") and "\n" not in problems[0]
+    assert {"transfer_flow", "transfer_heat", "transfer_path"} >= ALL - names and plt.get_fignums() == []
+
+
 # -------------------------------------------------------------------------------------------------------- whose results
 
 
@@ -258,24 +273,22 @@ def run_folder(root: Path, profile: str, model: str, seed: int, age: int) -> Pat
     return folder
 
 
-def test_source_is_the_newest_run_of_the_profile(tmp_path, monkeypatch):
+def test_results_are_those_of_the_newest_run_with_the_seed(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("SSAH_RUNS", str(tmp_path))
     run_folder(tmp_path, "smoke", "a", 0, age=30)
-    newest = run_folder(tmp_path, "smoke", "org--b", 1, age=10)
-    run_folder(tmp_path, "smoke", "a", 1, age=20)
-    run_folder(tmp_path, "laptop", "a", 0, age=0)
-    (tmp_path / "smoke" / "org--b" / "seed-2.txt").write_text("no folder")
-    assert figures.find_source("smoke") == newest
-
-
-def test_source_is_the_committed_results_where_nothing_ran(tmp_path, monkeypatch):
-    monkeypatch.setenv("SSAH_RUNS", str(tmp_path))
-    run_folder(tmp_path, "reference", "a", 0, age=0)
-    assert figures.find_source("laptop") == figures.find_source("reference") == results.REFERENCE
+    newest = run_folder(tmp_path, "smoke", "org--b", 0, age=10)
+    other_seed = run_folder(tmp_path, "smoke", "a", 1, age=0)
+    drawn = []
+    monkeypatch.setattr(figures, "redraw", lambda source, target: drawn.append(source) or [])
+    for words in (["--profile", "smoke"], ["--profile", "smoke", "--seed", "1"], []):
+        assert figures.main(words) == 0
+    assert drawn == [newest, other_seed, results.REFERENCE]
+    assert figures.main(["--profile", "laptop"]) == 2
+    assert "no finished run of profile 'laptop'" in capsys.readouterr().err
 
 
 def test_main_redraws_and_reports_problems_on_stderr(source, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(figures, "find_source", lambda profile: source)
+    monkeypatch.setattr(figures, "REFERENCE", source)
     monkeypatch.setattr(figures, "FIGURES", {"01_alignment": {"one": lambda tables: plt.figure()}})
     target = tmp_path / "figures"
     assert figures.main(["--to", str(target)]) == 0

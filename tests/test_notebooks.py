@@ -11,7 +11,7 @@ from papermill.parameterize import parameterize_notebook
 
 from ssah_utils import run
 from ssah_utils.publish import code_hash, fill_readme, reference_results
-from ssah_utils.results import REFERENCE, ROOT, load_result
+from ssah_utils.results import REDACTED_LENGTH, REFERENCE, ROOT, load_result
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
@@ -46,14 +46,15 @@ def test_committed_outputs_belong_to_the_committed_source(path):
 
 def test_readme_tables_are_those_of_the_stored_results():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert fill_readme(text, reference_results()) == text
+    results, problems = reference_results(REFERENCE)
+    assert not problems and fill_readme(text, results) == (text, [])
 
 
 def test_stored_completions_are_redacted():
     for path in REFERENCE.rglob("01_alignment/result.json"):
         requests = load_result(path)["tables"]["requests"]
         words = requests["response"].str.removesuffix(" [...]").str.split().str.len()
-        assert words.max() <= 4, path
+        assert words.max() <= 4 and requests["response"].str.len().max() <= REDACTED_LENGTH + len(" [...]"), path
 
 
 def test_reference_results_are_complete():

@@ -56,7 +56,10 @@ def test_code_hash_follows_code_and_not_prose(source):
 
 def test_readme_without_a_place_for_a_table_is_an_error(monkeypatch):
     monkeypatch.setattr(publish, "TABLES", {"cost": lambda results: "| a |"})
-    assert publish.fill_readme("a <!-- cost -->old<!-- end cost --> b", {}) == "a <!-- cost -->\n| a |\n<!-- end cost --> b"
+    assert publish.fill_readme("a <!-- cost -->old<!-- end cost --> b", {}) == (
+        "a <!-- cost -->\n| a |\n<!-- end cost --> b",
+        [],
+    )
     with pytest.raises(ValueError, match="no place for the table 'cost'"):
         publish.fill_readme("a <!-- cost --> b", {})
 
@@ -80,12 +83,13 @@ def runs(tmp_path, monkeypatch):
 
 
 def test_run_is_found_by_profile_and_seed(runs):
-    assert [publish.find_run("reference", seed).name for seed in (0, 1)] == ["seed-0", "seed-1"]
+    assert [results.find_run("reference", seed).name for seed in (0, 1)] == ["seed-0", "seed-1"]
     with pytest.raises(FileNotFoundError, match="--profile reference --set seed=7"):
-        publish.find_run("reference", 7)
+        results.find_run("reference", 7)
 
 
 def test_another_seed_is_stored_beside_the_first(runs, capsys):
+    (runs / "stored" / "seed-1" / "02_probing").mkdir(parents=True)  # of an earlier run with this seed
     assert publish.main(["--profile", "reference", "--seed", "1"]) == 0
     stored = [path.relative_to(runs / "stored").as_posix() for path in (runs / "stored").rglob("*") if path.is_file()]
     assert stored == ["seed-1/03_units/result.json"], "small results only, of finished stages only"
@@ -110,3 +114,59 @@ def test_claims_of_other_results_are_reported(runs, monkeypatch):
     results.Run("08_claims", stored / "08_claims", {}).finish(claims=rows.assign(verdict="partly"))
     (problem,) = publish.publish_claims(stored)
     assert "re-run 08_claims" in problem
+
+
+# ------------------------------------------------------------------------------------------------------- all of a run
+
+
+@pytest.fixture
+def project(runs, monkeypatch, source, executed):
+    """A project of one notebook, 03_units, that ran with seed 0, and a README with one table."""
+    monkeypatch.setattr(publish, "ROOT", runs)
+    monkeypatch.setattr(publish, "README", runs / "README.md")
+    monkeypatch.setattr(publish, "TABLES", {"cost": lambda found: f"| {found['03_units']['parameters']['seed']} |"})
+    monkeypatch.setattr(publish.claims, "load_claims", list)
+    monkeypatch.setattr(publish, "redraw", lambda folder, target: ["05_transfer: re-run 05_transfer"])
+    (runs / "README.md").write_text("<!-- cost -->\nold\n<!-- end cost -->\n")
+    (runs / "notebooks").mkdir()
+    nbformat.write(source, runs / "notebooks" / "03_units.ipynb")
+    nbformat.write(executed, runs / "runs" / "reference" / "model" / "seed-0" / "03_units" / "03_units.ipynb")
+    return runs
+
+
+def test_publishing_stores_results_notebook_claims_and_tables_and_says_what_is_amiss(project, capsys):
+    assert publish.main(["--profile", "reference"]) == 1
+    said = capsys.readouterr().err
+    assert "05_transfer: re-run 05_transfer" in said and "re-run 08_claims" in said, "and yet all else is written"
+    assert (project / "stored" / "03_units" / "units.safetensors").read_bytes() == b"units"
+    assert nbformat.read(project / "notebooks" / "03_units.ipynb", 4).metadata["ssah"]["outputs_of"]
+    assert (project / "stored" / "claims.json").exists()
+    assert (project / "README.md").read_text() == "<!-- cost -->\n| 0 |\n<!-- end cost -->\n"
+
+
+def test_nothing_is_stored_when_one_notebook_has_changed_since_the_run(project, source, capsys):
+    source.cells[0].source = "x = 3"
+    nbformat.write(source, project / "notebooks" / "03_units.ipynb")
+    assert publish.main(["--profile", "reference"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: 03_units: cell 1 has changed since the run") and not (project / "stored").exists()
+
+
+def test_a_table_that_cannot_be_made_stays_as_it_was(project, capsys):
+    publish.main(["--profile", "reference"])
+    written = (project / "README.md").read_text()
+    (project / "stored" / "03_units" / "result.json").write_text('{"format": "ssah-res')
+    capsys.readouterr()
+    assert publish.main([]) == 1
+    said = capsys.readouterr().err
+    assert (
+        "03_units" in said and "README table 'cost' stays as it was" in said and (project / "README.md").read_text() == written
+    )
+
+
+def test_seeds_with_other_settings_are_reported(tmp_path):
+    for folder, parameters in ((tmp_path, {"seed": 0, "epochs": 1.5}), (tmp_path / "seed-1", {"seed": 1, "epochs": 2.0})):
+        results.Run("01_alignment", folder / "01_alignment", parameters).finish()
+        results.Run("03_units", folder / "03_units", {"seed": parameters["seed"]}).finish()
+    (problem,) = publish.other_settings(tmp_path, tmp_path / "seed-1")
+    assert problem == "seed-1/01_alignment was run with another epochs than seed 0"

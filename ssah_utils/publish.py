@@ -129,8 +129,8 @@ def publish_claims(folder: Path) -> list[str]:
         return [*problems, f"08_claims: {error}"]
     if said != json.loads((folder / CLAIMS).read_text(encoding="utf-8")):
         problems.append(
-            f"08_claims does not follow from what is stored now (seed 0, {', '.join(seeds) or 'no other seed'}): re-run 08_claims "
-            "beside runs with these seeds and publish, or remove the seeds that are not meant from data/reference"
+            f"08_claims does not follow from what is stored now (seed 0, {', '.join(seeds) or 'no other seed'}): "
+            "re-run 08_claims beside runs with these seeds and publish, or remove the others from data/reference"
         )
     return problems
 

@@ -110,15 +110,15 @@ def adapter_table(results: dict[str, dict]) -> str:
 def budget_table(results: dict[str, dict]) -> str:
     """What was trained, the alignment it reached and the tax it paid."""
     rates = results["07_redundant_units"]["tables"]["rates"]
-    columns = [("harmful", "coherent_asr"), ("other_harmful", "coherent_asr"), ("helpful", "refused"), ("safe_twin", "refused"),
-               ("cloze", "accuracy"), ("arithmetic", "accuracy")]  # fmt: skip
+    columns = [("harmful", "asr"), ("harmful", "coherent_asr"), ("other_harmful", "coherent_asr"), ("helpful", "refused"),
+               ("safe_twin", "refused"), ("cloze", "accuracy"), ("arithmetic", "accuracy")]  # fmt: skip
     rows = []
     for (method, trained), part in rates.groupby(["method", "trained"], sort=False):
         found = [chosen(part, name, metric) for name, metric in columns]
         cells = [percent(one.iloc[0]) if len(one) == 1 else f"{100 * one['mean'].mean():.0f}" for one in found]
         nll = chosen(part, "helpful", "answer_nll")["mean"].mean()
         rows.append([method.upper(), trained, *cells, f"{nll:.2f}"])
-    header = ["", "trained", "coherent ASR, AdvBench", "HarmBench", "harmless refused", "safe twins refused"]
+    header = ["", "trained", "ASR, AdvBench", "coherent", "coherent, HarmBench", "harmless refused", "safe twins refused"]
     return markdown(rows, [*header, "cloze", "arithmetic", "NLL of the base's answers"])
 
 
@@ -164,7 +164,7 @@ def claims_table(results: dict[str, dict]) -> str:
         seeds = "" if pd.isna(row["n_seeds"]) else f"{row['n_seeds']:.0f}"
         cells = [row["claim"], row["source"], row["paper"], shown_interval(row), number(row["control"]), row["unit"], seeds]
         rows.append([*cells, f"**{row['verdict']}**" if row["verdict"] == "replicated" else row["verdict"]])
-    return markdown(rows, ["claim", "in the paper", "paper", "ours", "control", "unit", "seeds", "verdict"])
+    return markdown(rows, ["claim", "in the paper", "paper", "ours", "control", "unit", "trainings", "verdict"])
 
 
 def cost_table(results: dict[str, dict]) -> str:

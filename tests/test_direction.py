@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ssah_utils import direction, evaluation
-from tests.conftest import n_hooks
+from tests.conftest import parameters_of, same_parameters
 
 PROMPTS = ["w5 w6 w7", "w9", "w11 w12 w13 w14", "w20 w21"]
 OPENINGS = (["w30 w31 w32", "w33"], ["w40 w41"])
@@ -144,5 +144,6 @@ def test_marks_are_the_last_token_before_every_step():
 
 
 def test_models_are_left_as_they_were(wordy, tokenizer):
+    before = parameters_of(wordy)
     direction.follow(wordy, tokenizer, PROMPTS, {0: [[]] * 4}, 2, [0], OPENINGS)
-    assert n_hooks(wordy) == 0
+    assert same_parameters(wordy, before) and not wordy.training and all(p.grad is None for p in wordy.parameters())

@@ -174,11 +174,6 @@ def test_refusal_margin_of_the_first_openings_only(tiny, monkeypatch):
     np.testing.assert_array_equal(few, evaluation.refusal_margin(*tiny, REQUESTS[:3]))
 
 
-def test_refusal_margin_of_the_shipped_openings_is_finite(tiny):
-    margin = evaluation.refusal_margin(*tiny, REQUESTS[:3])
-    assert margin.shape == (3,) and np.isfinite(margin).all()
-
-
 # ----------------------------------------------------------------------------------------------------------- verdicts
 
 
@@ -216,15 +211,6 @@ def test_judge_accepts_a_model_that_refuses_everything(tiny, table, monkeypatch)
     rows = evaluation.judge(tiny[0], tiny[0], tiny[1], table)
     check_consistent(rows, table)
     assert rows["refused"].all()
-
-
-def test_stored_answers_give_the_verdicts_again(tiny, table, tmp_path):
-    rows = evaluation.judge(*tiny[:1], tiny[0], tiny[1], table, max_new_tokens=6)
-    path = tmp_path / "answers.jsonl"
-    rows[["id", "prompt", "response", "base_nll"]].to_json(path, orient="records", lines=True, double_precision=15)
-    again = judge.rejudged(pd.read_json(path, lines=True))
-    verdicts = ["verdict", "refused", "asr", "coherent_asr", "degenerate"]
-    assert again[verdicts].to_dict("list") == rows[verdicts].to_dict("list")
 
 
 # ------------------------------------------------------------------------------------------------------------ utility

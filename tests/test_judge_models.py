@@ -55,6 +55,26 @@ def test_labels_that_tell_nothing_are_refused_in_one_line(tmp_path, tokenizer, l
         assert "\n" not in str(error.value)
 
 
+def test_a_classifier_of_a_single_label_is_refused_in_one_line(tmp_path, tokenizer):
+    with pytest.raises(ValueError, match="has a single label"):
+        check({"judge_model": classifier(tmp_path / "judge", tokenizer, ["harmful"])})
+
+
+def test_a_decoder_without_a_padding_token_judges_pairs_of_any_length(tmp_path, tokenizer):
+    config = transformers.LlamaConfig(
+        vocab_size=97, hidden_size=16, intermediate_size=20, num_hidden_layers=1, num_attention_heads=2,
+        id2label={0: "safe", 1: "unsafe"}, label2id={"safe": 0, "unsafe": 1},
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        transformers.LlamaForSequenceClassification(config).save_pretrained(tmp_path / "judge")
+    unpadded = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, eos_token="</s>")
+    unpadded.save_pretrained(tmp_path / "judge")
+    ask = judge_models.load_judge(str(tmp_path / "judge"))
+    alone = [ask([request], [answer]).item() for request, answer in zip(REQUESTS, ANSWERS, strict=True)]
+    assert ask(REQUESTS, ANSWERS) == pytest.approx(alone, abs=1e-5) and abs(alone[0] - alone[1]) > 1e-5
+
+
 def chat_judge(folder, model, tokenizer, template: str | None) -> str:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

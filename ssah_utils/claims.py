@@ -302,6 +302,8 @@ def over_runs(rows: list[dict]) -> dict:
     agreed, said = set(verdicts) == {verdicts[0]}, []
     if not agreed:
         said.append(f"by run: {', '.join(verdicts)}")
+    if n_infinite := int(np.isinf(table["ours"]).sum()):
+        said.append(f"not reached in {n_infinite} of {len(measured)} runs")
     if len(measured) < len(rows):
         said.append(f"measured in {len(measured)} of {len(rows)} runs")
     most_fail = 2 * verdicts.count("not replicated") > len(verdicts)

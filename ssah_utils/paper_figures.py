@@ -241,6 +241,7 @@ def claim_line(ax: Axes, line: int, row: pd.Series) -> None:
     ax.plot(-4.08, line, marker, color=colour, fillstyle=fill, ms=5.5)
     ax.text(-3.93, line, row["id"].replace("-", " "), fontsize=7.5, va="center")
     if pd.isna(row["ours"]):
+        ax.text(1.35, line, "" if row["verdict"] == "not measured" else "not reached", fontsize=7, va="center")
         return
     middle, low, high, *runs = scaled(row)
     if not np.isnan(low):

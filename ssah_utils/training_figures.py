@@ -172,7 +172,7 @@ def frontier(tables: Tables) -> Figure:
             )  # fmt: skip
     right.axhline(0, color=INK, lw=0.6)
     right.set(xlabel="share of units frozen", ylabel="margin gained (nats)", title="Gain at equal task loss")
-    right.legend(fontsize=6)
+    right.legend(fontsize=6, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)
     figure.suptitle("The frontier: above is better", x=0.01, ha="left", fontweight="bold")
     return figure
 

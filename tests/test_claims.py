@@ -156,6 +156,7 @@ def test_a_search_that_reached_no_end_is_a_result():
     one = claim(ours=number("empty", otherwise=math.inf, low="", high=""), control=None, replicated="ours <= 64", partly="")
     table = claims.judge([one], [TABLES])
     assert table["verdict"].item() == "not replicated" and claims.to_records(table)[0]["ours"] is None
+    assert table["note"].item() == "not reached in 1 of 1 runs"
 
 
 def shifted(by: float) -> dict:

@@ -157,6 +157,19 @@ def stability_table(results: dict[str, dict]) -> str:
     return markdown(rows, ["safety set by", "requests", "overlap", "margin lost, nats", "coherent ASR", "carries safety"])
 
 
+def smallest_table(results: dict[str, dict]) -> str:
+    """How many units reach a target share of the safety group's effect: single ones by search, or the highest-ranked ones."""
+    result = results["04_ablation"]
+    searched = result["tables"]["smallest_sets"].set_index("target")
+    rows = []
+    for _, row in result["tables"]["smallest_by_answers"].iterrows():
+        single = searched.loc[row["target"], "units"]
+        by_search = f"not within {result['parameters']['n_search']} tries" if pd.isna(single) else f"{single:.0f}"
+        rows.append([f"{row['target']:.0%}", by_search, f"{row['units']:.0f}", f"{row['fraction']:.2%}", percent(row)])
+    header = ["share of the effect", "single units, margin", "highest-ranked units, answers", "share of all units"]
+    return markdown(rows, [*header, "their coherent ASR"])
+
+
 def claims_table(results: dict[str, dict]) -> str:
     """One row per claim: ours and its interval, control, verdict; numbers are those of claims.json."""
     rows = []
@@ -181,6 +194,7 @@ TABLES = {
     "ablation": ablation_table,
     "paper": paper_table,
     "stability": stability_table,
+    "smallest": smallest_table,
     "transfer": transfer_table,
     "freezing": freezing_table,
     "adapters": adapter_table,

@@ -246,12 +246,12 @@ def estimate(rows: pd.DataFrame, selector: Selector) -> tuple[float, float, floa
         return selector.otherwise, np.nan, np.nan
     if values.empty:
         raise LookupError(f"{selector.stage}, table '{selector.table}': '{selector.value}' is empty: re-run {selector.stage}")
+    if selector.aggregate in ("min", "max"):
+        values = values[[values.idxmin() if selector.aggregate == "min" else values.idxmax()]]
     value = float(values.agg(selector.aggregate or "mean"))
-    extreme = {"min": values.idxmin, "max": values.idxmax}.get(selector.aggregate)
     if selector.low:
-        here = slice(None) if extreme is None else [extreme()]
-        return value, float(numbers(selector.low)[here].min()), float(numbers(selector.high)[here].max())
-    return (value, float(values.min()), float(values.max())) if len(values) > 1 and extreme is None else (value, np.nan, np.nan)
+        return value, float(numbers(selector.low)[values.index].min()), float(numbers(selector.high)[values.index].max())
+    return (value, float(values.min()), float(values.max())) if len(values) > 1 else (value, np.nan, np.nan)
 
 
 # ---------------------------------------------------------------------------------------------------------- deciding

@@ -33,12 +33,13 @@ def finished_stages(source: Path) -> list[str]:
 
 def copy_results(source: Path, target: Path, names: tuple[str, ...] = STORED) -> list[str]:
     """Copy the small result files of every finished stage; returns the stages."""
-    for stage in finished_stages(source):
+    stages = finished_stages(source)
+    for stage in stages:
         for name in names:
             if (source / stage / name).exists():
                 with complete_only(target / stage / name) as partial:
                     shutil.copyfile(source / stage / name, partial)
-    return finished_stages(source)
+    return stages
 
 
 def code_hash(notebook: nbformat.NotebookNode) -> str:

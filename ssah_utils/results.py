@@ -172,9 +172,9 @@ REDACTED_LENGTH = 80  # characters: in a text without spaces, every word is one
 
 def redact(text: str, words: int = 4) -> str:
     """The first words of a completion: enough to see its direction, never its content."""
-    whole = " ".join(text.split())
-    opening = " ".join(text.split()[:words])[:REDACTED_LENGTH]
-    return opening + (" [...]" if len(opening) < len(whole) else "")
+    said = text.split()
+    opening = " ".join(said[:words])[:REDACTED_LENGTH]
+    return opening + (" [...]" if opening != " ".join(said) else "")
 
 
 def show_progress(label: str, done: int, total: int) -> None:

@@ -1,13 +1,12 @@
 """What a model does with requests: batched answers and their verdicts, the refusal margin, utility.
 
-Returns tidy tables, one row per request. Knows language models through their Hugging Face interface only: no units, no
-module names. What makes an answer a refusal or gibberish is decided in ``judge``.
+Returns tidy tables, one row per request. Knows language models through their Hugging Face interface and fingerprint: no
+units, no module names. What makes an answer a refusal or gibberish is decided in ``judge``.
 """
 
 import contextlib
 import difflib
 import io
-import json
 import logging
 from collections.abc import Callable, Iterator
 
@@ -19,10 +18,10 @@ import yaml
 from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from ssah_utils import reading
+from ssah_utils import models, reading
 from ssah_utils.arithmetic import is_correct
 from ssah_utils.assets import hub_answers
-from ssah_utils.files import cache_dir, sha256_of, write_json
+from ssah_utils.cache import remembered
 from ssah_utils.judge import is_refusal as is_refusal
 from ssah_utils.judge import rejudged
 from ssah_utils.prompts import DATA, IGNORED, encode, load_refusals, render, right_padded
@@ -63,15 +62,19 @@ def generate(
 
 
 def own_answers(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: list[str], max_new_tokens: int, fingerprint: str,
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: list[str], max_new_tokens: int, fingerprint: str = "",
     progress: Progress = _silent,
 ) -> list[str]:  # fmt: skip
-    """``generate``, remembered in the cache by model, prompts and length."""
-    key = sha256_of([fingerprint, str(model.dtype), prompts, max_new_tokens])[:16]
-    path = cache_dir() / "answers" / f"{key}.json"
-    if not path.exists():
-        write_json(path, generate(model, tokenizer, prompts, max_new_tokens, progress=progress))
-    return json.loads(path.read_text(encoding="utf-8"))
+    """``generate``, remembered in the cache; ``ValueError`` where the model is not the one of ``fingerprint``, if given."""
+    if fingerprint and fingerprint != (found := models.fingerprint(model)):
+        raise ValueError(f"the model has fingerprint {found}, not {fingerprint}: it was changed since, or is another one")
+    return remembered(
+        _answers, model=model, tokenizer=tokenizer, prompts=prompts, max_new_tokens=max_new_tokens, progress=progress
+    )
+
+
+def _answers(model, tokenizer, prompts, max_new_tokens, progress) -> list[str]:
+    return generate(model, tokenizer, prompts, max_new_tokens, progress=progress)
 
 
 @torch.inference_mode()

@@ -7,16 +7,14 @@ import contextlib
 import copy
 import ctypes
 import gc
-import hashlib
 import io
 import json
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import transformers
 from datasets import Dataset
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -30,7 +28,8 @@ from transformers import (
 )
 
 from ssah_utils import models
-from ssah_utils.files import cache_dir, complete_only, require_space, sha256_of, sha256_of_file, write_json
+from ssah_utils.cache import key_of
+from ssah_utils.files import cache_dir, complete_only, require_space, write_json
 from ssah_utils.partial import UnitSet, training_only
 
 
@@ -292,20 +291,6 @@ class StopOnNaN(TrainerCallback):
 # ---------------------------------------------------------------------------------------------------------------- cache
 
 
-def hash_of_units(units: UnitSet) -> str:
-    digest = hashlib.sha256()
-    for kind in sorted(units):
-        digest.update(kind.encode() + units[kind].cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def recipe_of(base: nn.Module, data: list[dict], config: SFTConfig, **more) -> dict:
-    """Everything that makes a trained model: the key under which it, or what was measured on it, is remembered."""
-    code = {name: sha256_of_file(Path(__file__).with_name(name)) for name in ("training.py", "partial.py")}
-    recipe = {"base": models.fingerprint(base), "dtype": str(base.dtype), "data": data, "config": asdict(config)}
-    return recipe | more | {"code": code, "torch": torch.__version__, "transformers": transformers.__version__}
-
-
 def fine_tuned(
     base: str,
     tokenizer: PreTrainedTokenizerBase,
@@ -325,14 +310,12 @@ def fine_tuned(
     Hugging Face checkpoint) and the loss curve.
     """
     model, _ = models.load(base, dtype, device)
-    recipe = recipe_of(model, data, config, only=only and hash_of_units(only), method=method)
-    folder = cache_dir() / "trained" / sha256_of(recipe)[:16]
+    arguments = {"method": method, "model": model, "tokenizer": tokenizer, "data": data, "config": config, "only": only}
+    folder = cache_dir() / "trained" / key_of(_trained, **arguments, report=report)
     if folder.exists():
         return models.load(str(folder), dtype, device)[0], folder, json.loads((folder / "loss.json").read_text())
     require_space(folder.parent, 6 * sum(p.numel() for p in model.parameters()))
-    train = {"sft": fine_tune, "dpo": prefer}[method]
-    with training_only(model, only) if only else contextlib.nullcontext():
-        losses = train(model, tokenizer, data, config, callbacks=(ReportSteps(report),))
+    losses = _trained(**arguments, report=report)
     model.eval()
     with complete_only(folder) as partial:
         model.save_pretrained(partial)
@@ -341,12 +324,13 @@ def fine_tuned(
     return model, folder, losses
 
 
-def remembered(recipe: dict, measure: Callable[[], list[dict]]) -> list[dict]:
-    """Rows that ``measure`` returns, kept in the cache under the recipe, so that a re-run measures only what changed."""
-    path = cache_dir() / "measured" / f"{sha256_of(recipe)[:16]}.json"
-    if not path.exists():
-        write_json(path, measure())
-    return json.loads(path.read_text(encoding="utf-8"))
+def _trained(
+    method: str, model: nn.Module, tokenizer: PreTrainedTokenizerBase, data: list[dict], config: SFTConfig,
+    only: UnitSet | None, report: Callable[[int, int], None],
+) -> list[float]:  # fmt: skip
+    train = {"sft": fine_tune, "dpo": prefer}[method]
+    with training_only(model, only) if only else contextlib.nullcontext():
+        return train(model, tokenizer, data, config, callbacks=(ReportSteps(report),))
 
 
 # ------------------------------------------------------------------------------------------------------------ gradients

@@ -98,12 +98,17 @@ def test_own_answers_are_remembered_per_model_and_prompts(tiny, rendered, tmp_pa
         return [f"answer {len(calls)}"] * len(texts)
 
     monkeypatch.setattr(evaluation, "generate", fake)
-    ask = lambda texts, n, mark: evaluation.own_answers(*tiny, texts, n, mark)  # noqa: E731
-    assert ask(rendered, 4, "A") == ask(rendered, 4, "A") == ["answer 1"] * 5
-    assert ask(rendered, 4, "B") == ["answer 2"] * 5
-    assert ask(rendered, 5, "A") == ["answer 3"] * 5
-    assert ask(rendered[:2], 4, "A") == ["answer 4"] * 2
-    assert ask(rendered, 4, "A") == ["answer 1"] * 5
+    ask = lambda model, texts, n: evaluation.own_answers(model, tiny[1], texts, n)  # noqa: E731
+    model, other = tiny[0], copy.deepcopy(tiny[0])
+    with torch.no_grad():
+        other.get_input_embeddings().weight[3, 3] += 1
+    assert ask(model, rendered, 4) == ask(model, rendered, 4) == ["answer 1"] * 5
+    assert ask(other, rendered, 4) == ["answer 2"] * 5
+    assert ask(model, rendered, 5) == ["answer 3"] * 5
+    assert ask(model, rendered[:2], 4) == ["answer 4"] * 2
+    assert ask(model, rendered, 4) == ["answer 1"] * 5
+    with pytest.raises(ValueError, match="it was changed since"):
+        evaluation.own_answers(other, tiny[1], rendered, 4, models.fingerprint(model))
 
 
 # ---------------------------------------------------------------------------------------------------------------- nll

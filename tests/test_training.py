@@ -26,7 +26,6 @@ from ssah_utils.training import (
     fine_tune,
     fine_tuned,
     prefer,
-    remembered,
     training_arguments,
     unit_gradients,
 )
@@ -770,43 +769,6 @@ def test_frozen_units_of_a_remembered_model_are_the_bases(own_cache, saved_llama
                 assert torch.equal(moved.any(1), way["only"]["mlp"][layer])
             elif not name.endswith("v_proj.weight"):
                 assert not moved.any()
-
-
-def test_code_is_part_of_the_recipe(llama, monkeypatch):
-    first = training.recipe_of(llama, [], CONFIG)
-    assert set(first["code"]) == {"training.py", "partial.py"}
-    assert training.recipe_of(llama, [], CONFIG) == first
-    monkeypatch.setattr(training, "sha256_of_file", lambda path: f"another {path.name}")
-    assert training.recipe_of(llama, [], CONFIG) != first
-    assert training.recipe_of(llama, [], CONFIG, more=1)["more"] == 1
-
-
-def test_measured_once(own_cache):
-    calls = []
-
-    def measure() -> list[dict]:
-        calls.append(1)
-        return [{"step": 3, "rate": 0.1, "why": "ü", "none": None}]
-
-    first = remembered({"base": "a", "step": 1}, measure)
-    assert first == remembered({"step": 1, "base": "a"}, measure) == [{"step": 3, "rate": 0.1, "why": "ü", "none": None}]
-    assert len(calls) == 1
-    assert remembered({"base": "a", "step": 2}, measure) == first
-    assert len(calls) == 2
-    assert len(list((own_cache / "measured").iterdir())) == 2
-
-
-@pytest.mark.parametrize("where", ["measuring", "writing"])
-def test_a_failed_measurement_leaves_nothing(own_cache, where):
-    def measure() -> list[dict]:
-        if where == "measuring":
-            raise OSError("no space left on device")
-        return [{"not for JSON": {1, 2}}]
-
-    with pytest.raises((OSError, TypeError)):
-        remembered({"base": "a"}, measure)
-    assert not list((own_cache / "measured").glob("*"))
-    assert remembered({"base": "a"}, lambda: [{"x": 1}]) == [{"x": 1}]
 
 
 # ----------------------------------------------------------------------------------------------------------- unit gradients

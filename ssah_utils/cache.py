@@ -1,0 +1,212 @@
+"""What a function returned, remembered under everything it depends on: its inputs, its code, the libraries.
+
+The key is made here and nowhere else, from the very arguments that the function is called with. A function that looks at
+anything besides its arguments (a variable of the notebook, say) is refused, so that nothing can be left out of the key.
+Knows models, tables and code. Does not know what is measured.
+"""
+
+import ast
+import builtins
+import dis
+import functools
+import hashlib
+import inspect
+import json
+import types
+from collections.abc import Callable, Iterator
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import pandas as pd
+import torch
+import transformers
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from ssah_utils import models
+from ssah_utils.files import cache_dir, sha256_of, sha256_of_file, write_json
+
+PACKAGE = Path(__file__).parent
+DATA = PACKAGE.parent / "data"
+T = TypeVar("T")
+SILENT = {"progress", "report"}  # arguments that only show how far a function is
+
+
+def remembered(function: Callable[..., T], /, **arguments) -> T:
+    """``function(**arguments)`` from the cache, or called and then kept. It returns what JSON can hold.
+
+    Raises ``ValueError`` when the function depends on more than its arguments, ``TypeError`` for an argument without an
+    identity.
+    """
+    path = cache_dir() / "measured" / f"{key_of(function, **arguments)}.json"
+    if not path.exists():
+        write_json(path, function(**arguments))
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def key_of(function: Callable, /, **arguments) -> str:
+    """Hash of what ``function(**arguments)`` depends on: arguments, code, data files, versions, precision of products."""
+    check_pure(function)
+    bound = inspect.signature(function).bind(**arguments)
+    bound.apply_defaults()
+    inputs = {name: identity(value, name) for name, value in bound.arguments.items() if name not in SILENT}
+    device = models.preferred_device()
+    return sha256_of({
+        "inputs": inputs,
+        "code": code_of(function),
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "precision": str(models.preferred_dtype(device)),  # of autocast, where it is not an argument
+    })[:16]  # fmt: skip
+
+
+# --------------------------------------------------------------------------------------------------------- identity
+
+
+def identity(value: object, name: str = "value") -> object:
+    """What tells one value from another, as JSON. ``TypeError`` names an argument of a type that has no identity here."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, torch.dtype):
+        return str(value)
+    if isinstance(value, nn.Module):
+        return {"model": models.fingerprint(value), "dtype": str(value.dtype), "device": value.device.type}
+    if isinstance(value, PreTrainedTokenizerBase):
+        return {"tokenizer": sha256_of([value.backend_tokenizer.to_str(), value.chat_template, value.special_tokens_map])}
+    if isinstance(value, torch.Tensor):
+        plain = value.detach().cpu().contiguous()
+        return {"tensor": _hash(plain.reshape(-1).view(torch.uint8).numpy().tobytes()), "is": [str(value.dtype), *value.shape]}
+    if isinstance(value, np.ndarray):
+        return identity(value.tolist(), name)
+    if isinstance(value, np.generic):
+        return identity(value.item(), name)
+    if isinstance(value, pd.DataFrame | pd.Series):
+        frame = value.to_frame() if isinstance(value, pd.Series) else value
+        content = frame.to_json(orient="split", double_precision=15)
+        return {"table": _hash(content.encode()), "types": list(map(str, frame.dtypes))}
+    if isinstance(value, Path):
+        files = sorted(path for path in value.rglob("*") if path.is_file()) if value.is_dir() else [value]
+        return {"files": {str(path.relative_to(value.parent)): sha256_of_file(path) for path in files}}
+    if is_dataclass(value) and not isinstance(value, type):
+        return {type(value).__name__: {f.name: identity(getattr(value, f.name), name) for f in fields(value)}}
+    if isinstance(value, dict):
+        return {"dict": [[identity(key, name), identity(item, name)] for key, item in value.items()]}
+    if isinstance(value, list | tuple):
+        return [identity(item, name) for item in value]
+    if isinstance(value, set | frozenset):
+        return {"set": sorted(json.dumps(identity(item, name), sort_keys=True) for item in value)}
+    if isinstance(value, types.FunctionType):
+        check_pure(value)
+        return {"function": code_of(value)}
+    raise TypeError(f"argument '{name}' is a {type(value).__name__}, which has no identity: give what it is made of")
+
+
+def _hash(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+# ------------------------------------------------------------------------------------------------------------- code
+
+
+def code_of(function: Callable) -> dict[str, str]:
+    """Hashes of the source of a function, of what it calls, and of the package's modules and data files behind them."""
+    found: dict[str, str] = {}
+    for part in _functions(function):
+        if _is_ours(part.__module__):
+            found |= closure(part.__module__.split(".")[1])
+            continue
+        defaults = [*(part.__defaults__ or ()), *(part.__kwdefaults__ or {}).values()]  # values that the source need not show
+        found[part.__qualname__] = sha256_of([inspect.getsource(part), identity(defaults, part.__name__)])
+        for value in _globals(part).values():
+            if isinstance(value, types.ModuleType) and _is_ours(value.__name__ + "."):
+                found |= closure(value.__name__.split(".")[1])
+            elif _is_ours(getattr(value, "__module__", "")):
+                found |= closure(value.__module__.split(".")[1])
+    return found
+
+
+def _is_ours(module: str | None) -> bool:
+    return (module or "").startswith("ssah_utils.")
+
+
+@functools.cache
+def closure(module: str) -> dict[str, str]:
+    """Hashes of a module of the package and of everything of the package that it imports, directly or not.
+
+    Where ``prompts`` is among them, also of the data files that it reads.
+    """
+    found, waiting = {}, [module]
+    while waiting:
+        name = waiting.pop()
+        if name not in found:
+            path = PACKAGE / f"{name}.py"
+            found[name] = sha256_of_file(path)
+            waiting += _imports(path)
+    if "prompts" in found:
+        files = [*sorted(DATA.glob("*.json*")), DATA / "utility_cloze.yaml"]
+        found |= {path.name: sha256_of_file(path) for path in files}
+    return found
+
+
+def _imports(path: Path) -> list[str]:
+    """Modules of the package that a file imports, also inside of functions."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module == PACKAGE.name:
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and _is_ours(node.module):
+            found.append(node.module.split(".")[1])
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------------ purity
+
+
+def check_pure(function: Callable) -> None:
+    """``ValueError`` when a function of a notebook uses a value that is not an argument of it.
+
+    Functions of the package are taken as they are: their constants are code, and code is in the key.
+    """
+    for part in _functions(function):
+        if _is_ours(part.__module__):
+            continue
+        around = dict(zip(part.__code__.co_freevars, part.__closure__ or (), strict=True))
+        values = {name: cell.cell_contents for name, cell in around.items()} | _globals(part)
+        for name, value in values.items():
+            if not isinstance(value, types.ModuleType | types.FunctionType | types.BuiltinFunctionType | type):
+                raise ValueError(
+                    f"{part.__name__} uses '{name}', which is not an argument of it, so its result cannot be remembered: "
+                    "make it an argument"
+                )
+
+
+def _functions(function: Callable) -> Iterator[types.FunctionType]:
+    """A function and all functions outside libraries that it uses, directly or not."""
+    seen: list[types.FunctionType] = []
+    waiting = [inspect.unwrap(function)]
+    while waiting:
+        part = waiting.pop()
+        if not isinstance(part, types.FunctionType):
+            raise ValueError(f"{part!r} is no plain function, so its result cannot be remembered")
+        if part in seen:
+            continue
+        seen.append(part)
+        yield part
+        if _is_ours(part.__module__):
+            continue
+        cells = [cell.cell_contents for cell in part.__closure__ or ()]
+        used = [value for value in [*_globals(part).values(), *cells] if isinstance(value, types.FunctionType)]
+        waiting += [value for value in used if _is_ours(value.__module__) or value.__module__ == function.__module__]
+
+
+def _globals(function: types.FunctionType) -> dict[str, object]:
+    """What a function, and functions inside of it, look up by name outside of themselves; builtins left out."""
+    codes, names = [function.__code__], set()
+    while codes:
+        code = codes.pop()
+        names |= {step.argval for step in dis.get_instructions(code) if step.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
+        codes += [const for const in code.co_consts if isinstance(const, types.CodeType)]
+    missing = object()
+    found = {name: function.__globals__.get(name, missing) for name in names}
+    return {name: value for name, value in found.items() if value is not missing and not hasattr(builtins, name)}

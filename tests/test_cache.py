@@ -1,0 +1,242 @@
+"""What is remembered is found again under exactly what it depends on; what looks at anything else is refused."""
+
+import copy
+import dataclasses
+import json
+import types
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from ssah_utils import cache, evaluation, prompts, training
+from ssah_utils.cache import closure, code_of, identity, key_of, remembered
+
+CALLS: list[object] = []
+
+
+def notebook(source: str, **values) -> types.ModuleType:
+    """Functions as a notebook defines them: in ``__main__``, whose other variables they can see."""
+    folder = Path(values.pop("folder"))
+    path = folder / f"cell{len(list(folder.iterdir()))}.py"
+    path.write_text(source)
+    module = types.ModuleType("__main__")
+    module.__dict__.update(values)
+    exec(compile(source, str(path), "exec"), module.__dict__)
+    return module
+
+
+@pytest.fixture
+def cells(tmp_path):
+    (tmp_path / "cells").mkdir()
+    return lambda source, **values: notebook(source, folder=tmp_path / "cells", calls=CALLS.append, **values)
+
+
+# ------------------------------------------------------------------------------------------------------------ identity
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    rate: float
+    steps: int = 3
+
+
+TABLE = pd.DataFrame({"id": ["a", "b"], "prompt": ["one", "two"], "n": [1, 2]})
+VALUES = {
+    "none": [None],
+    "numbers": [0, 1, 1.0, True, False, 0.1, 0.1 + 2**-56, float("nan"), -1],
+    "texts": ["", "a", "A", "ü", "1"],
+    "lists": [[], [1], [1, 2], [2, 1], [[1], 2], [1, [2]], ["1", "2"]],
+    "dicts": [{}, {"a": 1}, {"a": 2}, {"b": 1}, {1: "a"}],
+    "sets": [set(), {1}, {1, 2}],
+    "configs": [Config(0.1), Config(0.2), Config(0.1, 4), training.SFTConfig(), training.SFTConfig(seed=1)],
+    "tensors": [torch.zeros(4), torch.zeros(5), torch.zeros(2, 2), torch.zeros(4, dtype=torch.int64), torch.eye(4)[3],
+                torch.tensor([True, False, False, False]), torch.zeros(4, dtype=torch.bfloat16)],
+    "types": [torch.float32, torch.bfloat16],
+    "tables": [TABLE, TABLE.assign(n=[1, 3]), TABLE.assign(prompt=["one", "Two"]), TABLE[::-1],
+               TABLE.rename(columns={"n": "m"}), TABLE.assign(n=[1.0, 2.0]), TABLE[:1], TABLE.set_index("id", drop=False)],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", VALUES)
+def test_every_difference_is_seen_and_nothing_else(kind):
+    found = [json.dumps(identity(value)) for value in VALUES[kind]]
+    assert len(set(found)) == len(found)
+    assert found == [json.dumps(identity(copy.deepcopy(value))) for value in VALUES[kind]]
+
+
+def test_views_arrays_and_scalars_are_what_they_hold():
+    rows = torch.arange(12.0).reshape(3, 4)
+    assert identity(rows.T) == identity(rows.T.contiguous()) != identity(rows)
+    assert identity(np.array([1, 2])) == identity([1, 2]) and identity(np.float64(0.5)) == identity(0.5)
+
+
+def test_models_are_told_by_every_entry_and_precision(llama):
+    first = identity(llama)
+    assert identity(copy.deepcopy(llama)) == first != identity(copy.deepcopy(llama).bfloat16())
+    with torch.no_grad():
+        llama.model.layers[1].mlp.down_proj.weight[5, 7] += 0.5
+    assert identity(llama) != first
+
+
+def test_tokenizers_are_told_by_template_special_tokens_and_vocabulary(tokenizer):
+    def changed(change) -> str:
+        other = copy.deepcopy(tokenizer)
+        change(other)
+        return json.dumps(identity(other))
+
+    found = [changed(change) for change in (
+        lambda t: None, lambda t: setattr(t, "chat_template", "{{ messages }}"), lambda t: setattr(t, "eos_token", "<pad>"),
+        lambda t: t.add_tokens(["new"]),
+    )]  # fmt: skip
+    assert len(set(found)) == 4 and found[0] == json.dumps(identity(tokenizer))
+
+
+def test_files_are_told_by_what_they_hold(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "weights").write_text("1")
+    paths = [tmp_path / "model", tmp_path / "model" / "weights"]
+    first = [identity(path) for path in paths]
+    (tmp_path / "model" / "weights").write_text("2")
+    assert all(identity(path) != before for path, before in zip(paths, first, strict=True))
+
+
+@pytest.mark.parametrize("value", [object(), iter([1]), {"deep": [lambda: 0, open]}, torch.Generator()])
+def test_what_has_no_identity_is_refused_by_name(value):
+    with pytest.raises((TypeError, ValueError), match=r"argument 'data' is a|no plain function"):
+        identity(value, "data")
+
+
+# ---------------------------------------------------------------------------------------------------------------- code
+
+
+def test_the_code_behind_a_measurement_is_all_that_it_imports():
+    assert {"judge", "prompts", "reading", "stats", "refusals.json", "utility_cloze.jsonl"} <= closure("evaluation").keys()
+    assert {"partial", "models"} <= closure("training").keys()
+    assert not {"run", "figures", "claims", "claims.yaml", "paper_tables.yaml"} & closure("evaluation").keys()
+
+
+def test_the_code_of_a_notebook_function_holds_helpers_defaults_and_the_package(cells):
+    source = (
+        "from ssah_utils import evaluation\n"
+        "def helper(x, n=N):\n    return x + n\n"
+        "def measure(x):\n    return evaluation, helper(x)\n"
+    )
+    first, same, other_default = (code_of(cells(source, N=n).measure) for n in (1, 1, 2))
+    assert first == same != other_default
+    assert {"helper", "measure", "judge", "evaluation"} <= first.keys()
+    assert code_of(cells(source.replace("x + n", "x - n"), N=1).measure) != first
+
+
+def test_changed_rules_of_the_judge_change_the_key(cells, monkeypatch):
+    source = "from ssah_utils import evaluation\ndef measure(x):\n    return evaluation.refusal_margin(x)\n"
+    first = key_of(cells(source).measure, x=1)
+    hashes = cache.sha256_of_file
+    for name in ("judge.py", "refusals.json", "prompts.py"):
+        closure.cache_clear()
+        monkeypatch.setattr(cache, "sha256_of_file", lambda path, name=name: "changed" if path.name == name else hashes(path))
+        assert key_of(cells(source).measure, x=1) != first, name
+    monkeypatch.setattr(cache, "sha256_of_file", hashes)
+    closure.cache_clear()
+    assert key_of(cells(source).measure, x=1) == first
+
+
+def test_precision_and_versions_are_in_the_key(cells, monkeypatch):
+    measure = cells("def measure(x):\n    return x\n").measure
+    keys = [key_of(measure, x=1)]
+    monkeypatch.setenv("SSAH_DTYPE", "bfloat16")
+    keys.append(key_of(measure, x=1))
+    monkeypatch.setattr(cache.transformers, "__version__", "6")
+    keys.append(key_of(measure, x=1))
+    assert len(set(keys)) == 3
+
+
+# -------------------------------------------------------------------------------------------------------------- purity
+
+
+@pytest.mark.parametrize(
+    ("source", "names"),
+    [
+        ("def measure(x):\n    return x + n_task\n", "'n_task'"),
+        ("def helper(x):\n    return x + n_task\ndef measure(x):\n    return helper(x)\n", "helper uses 'n_task'"),
+        ("def measure(x):\n    return [(lambda y: y + n_task)(z) for z in x]\n", "'n_task'"),
+        ("def measure(x):\n    def inner():\n        return n_task\n    return inner()\n", "'n_task'"),
+        ("def make(n):\n    def measure(x):\n        return x + n\n    return measure\nmeasure = make(n_task)\n", "'n'"),
+    ],
+)
+def test_a_function_that_looks_at_the_notebook_is_refused(cells, source, names):
+    with pytest.raises(ValueError, match=names):
+        remembered(cells(source, n_task=5).measure, x=1)
+
+
+def test_arguments_modules_functions_and_builtins_are_free(cells, own_cache):
+    source = ("import numpy as np\ndef twice(x):\n    return 2 * x\ndef measure(x, y=1):\n"
+              "    return [twice(float(np.sqrt(z))) + y for z in sorted(x)]\n")  # fmt: skip
+    assert remembered(cells(source).measure, x=[4, 1]) == [3.0, 5.0]
+
+
+def test_something_else_than_a_function_is_refused(own_cache):
+    with pytest.raises(ValueError, match="no plain function"):
+        remembered(len, x=1)
+
+
+# ------------------------------------------------------------------------------------------------------------- memory
+
+MEASURE = (
+    "def measure(data, rate=0.1, progress=None):\n    calls(data)\n    return [{'n': len(data), 'rate': rate, 'why': 'ü'}]\n"
+)
+
+
+def test_measured_once_for_each_input(cells, own_cache):
+    CALLS.clear()
+    measure = cells(MEASURE).measure
+    first = remembered(measure, data=TABLE)
+    assert first == remembered(measure, data=TABLE.copy(), rate=0.1) == [{"n": 2, "rate": 0.1, "why": "ü"}]
+    assert remembered(measure, data=TABLE, progress=print) == first and len(CALLS) == 1
+    assert remembered(measure, data=TABLE.assign(prompt=["other", "data"])) == first and len(CALLS) == 2
+    assert remembered(measure, data=TABLE, rate=0.2)[0]["rate"] == 0.2 and len(CALLS) == 3
+    assert len(list((own_cache / "measured").iterdir())) == 3
+
+
+@pytest.mark.parametrize(
+    "source", ["def measure(x):\n    raise OSError('disk full')\n", "def measure(x):\n    return {1, 2}\n"]
+)
+def test_a_failed_measurement_leaves_nothing(cells, own_cache, source):
+    with pytest.raises((OSError, TypeError)):
+        remembered(cells(source).measure, x=1)
+    assert not list((own_cache / "measured").glob("*"))
+
+
+def test_freezing_is_measured_again_for_other_requests_pairs_and_bases(cells, llama, tokenizer):
+    """Every input of the fine-tuning of 06_freezing, as the notebook itself calls it."""
+    book = json.loads((prompts.DATA.parent / "notebooks" / "06_freezing.ipynb").read_text(encoding="utf-8"))
+    sources = ["".join(cell["source"]) for cell in book["cells"] if cell["cell_type"] == "code"]
+    wanted = [text for text in sources if text.startswith(("def encoded", "def train_and_measure", "import "))]
+    imports = [line for line in wanted[0].splitlines() if line.startswith(("import", "from"))]
+    module = cells("\n".join([*imports, *wanted[1:]]))
+    frozen = {"attention": torch.zeros(3, 60, dtype=torch.bool), "mlp": torch.ones(3, 70, dtype=torch.bool)}
+    other_model = copy.deepcopy(llama)
+    with torch.no_grad():
+        other_model.model.norm.weight[0] += 1
+    arguments = {
+        "aligned": (llama, other_model), "place": ("a", "b"), "precision": (torch.float32, torch.bfloat16),
+        "base": (llama, other_model), "tokenizer": (tokenizer,),
+        "examples": ([{"input_ids": [1], "labels": [1]}], []), "task": ("adaptation", "arithmetic"),
+        "config": (training.SFTConfig(), training.SFTConfig(seed=1)),
+        "kept": (frozen, {kind: ~chosen for kind, chosen in frozen.items()}, None),
+        "adapter": ("", "lora"), "steps": ([5], [6]), "judge": (True, False), "test": (TABLE, TABLE[:1]),
+        "margin_requests": (["one"], ["two"]), "requests": ({"harmful": TABLE}, {"harmful": TABLE.assign(prompt="other")}),
+        "new_tokens": (16, 24), "n_cloze": (4, 5), "system_prompt": ("", "be kind"),
+    }  # fmt: skip
+    first = {name: values[0] for name, values in arguments.items()}
+    keys = [key_of(module.train_and_measure, **first)]
+    keys += [key_of(module.train_and_measure, **(first | {n: v})) for n, values in arguments.items() for v in values[1:]]
+    assert len(set(keys)) == len(keys) == 1 + sum(len(values) - 1 for values in arguments.values())
+    assert {"judge", "evaluation", "partial"} <= code_of(module.train_and_measure).keys()
+
+
+def test_public_functions_of_the_package_can_be_remembered(llama, tokenizer):
+    key = lambda n: key_of(evaluation.generate, model=llama, tokenizer=tokenizer, prompts=["w5"], max_new_tokens=n)  # noqa: E731
+    assert key(3) == key(3) != key(4)

@@ -6,6 +6,7 @@ Does not know prompts, scores or sets of units.
 """
 
 import hashlib
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,7 @@ from ssah_utils.files import cache_dir, complete_only, require_space
 transformers.utils.logging.disable_progress_bar()
 
 KINDS = ("attention", "mlp")
+DTYPES = ("auto", "float32", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -240,7 +242,12 @@ def preferred_device() -> str:
 
 
 def preferred_dtype(device: str) -> torch.dtype:
-    """bfloat16 where matrix products run natively in it, else float32."""
+    """What ``SSAH_DTYPE`` asks for; else bfloat16 where matrix products run natively in it, else float32."""
+    asked = os.environ.get("SSAH_DTYPE") or "auto"
+    if asked not in DTYPES:
+        raise ValueError(f"SSAH_DTYPE is '{asked}', but one of {', '.join(DTYPES)} is needed")
+    if asked != "auto":
+        return getattr(torch, asked)
     if device.startswith("cuda"):
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:

@@ -96,9 +96,10 @@ def table1_ablation(tables: Tables) -> Figure:
 
 
 def conditions_of(table: pd.DataFrame, column: str) -> list[str]:
-    """Frozen sets of table 2, as far as they were measured, random controls after their originals."""
-    order = ["before", "nothing", "SCU", "SCU + 6% CU", "random, as SCU + 6% CU", "SCU + all CU", "random, as SCU + all CU"]
-    return [name for name in order if name in set(table[column])]
+    """Frozen sets of table 2 in the order they were measured in, random controls after their originals."""
+    names = [name for name in table[column].unique() if name in ("before", "nothing") or "SCU" in name]
+    originals = [name for name in names if not name.startswith("random")]
+    return [name for one in originals for name in (one, f"random, as {one}") if name in names]
 
 
 def table2_freezing(tables: Tables) -> Figure:
@@ -171,7 +172,8 @@ def table5_adapters(tables: Tables) -> Figure:
     names = [name for name in theirs.index if name != "before"]
     figure, axes = panels(names, ["ours: margin minus full fine-tuning, nats", "paper: harmfulness (1 to 5)"])
     peft = tables["peft"][tables["peft"]["against"] == "nothing"]
-    frozen = tables["equal"][(tables["equal"]["task"] == "adaptation") & (tables["equal"]["frozen"] == "SCU + 6% CU")]
+    some = tables["equal"]["frozen"].str.fullmatch(r"SCU \+ [\d.e-]+% CU")
+    frozen = tables["equal"][(tables["equal"]["task"] == "adaptation") & some]
     for row, name in enumerate(names):
         if name == "full":
             axes[0].plot(0, row, "|", color=INK, ms=8)

@@ -8,11 +8,12 @@ from functools import cache
 from pathlib import Path
 
 from ssah_utils.adapters import PEFT_METHODS
-from ssah_utils.models import EMBEDDED, TINY_RANDOM, check_reachable, load_tokenizer
+from ssah_utils.models import DTYPES, EMBEDDED, TINY_RANDOM, check_reachable, load_tokenizer
 from ssah_utils.prompts import POSITIONS, load_dataset, load_pairs, set_chat_template
 from ssah_utils.units import check_fractions
 
 CHOICES = {
+    "dtype": DTYPES,
     "positions": POSITIONS,
     "ablation_mode": ("zero", "mean"),
     "alignment": ("auto", "train", "given"),

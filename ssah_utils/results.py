@@ -3,6 +3,7 @@
 Knows paths and tables. Does not know models or data sets.
 """
 
+import ast
 import importlib.metadata
 import json
 import os
@@ -24,7 +25,9 @@ import seaborn as sns
 import torch
 from matplotlib.figure import Figure
 
+from ssah_utils import kernel
 from ssah_utils.files import complete_only, sha256_of_file, write_json
+from ssah_utils.locks import Lock
 
 ROOT = Path(__file__).parents[1]
 REFERENCE = ROOT / "data" / "reference"
@@ -51,6 +54,7 @@ class Run:
     folder: Path
     parameters: dict
     started: float = field(default_factory=time.monotonic)
+    inputs: dict[str, str] = field(default_factory=dict)  # what was read of earlier stages, with its hash
 
     def path(self, name: str) -> Path:
         """Where this stage writes a file."""
@@ -63,13 +67,14 @@ class Run:
             raise FileNotFoundError(
                 f"{path} is missing: run python -m ssah_utils.run --profile {self.folder.parents[2].name} --only {stage} first"
             )
+        self.inputs[f"{stage}/{name}"] = sha256_of_file(path)
         return path
 
     def save_figure(self, figure: Figure, name: str) -> None:
         save_figure(figure, self.folder, name)
 
-    def finish(self, inputs: list[Path] | None = None, **tables: pd.DataFrame) -> None:
-        """Write result.json: tidy tables, parameters, versions, commit, hashes of the inputs, time and memory taken."""
+    def finish(self, **tables: pd.DataFrame) -> None:
+        """Write result.json: tidy tables, parameters, versions, machine, commit, hashes of inputs, time and memory taken."""
         write_json(
             self.path("result.json"),
             {
@@ -77,8 +82,9 @@ class Run:
                 "stage": self.stage,
                 "parameters": self.parameters,
                 "versions": versions(),
+                "machine": machine(self.parameters),
                 "commit": commit(),
-                "inputs": {f"{path.parent.name}/{path.name}": sha256_of_file(path) for path in inputs or []},
+                "inputs": self.inputs,
                 "seconds": round(time.monotonic() - self.started, 1),
                 "peak_memory_gib": peak_memory_gib(),
                 "tables": {
@@ -86,17 +92,48 @@ class Run:
                 },
             },
         )
+        if self.folder in _held:
+            _held.pop(self.folder).release()
         print(f"{self.stage}: {', '.join(tables)} saved in {time.monotonic() - self.started:.0f} s")
 
 
-def start(stage: str, profile: str, model: str, seed: int, **parameters) -> Run:
-    """Begin a notebook: seed every generator, set the figure style, print what it runs on."""
+def declared_parameters(notebook: Path) -> dict:
+    """Names and default values in the cell tagged ``parameters``; ``ValueError`` when there is none."""
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    tagged = [cell for cell in cells if "parameters" in cell["metadata"].get("tags", [])]
+    if not tagged:
+        raise ValueError(f"{notebook.name} has no cell tagged 'parameters'")
+    found = {}
+    for node in ast.parse("".join(tagged[0]["source"])).body:
+        target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
+        try:
+            found[target.id] = ast.literal_eval(node.value)
+        except (AttributeError, ValueError):
+            raise ValueError(f"{notebook.name}: the cell tagged 'parameters' holds more than names and values") from None
+    return found
+
+
+def start(stage: str, values: dict) -> Run:
+    """Begin a notebook: prove which Python it runs in, lock its folder, seed every generator, set the figure style.
+
+    ``values``: the notebook's ``globals()``, from which every parameter that it declares is stored with the result.
+    Raises ``RuntimeError`` when another process is at work in the same folder.
+    """
+    kernel.check()
+    declared = declared_parameters(ROOT / "notebooks" / f"{stage}.ipynb")
+    if missing := [name for name in declared if name not in values]:
+        raise ValueError(f"{stage} declares '{missing[0]}', which has no value: run the cell tagged 'parameters' first")
+    parameters = {name: values[name] for name in declared}
+    profile, model, seed = (parameters[name] for name in ("profile", "model", "seed"))
+    if "dtype" in parameters:
+        os.environ["SSAH_DTYPE"] = parameters["dtype"]
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
     set_style()
     folder = run_folder(profile, model, seed) / stage
     folder.mkdir(parents=True, exist_ok=True)
+    lock_stage(folder)
     device = (
         torch.cuda.get_device_name()
         if torch.cuda.is_available()
@@ -104,7 +141,31 @@ def start(stage: str, profile: str, model: str, seed: int, **parameters) -> Run:
     )
     print(f"{stage} · profile {profile} · model {model} · seed {seed}")
     print(f"python {platform.python_version()} · torch {torch.__version__} · {device}")
-    return Run(stage, folder, {"profile": profile, "model": model, "seed": seed} | parameters)
+    return Run(stage, folder, parameters)
+
+
+# Locks of this process by file, so that a cell can be run again; the system releases them when the process ends.
+_held: dict[Path, Lock] = {}
+
+
+def run_lock(folder: Path, what: str = "") -> Lock:
+    """The lock of a whole run (one profile, model and seed), which the runner holds while it works."""
+    return Lock(folder / ".lock", what)
+
+
+def stage_lock(folder: Path) -> Lock:
+    """The lock of one notebook's folder, which its kernel holds until it is finished."""
+    return Lock(folder.parent / f".{folder.name}.lock", f"notebook {folder.name}")
+
+
+def lock_stage(folder: Path) -> None:
+    """Hold a notebook's folder for this process; ``InUse`` when a run, or another kernel, is at work there."""
+    if kernel.EXPECTED not in os.environ:  # started by hand: a runner may be at work
+        whole = run_lock(folder.parent)
+        whole.acquire()
+        whole.release()
+    lock = _held.setdefault(folder, stage_lock(folder))
+    lock.acquire()
 
 
 def peak_memory_gib() -> float:
@@ -150,6 +211,17 @@ def find_run(profile: str, seed: int = 0) -> Path:
 
 def versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in PACKAGES}
+
+
+def machine(parameters: dict) -> dict[str, object]:
+    """What a number's last digits depend on: instruction set, threads, device, and the precision of what was measured."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    found = {"cpu": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads(), "device": device}
+    if "dtype" in parameters:
+        from ssah_utils import models  # seconds to import; a notebook with a precision has done so
+
+        found["dtype"] = str(models.preferred_dtype(models.preferred_device())).removeprefix("torch.")
+    return found
 
 
 def commit() -> str:

@@ -1,7 +1,8 @@
 """Execute the notebooks in order through papermill: strict parameters, resume, progress.
 
     python -m ssah_utils.run --profile laptop
-    python -m ssah_utils.run --profile laptop --only 04_ablation --set safety_fraction=0.004
+    python -m ssah_utils.run --profile laptop --set safety_fraction=0.004
+    python -m ssah_utils.run --profile laptop --only 04_ablation --set n_random=10
     python -m ssah_utils.run --list
 
 papermill alone would accept unknown parameters, leave half-executed notebooks behind and count ``sys.exit(0)`` as success.
@@ -11,12 +12,10 @@ Here everything is checked before a kernel starts, and a stage counts as done on
 import argparse
 import ast
 import difflib
-import json
 import shutil
 import sys
 import time
-from dataclasses import dataclass
-from functools import cache
+from collections.abc import Callable
 from pathlib import Path
 
 import nbformat
@@ -25,39 +24,17 @@ import yaml
 from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 
-from ssah_utils import parameters
-from ssah_utils.files import complete_only, require_space, sha256_of, sha256_of_file, write_json
-from ssah_utils.results import ROOT, run_folder
+from ssah_utils import machine, models, parameters
+from ssah_utils.files import complete_only, require_space, write_json
+from ssah_utils.kernel import ThisInterpreter
+from ssah_utils.locks import InUse, locked
+from ssah_utils.results import ROOT, declared_parameters, run_lock, stage_lock
+from ssah_utils.stamps import Stage, forget_sources, made, made_from, missing_outputs, outdated, read_stamp, stage_key
 from ssah_utils.status import clock, log_to, status_line
 
 NOTEBOOKS = ROOT / "notebooks"
-RUNNER = ("run.py", "status.py", "publish.py", "README.md")  # no result depends on them
+PATIENCE = 5  # seconds
 IDENTITY = {"model", "seed"}  # they name the run folder, so all notebooks get them
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One notebook with the parameters it will get."""
-
-    name: str
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
-    minutes: dict[str, float]
-    parameters: dict
-    own_files: tuple[str, ...] = ()  # files of the package or of data/ that no other stage depends on
-    every_seed: bool = False  # whether it also reads what runs with other seeds stored
-
-    @property
-    def notebook(self) -> Path:
-        return NOTEBOOKS / f"{self.name}.ipynb"
-
-    @property
-    def folder(self) -> Path:
-        return run_folder(self.parameters["profile"], self.parameters["model"], self.parameters["seed"]) / self.name
-
-    @property
-    def stamp(self) -> Path:
-        return self.folder / "stamp.json"
 
 
 # --------------------------------------------------------------------------------------------------------- planning
@@ -79,6 +56,9 @@ def plan(profile: str, assignments: list[str], only: str = "") -> list[Stage]:
         raise ValueError("the profile is chosen by --profile, not by --set")
     accepting = [only] if only else names
     for name in chosen:
+        owners = [stage for stage in names if name in declared[stage]]
+        if only and owners and only not in owners:
+            raise ValueError(f"parameter '{name}' is not one of {only}, but of {', '.join(owners)}: leave --only away")
         known("parameter", name, sorted({key for stage in accepting for key in declared[stage]}))
     stages = []
     for entry in pipeline:
@@ -90,19 +70,9 @@ def plan(profile: str, assignments: list[str], only: str = "") -> list[Stage]:
         values = {key: absolute(key, value) for key, value in values.items()}
         parameters.check(values)
         own, every_seed = tuple(entry.get("own_files", ())), entry.get("every_seed", False)
-        stages.append(
-            Stage(entry["name"], tuple(entry["inputs"]), tuple(entry["outputs"]), entry["minutes"], values, own, every_seed)
-        )
+        files = tuple(entry["inputs"]), tuple(entry["outputs"])
+        stages.append(Stage(NOTEBOOKS / f"{entry['name']}.ipynb", *files, entry["minutes"], values, own, every_seed))
     return stages
-
-
-@cache
-def declared_parameters(notebook: Path) -> dict:
-    """Names and default values in the cell tagged ``parameters``."""
-    found = papermill.inspect_notebook(str(notebook))
-    if not found:
-        raise ValueError(f"{notebook.name} has no cell tagged 'parameters'")
-    return {name: ast.literal_eval(entry["default"]) for name, entry in found.items()}
 
 
 def read_profile(profile: str, declared: dict[str, dict]) -> dict[str, dict]:
@@ -173,72 +143,15 @@ def typed(name: str, value: object, default: object) -> object:
 # -------------------------------------------------------------------------------------------------------- execution
 
 
-def stage_key(stage: Stage, stages: list[Stage], as_made: bool = False) -> str:
-    """Hash of everything a stage's result depends on: its code, the package, the data, its parameters, its inputs.
+def execute(stage: Stage, make_key: Callable[[], str], left: float) -> float:
+    """Run one notebook; returns its seconds. Nothing is left where a finished notebook is expected unless it finished.
 
-    The inputs as they are planned, or ``as_made``: with what they were made last.
+    The stamp says by which key it was made. Where ``make_key`` gives another one afterwards, something it depends on was
+    changed while it ran, and nobody can tell what it was made by: it has failed.
     """
-    inputs = [other for other in stages if other.name in stage.inputs]
-    upstream = [read_stamp(other)["key"] if as_made else stage_key(other, stages) for other in inputs]
-    foreign = {name for other in stages for name in other.own_files} - set(stage.own_files)
-    package = {name: content for name, content in package_source().items() if name not in foreign}
-    content = [notebook_source(stage.notebook), package, stage.parameters, named_files(stage), upstream]
-    return sha256_of([*content, other_seeds(stage)] if stage.every_seed else content)
-
-
-def other_seeds(stage: Stage) -> dict[str, str]:
-    """Hashes of the inputs that runs of the same profile and model with other seeds have stored."""
-    run = stage.folder.parent
-    found = [path for name in stage.inputs for path in run.parent.glob(f"seed-*/{name}/result.json")]
-    return {f"{path.parts[-3]}/{path.parts[-2]}": sha256_of_file(path) for path in sorted(found) if run not in path.parents}
-
-
-def named_files(stage: Stage) -> dict[str, object]:
-    """Content of the files that parameters name, and what tells one model folder from another."""
-    found: dict[str, object] = {}
-    for value in stage.parameters.values():
-        path = Path(value) if isinstance(value, str) and value.startswith("/") else None
-        if path and path.is_file():
-            found[value] = sha256_of_file(path)
-        elif path and path.is_dir():
-            found[value] = [(file.name, file.stat().st_size, file.stat().st_mtime) for file in sorted(path.iterdir())]
-    return found
-
-
-@cache
-def notebook_source(notebook: Path) -> list[str]:
-    return [cell.source for cell in nbformat.read(notebook, as_version=4).cells if cell.cell_type == "code"]
-
-
-@cache
-def package_source() -> dict[str, str]:
-    files = [*(ROOT / "ssah_utils").glob("*.py"), *(ROOT / "data").glob("*.*")]
-    return {path.name: sha256_of_file(path) for path in sorted(files) if path.name not in RUNNER}
-
-
-def read_stamp(stage: Stage) -> dict:
-    return json.loads(stage.stamp.read_text()) if stage.stamp.exists() else {}
-
-
-def is_current(stage: Stage, key: str) -> bool:
-    if read_stamp(stage).get("key") != key:
-        return False
-    inputs = [stage.folder.parent / name / stage.stamp.name for name in stage.inputs]
-    made_again = any(path.exists() and path.stat().st_mtime_ns > stage.stamp.stat().st_mtime_ns for path in inputs)
-    return not made_again and not missing_outputs(stage)
-
-
-def missing_outputs(stage: Stage) -> list[str]:
-    """Outputs that are not there, also trained models that models.json points to in the cache."""
-    missing = [name for name in stage.outputs if not (stage.folder / name).exists()]
-    if "models.json" in stage.outputs and not missing:
-        places = json.loads((stage.folder / "models.json").read_text()).values()
-        missing = [place for place in places if Path(place).is_absolute() and not Path(place).exists()]
-    return missing
-
-
-def execute(stage: Stage, key: str, left: float) -> float:
-    """Run one notebook; returns its seconds. Nothing is left where a finished notebook is expected unless it finished."""
+    key, inputs = make_key(), made_from(stage)
+    with locked(stage_lock(stage.folder), wait=PATIENCE):
+        pass  # a notebook started by hand may be at work there; the kernel of a killed run needs a moment to end
     stage.folder.mkdir(parents=True, exist_ok=True)
     for workspace in stage.folder.glob(f".{stage.name}.*"):  # left by a run that was killed
         shutil.rmtree(workspace, ignore_errors=True)
@@ -249,8 +162,9 @@ def execute(stage: Stage, key: str, left: float) -> float:
     with complete_only(failed) as partial, log_to(stage.folder / f"{stage.name}.log"), status_line(stage.name, left):
         try:
             papermill.execute_notebook(
-                str(stage.notebook), str(partial), stage.parameters, cwd=str(NOTEBOOKS), progress_bar=False,
-                log_output=True, kernel_name="python3", extra_arguments=["--log-level=ERROR"],
+                literal(stage.notebook), literal(partial), stage.parameters, cwd=str(NOTEBOOKS), progress_bar=False,
+                log_output=True, kernel_name="python3", kernel_manager_class=ThisInterpreter,
+                extra_arguments=["--log-level=ERROR"],
             )  # fmt: skip
             problem = skipped_cells(partial)
         except PapermillExecutionError as error:
@@ -262,12 +176,20 @@ def execute(stage: Stage, key: str, left: float) -> float:
             shutil.copyfile(stage.notebook, partial)
     if not problem and (missing := missing_outputs(stage)):
         problem = f"ended without writing {', '.join(missing)}"
+    forget_sources()
+    if not problem and (make_key() != key or made_from(stage) != inputs):
+        problem = "was changed while it ran (its notebook, the package, its data or its inputs): run it again"
     if problem:
         raise RuntimeError(f"{stage.name} {problem} (executed notebook: {failed})")
     failed.replace(finished)
     seconds = time.monotonic() - started
-    write_json(stage.stamp, {"key": key, "seconds": round(seconds, 1)})
+    write_json(stage.stamp, {"key": key, "seconds": round(seconds, 1), "inputs": inputs, "made": made(stage)})
     return seconds
+
+
+def literal(path: Path) -> str:
+    """A path as papermill takes it for itself: it formats paths, so braces are doubled."""
+    return str(path).replace("{", "{{").replace("}", "}}")
 
 
 def skipped_cells(executed: Path) -> str:
@@ -279,41 +201,54 @@ def skipped_cells(executed: Path) -> str:
     return ""
 
 
-def expected_seconds(stage: Stage) -> float:
-    """What the stage took last time here, else what pipeline.yaml says."""
-    planned = 60 * stage.minutes.get(stage.parameters["profile"], stage.minutes["laptop"])
-    return read_stamp(stage).get("seconds", planned)
-
-
-def outdated(selected: list[Stage], keys: dict[str, str]) -> list[Stage]:
-    """Stages to execute: what is not up to date, and what follows from it."""
-    found: list[Stage] = []
-    for stage in selected:
-        if not is_current(stage, keys[stage.name]) or any(other.name in stage.inputs for other in found):
-            found.append(stage)
+def expected_seconds(stages: list[Stage]) -> dict[str, float]:
+    """What every stage took last time here, else what pipeline.yaml says, scaled to the speed of this machine."""
+    found = {stage.name: read_stamp(stage).get("seconds") for stage in stages}
+    if None not in found.values():
+        return found
+    reference = yaml.safe_load((NOTEBOOKS / "pipeline.yaml").read_text(encoding="utf-8")).get("machine")
+    device = models.preferred_device()
+    times = machine.slowdown(reference, models.preferred_dtype(device), device) if reference else 1.0
+    if reference:
+        print(f"this machine takes about {times:.1f} times as long as the one whose minutes are in pipeline.yaml", flush=True)
+    for stage in stages:
+        planned = 60 * stage.minutes.get(stage.parameters["profile"], stage.minutes["laptop"])
+        found[stage.name] = found[stage.name] or times * planned
     return found
 
 
 def run(stages: list[Stage], only: str = "", force: bool = False) -> None:
-    """Execute what is not up to date, in order; with ``only``, that stage alone, which needs its inputs to be there."""
-    keys = {stage.name: stage_key(stage, stages) for stage in stages}
+    """Execute what is not up to date, in order; with ``only``, that stage alone, which needs its inputs to be there.
+
+    Raises ``InUse`` when another run is at work in the same folder.
+    """
     selected = [stage for stage in stages if only in ("", stage.name)]
-    if only:
+    require_space(selected[0].folder, 2 * 2**30)
+    with locked(run_lock(selected[0].folder.parent)):
+        _run(stages, selected, bool(only), force)
+
+
+def _run(stages: list[Stage], selected: list[Stage], alone: bool, force: bool) -> None:
+    if alone:
         absent = [other.name for other in stages if other.name in selected[0].inputs and not other.stamp.exists()]
         if absent:
-            raise ValueError(f"{only} needs the results of {', '.join(absent)}: run the whole profile first")
-        keys[only] = stage_key(selected[0], stages, as_made=True)
+            raise ValueError(f"{selected[0].name} needs the results of {', '.join(absent)}: run the whole profile first")
+    keys = {stage.name: stage_key(stage, stages, as_made=alone) for stage in selected}
     todo = selected if force else outdated(selected, keys)
-    estimates = {stage.name: expected_seconds(stage) for stage in todo}
-    require_space(selected[0].folder, 2 * 2**30 if todo else 0)
-    began = time.monotonic()
+    expected = expected_seconds(todo)
+    if todo:
+        print(f"{len(todo)} of {len(selected)} notebooks to execute, about {clock(sum(expected.values()))}", flush=True)
+    began, done = time.monotonic(), 0.0
     for stage in selected:
         if stage not in todo:
             print(f"{stage.name}  up to date: {shown(stage.folder)}")
             continue
-        left = sum(estimates[other.name] for other in todo[todo.index(stage) :])
+        # what the finished ones took, beside what was expected of them, says how long the others will take
+        pace = (time.monotonic() - began) / done if done else 1.0
+        left = pace * sum(expected[other.name] for other in todo[todo.index(stage) :])
         print(f"{stage.name}  started, about {clock(left)} to the end of the run", flush=True)
-        seconds = execute(stage, keys[stage.name], left)
+        seconds = execute(stage, lambda stage=stage: stage_key(stage, stages, as_made=alone), left)
+        done += expected[stage.name]
         print(f"{stage.name}  done in {clock(seconds)}: {shown(stage.folder)}", flush=True)
     if todo:
         print(f"{len(todo)} of {len(selected)} notebooks executed in {clock(time.monotonic() - began)}")
@@ -348,6 +283,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     try:
         run(stages, options.only, options.force)
+    except InUse as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 3
     except (RuntimeError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

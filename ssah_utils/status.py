@@ -47,7 +47,8 @@ def status_line(name: str, left: float) -> Iterator[None]:
             while not done.wait(1 if live else 60):
                 what = status.read_text() if status.exists() else "starting"
                 elapsed = time.monotonic() - started
-                line = f"{name}  {clock(elapsed)} elapsed, about {clock(max(0, left - elapsed))} left in all · {what}"
+                rest = f"about {clock(left - elapsed)} left in all" if elapsed < left else "longer than expected"
+                line = f"{name}  {clock(elapsed)} elapsed, {rest} · {what}"
                 print(f"\r\033[K{line}" if live else line, end="" if live else "\n", flush=True)
 
         thread = threading.Thread(target=show, daemon=True)
@@ -63,4 +64,6 @@ def status_line(name: str, left: float) -> Iterator[None]:
 
 
 def clock(seconds: float) -> str:
-    return f"{int(seconds // 60)}:{int(seconds % 60):02d}"
+    """Minutes and seconds, from an hour on with hours."""
+    minutes, rest = divmod(int(seconds), 60)
+    return f"{minutes}:{rest:02d}" if minutes < 60 else f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"

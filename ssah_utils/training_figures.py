@@ -3,6 +3,8 @@
 Knows tables only. Loads no model.
 """
 
+import re
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -17,7 +19,7 @@ from ssah_utils.units import GROUPS
 Tables = dict[str, pd.DataFrame]
 DATA_COLOURS = {"adaptation": "#D55E00", "with refusals": "#0072B2", "floor": CONTROL}
 # one colour per frozen set; its random control has the same colour, dashed
-FROZEN_COLOURS = {"before": INK, "nothing": "#000000", "SCU": "#E69F00", "SCU + 6% CU": "#D55E00", "SCU + all CU": "#0072B2",
+FROZEN_COLOURS = {"before": INK, "nothing": "#000000", "SCU": "#E69F00", "SCU + some CU": "#D55E00", "SCU + all CU": "#0072B2",
                   "lora": "#CC79A7", "llama-adapter": "#009E73", "prefix": "#56B4E9"}  # fmt: skip
 FACTOR_COLOURS = ("#0072B2", "#D55E00", "#009E73")
 BUDGET_COLOURS = {
@@ -31,7 +33,8 @@ BUDGET_COLOURS = {
 
 
 def colour_of(condition: str) -> str:
-    return FROZEN_COLOURS[condition.removeprefix("random, as ")]
+    """Of a frozen set or its random control, whatever share of the complex units it holds."""
+    return FROZEN_COLOURS[re.sub(r"\+ [\d.e-]+% CU", "+ some CU", condition.removeprefix("random, as "))]
 
 
 def style_of(condition: str) -> str:

@@ -1,9 +1,13 @@
 """The runner: everything a user can get wrong is one line before a kernel starts; a stage is finished or absent."""
 
+import functools
 import itertools
 import json
 import os
 import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import nbformat
@@ -12,7 +16,8 @@ import pytest
 import yaml
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from ssah_utils import assets, models, run
+from ssah_utils import assets, kernel, models, results, run, stamps
+from ssah_utils.locks import InUse
 from ssah_utils.results import ROOT
 
 EXECUTE = papermill.execute_notebook
@@ -54,10 +59,38 @@ def test_plan_joins_defaults_profile_and_assignments():
 
 
 def test_assignments_go_to_the_only_notebook():
-    stages = run.plan("smoke", ["safety_fraction=0.02"], only="04_ablation")
-    found = {stage.name: stage.parameters["safety_fraction"] for stage in stages if "safety_fraction" in stage.parameters}
-    assert found.pop("04_ablation") == 0.02
-    assert set(found.values()) == {0.013}
+    stages = run.plan("smoke", ["n_harmful=3"], only="04_ablation")
+    found = {stage.name: stage.parameters["n_harmful"] for stage in stages if "n_harmful" in stage.parameters}
+    assert found.pop("04_ablation") == 3
+    assert set(found.values()) == {8}
+
+
+def test_the_partition_belongs_to_03_and_changes_all_that_use_it(monkeypatch):
+    """04 once partitioned anew at another share, beside a reference set and random controls of the first."""
+    with pytest.raises(ValueError, match=r"'safety_fraction' is not one of 04_ablation, but of 03_units, 07_.*: leave --only"):
+        run.plan("smoke", ["safety_fraction=0.004"], only="04_ablation")
+    monkeypatch.setattr(stamps, "read_stamp", lambda stage: {})
+    keys = [{s.name: stamps.stage_key(s, stages) for s in stages}
+            for stages in (run.plan("smoke", []), run.plan("smoke", ["utility_fraction=0.1"]))]  # fmt: skip
+    changed = {name for name in keys[0] if keys[0][name] != keys[1][name]}
+    assert changed == {"03_units", "04_ablation", "05_transfer", "06_freezing", "08_claims"}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
+def test_every_declared_parameter_is_stored_with_the_result(path, tmp_path, monkeypatch):
+    declared = results.declared_parameters(path)
+    monkeypatch.chdir(tmp_path)
+    started = results.start(path.stem, declared | {"another": 1})
+    started.finish(table=results.pd.DataFrame({"x": [1.5]}))
+    stored = json.loads(started.path("result.json").read_text())
+    assert stored["parameters"] == declared and stored["tables"] == {"table": [{"x": 1.5}]}
+    assert ("dtype" in stored["machine"]) == ("dtype" in declared)
+
+
+def test_a_notebook_lacking_a_parameter_of_its_own_is_refused():
+    with pytest.raises(ValueError, match="03_units declares 'n_seeds', which has no value"):
+        results.start("03_units", {k: v for k, v in results.declared_parameters(
+            ROOT / "notebooks" / "03_units.ipynb").items() if k != "n_seeds"})  # fmt: skip
 
 
 @pytest.mark.parametrize("profile", sorted(path.stem for path in (ROOT / "notebooks" / "profiles").glob("*.yaml")))
@@ -75,7 +108,7 @@ def test_every_profile_names_known_parameters_of_the_right_type(profile, monkeyp
         ("laptp", [], "", ["profile 'laptp'", "'laptop'"]),
         ("smoke", [], "04_ablatoin", ["notebook '04_ablatoin'", "'04_ablation'"]),
         ("smoke", ["n_randm=3"], "", ["parameter 'n_randm'", "'n_random'"]),
-        ("smoke", ["n_random=3"], "02_probing", ["parameter 'n_random'", "nearest"]),
+        ("smoke", ["n_random=3"], "02_probing", ["parameter 'n_random'", "04_ablation"]),
         ("smoke", ["harmful_data=advbnch"], "", ["data set 'advbnch'", "'advbench'"]),
         ("smoke", ["n_random=many"], "", ["'n_random' takes int", "str 'many'"]),
         ("smoke", ["n_random=2.5"], "", ["'n_random' takes int", "float 2.5"]),
@@ -281,8 +314,7 @@ class Pipeline:
             ),
             self.folder / f"{name}.ipynb",
         )
-        for function in (run.notebook_source, run.declared_parameters):
-            function.cache_clear()
+        stamps.forget_sources()
 
     def stage_folder(self, name: str, seed: int = 0) -> Path:
         return self.runs / "laptop" / "tiny-random-llama" / f"seed-{seed}" / name
@@ -351,7 +383,7 @@ def test_changed_markdown_runs_nothing(quick):
     notebook = nbformat.read(quick.folder / "a.ipynb", as_version=4)
     notebook.cells[0].source = "# Another title"
     nbformat.write(notebook, quick.folder / "a.ipynb")
-    run.notebook_source.cache_clear()
+    stamps.forget_sources()
     assert quick.run() == []
 
 
@@ -368,7 +400,7 @@ def test_changed_upstream_parameter_runs_the_downstream_notebook(quick):
     assert quick.run("n_items=4", only="a") == ["a"]
     assert quick.run() == ["a", "b"], "what follows from a stage is made again after it"
     stages = run.plan("laptop", ["n_items=4"], "a")
-    assert [run.is_current(stage, run.stage_key(stage, stages)) for stage in stages] == [False, False, True]
+    assert [stamps.is_current(stage, stamps.stage_key(stage, stages)) for stage in stages] == [False, False, True]
 
 
 def test_a_stage_run_on_other_inputs_is_not_taken_for_the_planned_one(quick):
@@ -386,27 +418,162 @@ def test_the_list_shows_what_a_run_would_do(quick, capsys):
     assert states == ["to run", "to run", "up to date"] and quick.run() == ["a", "b"]
 
 
-def test_what_a_forced_stage_feeds_is_not_up_to_date_any_more(quick):
+def test_what_a_forced_stage_feeds_is_made_again_if_something_else_came_out(quick):
     quick.run()
+    assert quick.run(only="a", force=True) == ["a"]
+    assert quick.run() == [], "the same came out"
+    quick.write("a", "(folder / 'result.json').write_text(str(__import__('time').time_ns()))")
+    assert quick.run() == ["a", "b"]
     assert quick.run(only="a", force=True) == ["a"]
     assert quick.run() == ["b"] and quick.run() == []
 
 
+@pytest.mark.parametrize("name", ["result.json", "a.ipynb"])
+def test_a_stamp_stands_for_the_files_it_was_written_for(quick, name):
+    """What another run, an editor or a copy put in place of a result is not up to date."""
+    quick.run()
+    path = quick.stage_folder("a") / name
+    times = path.stat().st_atime_ns, path.stat().st_mtime_ns
+    path.write_text(path.read_text().replace("3", "4"))
+    os.utime(path, ns=times)
+    assert quick.run() == ["a", "b"]
+
+
+def test_a_torn_stamp_is_none(quick):
+    quick.run()
+    (quick.stage_folder("c") / "stamp.json").write_text('{"key": "')
+    assert quick.run() == ["c"]
+
+
+def test_a_run_folder_taken_elsewhere_stays_up_to_date(quick, tmp_path, monkeypatch):
+    quick.run()
+    shutil.copytree(quick.runs, tmp_path / "elsewhere")  # other times, same content
+    monkeypatch.setenv("SSAH_RUNS", str(tmp_path / "elsewhere"))
+    assert quick.run() == []
+
+
+@pytest.mark.parametrize("what", ["versions", "dtype_of"])
+def test_other_libraries_or_another_precision_run_everything(quick, monkeypatch, what):
+    quick.run()
+    monkeypatch.setattr(stamps, what, lambda *stage: "another")
+    assert quick.run() == ["a", "b", "c"]
+
+
+def test_auto_means_another_precision_on_another_machine(monkeypatch):
+    (stage,) = (s for s in run.plan("smoke", []) if s.name == "03_units")
+    keys = set()
+    for dtype in ("float32", "bfloat16"):
+        monkeypatch.setenv("SSAH_DTYPE", dtype)
+        keys.add(stamps.dtype_of(stage))
+    assert keys == {"torch.float32", "torch.bfloat16"}
+
+
+def test_what_changes_while_a_notebook_runs_has_no_stamp(quick, monkeypatch):
+    def edited_meanwhile(source, target, parameters, **options):
+        quick.fake(source, target, parameters)
+        quick.write("a", "extra = 1")
+
+    monkeypatch.setattr(papermill, "execute_notebook", edited_meanwhile)
+    with pytest.raises(RuntimeError, match="a was changed while it ran"):
+        quick.run()
+    assert not (quick.stage_folder("a") / "stamp.json").exists()
+    monkeypatch.setattr(papermill, "execute_notebook", quick.fake)
+    assert quick.run() == ["a", "b", "c"]
+
+
+def test_expected_times_are_scaled_to_the_speed_of_the_machine(quick, monkeypatch, capsys):
+    pipeline = yaml.safe_load((quick.folder / "pipeline.yaml").read_text())
+    reference = {"dtype": "bfloat16", "gflops": 900, "used": {"bfloat16": 0.4, "float32": 0.8}}
+    (quick.folder / "pipeline.yaml").write_text(yaml.safe_dump(pipeline | {"machine": reference}))
+    monkeypatch.setattr(run.machine, "gflops", lambda dtype, device: 150)
+    monkeypatch.setenv("SSAH_DTYPE", "float32")
+    assert quick.run(only="c") == ["c"]
+    said = capsys.readouterr().out
+    assert "takes about 3.0 times as long" in said and "1 of 1 notebooks to execute, about 0:18" in said
+    quick.run(only="c", force=True)
+    assert "times as long" not in capsys.readouterr().out, "it knows by now"
+
+
+# ------------------------------------------------------------------------------------------------- two in one folder
+
+OTHER = """
+import sys, time
+from pathlib import Path
+from ssah_utils.locks import Lock
+lock = Lock(Path(sys.argv[1]), "the other run")
+lock.acquire()
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.fixture
+def another_process(pipeline) -> Iterator[Callable[[Path], subprocess.Popen]]:
+    """Somebody else who holds a lock."""
+    started = []
+
+    def hold(path: Path) -> subprocess.Popen:
+        process = subprocess.Popen([sys.executable, "-c", OTHER, str(path)], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+        started.append(process)
+        assert process.stdout.readline() == "held\n"
+        return process
+
+    yield hold
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def test_a_second_run_in_the_folder_is_refused_in_one_line_that_says_who_is_there(quick, another_process, capsys):
+    other = another_process(results.run_lock(quick.stage_folder("a").parent).path)
+    assert run.main(["--profile", "laptop"]) == 3
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"process {other.pid}" in line and "the other run" in line and str(quick.stage_folder("a").parent) in line
+    assert not quick.stage_folder("a").exists()
+    assert quick.run("seed=1") == ["a", "b", "c"], "another folder is free"
+    assert run.main(["--profile", "laptop", "--list"]) == 0
+    other.kill()
+    other.wait()
+    assert quick.run() == ["a", "b", "c"], "a lock dies with its process"
+
+
+def test_a_notebook_open_in_another_kernel_is_not_overwritten(quick, another_process, monkeypatch):
+    quick.run()
+    monkeypatch.setattr(run, "PATIENCE", 0.1)
+    another_process(results.stage_lock(quick.stage_folder("b")).path)
+    assert quick.run() == []
+    with pytest.raises(InUse, match="seed-0 is in use by process"):
+        quick.run(force=True)
+    assert (quick.stage_folder("b") / "stamp.json").exists()
+
+
+def test_a_notebook_by_hand_is_refused_where_a_run_is_at_work(quick, another_process):
+    folder = quick.stage_folder("a")
+    other = another_process(results.run_lock(folder.parent).path)
+    with pytest.raises(InUse, match=f"process {other.pid}"):
+        results.lock_stage(folder)
+    other.kill()
+    other.wait()
+    for _ in range(2):  # a cell can be run again
+        results.lock_stage(folder)
+    results._held.pop(folder).release()
+
+
 def test_changed_package_runs_everything(quick, monkeypatch):
     quick.run()
-    monkeypatch.setattr(run, "package_source", lambda: {"scores.py": "changed"})
+    monkeypatch.setattr(stamps, "package_source", functools.cache(lambda: {"scores.py": "changed"}))
     assert quick.run() == ["a", "b", "c"]
 
 
 def test_a_file_of_one_stage_changes_that_stage_alone(monkeypatch):
     def keys() -> dict[str, str]:
         stages = run.plan("laptop", [])
-        return {stage.name: run.stage_key(stage, stages) for stage in stages}
+        return {stage.name: stamps.stage_key(stage, stages) for stage in stages}
 
-    source = run.package_source()
+    source = stamps.package_source()
     assert {"claims.yaml", "claims.py"} <= source.keys()
     before = keys()
-    monkeypatch.setattr(run, "package_source", lambda: source | {"claims.yaml": "changed"})
+    monkeypatch.setattr(stamps, "package_source", lambda: source | {"claims.yaml": "changed"})
     assert [name for name, key in keys().items() if key != before[name]] == ["08_claims"]
 
 
@@ -415,7 +582,7 @@ def test_stored_results_of_other_seeds_change_the_stage_that_reads_them(monkeypa
 
     def keys() -> dict[str, str]:
         stages = run.plan("smoke", [])
-        return {stage.name: run.stage_key(stage, stages) for stage in stages}
+        return {stage.name: stamps.stage_key(stage, stages) for stage in stages}
 
     before = keys()
     own, other = (tmp_path / "smoke" / "tiny-random-llama" / f"seed-{k}" / "03_units" / "result.json" for k in (0, 1))
@@ -537,6 +704,47 @@ def test_full_disk_is_found_before_a_kernel_starts(quick, monkeypatch, capsys):
 
 # ------------------------------------------------------------------------------------------------------- real kernels
 
+WHO = """
+import sys, ssah_utils.kernel
+ssah_utils.kernel.check()
+(folder / "result.json").write_text(f"{sys.executable}|{ssah_utils.kernel.PACKAGE}|{sys.flags.isolated}")
+"""
+
+
+def test_the_kernel_is_this_interpreter_whatever_kernels_are_installed(pipeline, tmp_path, monkeypatch):
+    for name in ("python3", "this-interpreter", "ssah"):
+        folder = tmp_path / "jupyter" / "kernels" / name
+        folder.mkdir(parents=True)
+        argv = [sys.executable, "-I", "-S", "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+        content = {"argv": argv, "display_name": name, "language": "python", "env": {"PYTHONPATH": "/somewhere/else"}}
+        (folder / "kernel.json").write_text(json.dumps(content))
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
+    pipeline.write("a", WHO)
+    pipeline.run(only="a")
+    found = (pipeline.stage_folder("a") / "result.json").read_text()
+    assert found == f"{sys.executable}|{ROOT / 'ssah_utils'}|0"
+
+
+def test_a_kernel_that_is_not_the_runners_says_so(monkeypatch, tmp_path):
+    kernel.check()
+    monkeypatch.setenv(kernel.EXPECTED, "/another/python:/another/ssah_utils")
+    with pytest.raises(RuntimeError, match="but the runner is /another/python"):
+        kernel.check()
+    monkeypatch.delenv(kernel.EXPECTED)
+    for name in ("notebooks", "ssah_utils"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / "notebooks")
+    with pytest.raises(RuntimeError, match="the notebook belongs to"):
+        kernel.check()
+
+
+@pytest.mark.parametrize("name", ["brace {x}", "brace {seed}", "lone { brace", "%s 100%", "with space, ü and 日本", "a#b?c"])
+def test_any_folder_name_will_do(pipeline, monkeypatch, tmp_path, name):
+    monkeypatch.setenv("SSAH_RUNS", str(tmp_path / name))
+    run.run(run.plan("laptop", [], "a"), "a")
+    folder = tmp_path / name / "laptop" / "tiny-random-llama" / "seed-0" / "a"
+    assert {path.name for path in folder.iterdir()} == {"a.ipynb", "a.log", "result.json", "stamp.json"}
+
 
 def test_real_kernels_run_a_pipeline_with_injected_parameters(pipeline, capsys):
     run.run(run.plan("laptop", ["n_items=7"], "a"), "a")
@@ -603,7 +811,7 @@ def test_notebook_that_writes_no_outputs_has_failed(quick, capsys):
     notebook = nbformat.read(quick.folder / "a.ipynb", as_version=4)
     notebook.cells[2].source = "pass"
     nbformat.write(notebook, quick.folder / "a.ipynb")
-    run.notebook_source.cache_clear()
+    stamps.forget_sources()
     assert run.main(["--profile", "laptop"]) == 1
     text = capsys.readouterr().err
     assert "a ended without writing result.json" in text and "a.failed.ipynb" in text

@@ -6,20 +6,23 @@ A data set is a ``pandas.DataFrame`` with the columns ``id``, ``prompt``, ``cate
 
 import difflib
 import json
-import re
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import torch
-from scipy.sparse.csgraph import connected_components
-from sklearn.model_selection import StratifiedGroupKFold
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ssah_utils import arithmetic, assets
-from ssah_utils.formats import parse
+from ssah_utils.formats import SUFFIXES, names_of, parse, read_file
+from ssah_utils.splits import assert_disjoint as assert_disjoint
+from ssah_utils.splits import content_words as content_words
+from ssah_utils.splits import folded
+from ssah_utils.splits import near_duplicates as near_duplicates
+from ssah_utils.splits import split as split
+from ssah_utils.splits import without_near_duplicates as without_near_duplicates
 
 DATA = Path(__file__).parents[1] / "data"
 
@@ -82,22 +85,22 @@ DATASETS = {
 def load_dataset(name: str) -> pd.DataFrame:
     """Table of a named data set, or of a local .jsonl/.csv file with at least a ``prompt`` column.
 
-    Columns: id, prompt, category and, if the source has one, response. Raises ``ValueError`` with the line number for a
-    malformed or empty file, ``ConnectionError`` when the hub cannot be reached.
+    Columns: id, prompt, category and, if the source has one, response. A request that comes again, with the same response,
+    counts once; ids are unique. Raises ``ValueError`` with the line number for a malformed or empty file, ``OSError`` for
+    one that cannot be read, ``ConnectionError`` when the hub cannot be reached.
     """
-    if Path(name).suffix in (".jsonl", ".csv"):
-        path = Path(name)
-        if not path.is_file():
-            raise FileNotFoundError(f"data file '{name}' does not exist")
-        try:
-            rows = parse(path.read_text(encoding="utf-8"), path.suffix, str(path))
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path} is not UTF-8 text (byte {error.start})") from error
-        columns = {key: key for key in ("prompt", "response", "category") if any(key in row for row in rows)}
-        return _table(rows, columns | {"prompt": "prompt"}, path.stem, str(path))
     check_dataset(name)
+    if name not in DATASETS:
+        rows = read_file(Path(name))
+        columns = {key: key for key in ("prompt", "response", "category") if any(key in row for row in rows)}
+        return _table(rows, columns, Path(name).stem, name)
     spec = DATASETS[name]
-    return _table(_read(spec), spec.columns, name, spec.source)
+    rows = _read(spec)
+    for theirs in spec.columns.values():
+        if not any(theirs in row for row in rows):
+            found = names_of(rows[0])
+            raise ValueError(f"{spec.source}: no column '{theirs}' (found: {found}), which DATASETS names for '{name}'")
+    return _table(rows, spec.columns, name, spec.source)
 
 
 def load_pairs(name: str) -> pd.DataFrame:
@@ -119,13 +122,13 @@ def adaptation_split(name: str, seed: int = 0, at_most: int = 2000) -> tuple[pd.
     if name == "arithmetic":  # made from templates, all alike by their words, and none twice
         shuffled = table.sample(frac=1, random_state=seed).reset_index(drop=True)
         return shuffled[len(table) // 5 :].reset_index(drop=True), shuffled[: len(table) // 5]
-    parts = split(table, {"train": 4, "test": 1}, seed)
+    parts = split(table, {"train": 4, "test": 1}, seed, name)
     return parts["train"], parts["test"]
 
 
 def check_dataset(name: str) -> None:
-    """Raise ``ValueError`` for a name that is neither in ``DATASETS`` nor a data file."""
-    if name not in DATASETS and Path(name).suffix not in (".jsonl", ".csv"):
+    """Raise ``ValueError`` for a name that is neither in ``DATASETS`` nor a file's."""
+    if name not in DATASETS and Path(name).suffix.lower() not in SUFFIXES and not (name and Path(name).exists()):
         near = difflib.get_close_matches(name, DATASETS, n=1, cutoff=0) or [""]
         raise ValueError(
             f"unknown data set '{name}'; nearest is '{near[0]}' (all: {', '.join(DATASETS)}; or a .jsonl/.csv file)"
@@ -152,9 +155,10 @@ def _is_filled(row: dict, spec: DatasetSpec) -> bool:
 
 
 def _with_context(row: dict, spec: DatasetSpec) -> dict:
-    context = (row.get(spec.context) or "").strip()
-    prompt = spec.columns["prompt"]
-    return row | {prompt: f"{row[prompt]}\n\n{context}"} if context and prompt in row else row
+    prompt, context = row.get(spec.columns["prompt"]), row.get(spec.context)
+    if not (isinstance(prompt, str) and isinstance(context, str) and context.strip()):
+        return row
+    return row | {spec.columns["prompt"]: f"{prompt}\n\n{context.strip()}"}
 
 
 def _read_member(package: str, member: str) -> list[dict]:
@@ -173,26 +177,66 @@ def _read_hub(repository: str, config: str, split: str) -> list[dict]:
             f"cannot load data set '{repository}' from the Hugging Face hub or its cache; data sets that need no hub: "
             + ", ".join(name for name, spec in DATASETS.items() if not spec.source.startswith("hub:"))
         ) from error
+    except ValueError as error:  # the configuration or the split is not there
+        reason = " ".join(str(error).split())
+        raise ValueError(f"data set '{repository}' on the hub has changed ({reason}): mend its entry in DATASETS") from error
+    if not rows:
+        raise ValueError(f"data set '{repository}' on the hub has no rows in '{split}'")
     return [{"_line": number} | row for number, row in enumerate(rows, 1)]
 
 
 def _table(rows: list[dict], columns: dict[str, str], name: str, where: str) -> pd.DataFrame:
     for row in rows:
         for ours, theirs in columns.items():
-            value = row.get(theirs)
-            if ours != "category" and (not isinstance(value, str) or not value.strip()):
-                found = ", ".join(key for key in row if key != "_line")
-                raise ValueError(
-                    f"{where}, line {row['_line']}: column '{theirs}' is missing or empty, or no text (found: {found})"
-                )
+            place = f"{where}, line {row['_line']}: column '{theirs}'"
+            value = _category(row.get(theirs), name) if ours == "category" else row.get(theirs)
+            if isinstance(value, str) and (damage := _damage(value)):
+                raise ValueError(f"{place} holds {damage}: write the text again")
+            if value is None or (isinstance(value, str) and not _has_a_sign(value)):
+                raise ValueError(f"{place} is missing or empty (found: {names_of(row)})")
+            if not isinstance(value, str):
+                raise ValueError(f"{place} holds no text but {type(value).__name__} (found: {names_of(row)})")
     table = pd.DataFrame({ours: [row.get(theirs) for row in rows] for ours, theirs in columns.items()})
     table["prompt"] = table["prompt"].str.strip()
-    if "category" not in table:
-        table["category"] = name
-    # AdvBench lists several categories per request; the first is the main one
-    table["category"] = [(value or [name])[0] if isinstance(value, list) else value for value in table["category"]]
-    table.insert(0, "id", [row.get("id", f"{name}-{number:03d}") for number, row in enumerate(rows)])
-    return table.drop_duplicates(list(columns), ignore_index=True)
+    table["category"] = [_category(row.get(columns.get("category")), name) for row in rows]
+    table.insert(0, "id", [_id(row, number, name, where) for number, row in enumerate(rows)])
+    answers = table["response"] if "response" in table else [""] * len(table)
+    again = pd.Series(list(zip(table["prompt"].map(folded), answers, strict=True)), dtype=object).duplicated()
+    line_of: dict[str, int] = {}
+    for value, row, repeated in zip(table["id"], rows, again, strict=True):
+        if not repeated and line_of.setdefault(value, row["_line"]) != row["_line"]:
+            raise ValueError(f"{where}, line {row['_line']}: the id '{value}' is that of line {line_of[value]}, too")
+    return table[~again].reset_index(drop=True)
+
+
+def _category(value: object, otherwise: str) -> str | dict:
+    """A category as text: of several the first, as AdvBench lists the main one first; a data set's own name for none."""
+    while isinstance(value, list):
+        value = value[0] if value else None
+    if value is None or (isinstance(value, str) and not _has_a_sign(value) and not _damage(value)):
+        return otherwise
+    return value if isinstance(value, dict) else str(value).strip()
+
+
+def _id(row: dict, number: int, name: str, place: str) -> str:
+    value = row.get("id")
+    if value is None or value == "":
+        return f"{name}-{number:03d}"
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)) or (isinstance(value, str) and _damage(value)):
+        raise ValueError(f"{place}, line {row['_line']}: column 'id' holds no text and no number: {value!r}")
+    return f"{name}-{value}" if name not in DATASETS else value
+
+
+def _has_a_sign(text: str) -> bool:
+    return any(char.isprintable() and not char.isspace() for char in text)
+
+
+def _damage(text: str) -> str:
+    """What a text holds that no tokenizer or file takes; empty if nothing."""
+    if "\0" in text:
+        return "a NUL character"
+    half = next((char for char in text if "\ud800" <= char <= "\udfff"), "")
+    return f"half of a surrogate pair (U+{ord(half):04X})" if half else ""
 
 
 def load_refusals() -> dict[str, list[str]]:
@@ -202,77 +246,6 @@ def load_refusals() -> dict[str, list[str]]:
 
 # ---------------------------------------------------------------------------------------------------------- splits
 
-STOP_WORDS = frozenset(
-    re.findall(
-        r"\w+",
-        "a an the to of in on for and or with without how do i can you me my your is are be that it at by from as what write "
-        "create give provide develop make tutorial guide instructions steps step detailed explain using someone",
-    )
-)
-NEAR_DUPLICATE = 0.6  # Jaccard similarity of content words
-
-
-def content_words(text: str) -> frozenset[str]:
-    words = frozenset(re.findall(r"\w+", text.lower())) or frozenset([text.lower()])
-    return words - STOP_WORDS or words
-
-
-def near_duplicates(texts: list[str], others: list[str], threshold: float = NEAR_DUPLICATE) -> np.ndarray:
-    """Which text is nearly the same request as which other: (len(texts), len(others)) bool, by Jaccard of content words."""
-    vocabulary = {word: i for i, word in enumerate(sorted(set().union(*map(content_words, [*texts, *others]))))}
-
-    def counts(items: list[str]) -> np.ndarray:
-        matrix = np.zeros((len(items), len(vocabulary)), dtype=np.float32)
-        for row, item in enumerate(items):
-            matrix[row, [vocabulary[word] for word in content_words(item)]] = 1
-        return matrix
-
-    left, right = counts(texts), counts(others)
-    shared = left @ right.T
-    union = left.sum(1, keepdims=True) + right.sum(1) - shared
-    return shared / union >= threshold
-
-
-def split(table: pd.DataFrame, folds: dict[str, int], seed: int) -> dict[str, pd.DataFrame]:
-    """Disjoint splits of a data set, stratified by category; near-duplicate requests stay on one side.
-
-    ``folds`` says how many of the equal folds each split gets, e.g. ``{"alignment": 5, "evaluation": 5}``.
-    """
-    if len(table) < sum(folds.values()):
-        raise ValueError(f"a data set of {len(table)} requests is too small to split into {sum(folds.values())} folds")
-    prompts = table["prompt"].tolist()
-    _, group = connected_components(near_duplicates(prompts, prompts), directed=False)
-    # a category with fewer requests than folds cannot be stratified: it goes with the largest one
-    frequency = table["category"].value_counts()
-    rare = table["category"].map(frequency) < sum(folds.values())
-    strata = table["category"].where(~rare, frequency.index[0]).astype(str)
-    splitter = StratifiedGroupKFold(sum(folds.values()), shuffle=True, random_state=seed)
-    fold_rows = iter([rows for _, rows in splitter.split(table, strata, group)])
-    shuffle = np.random.default_rng(seed)
-    splits = {}
-    for name, n_folds in folds.items():
-        rows = np.concatenate([next(fold_rows) for _ in range(n_folds)])
-        splits[name] = table.iloc[shuffle.permutation(rows)].reset_index(drop=True)
-    assert_disjoint(splits)
-    return splits
-
-
-def without_near_duplicates(table: pd.DataFrame, *others: pd.DataFrame) -> pd.DataFrame:
-    """Rows of ``table`` that are not nearly the same request as any row of ``others``."""
-    repeats = near_duplicates(table["prompt"].tolist(), pd.concat(others)["prompt"].tolist()).any(1)
-    return table[~repeats].reset_index(drop=True)
-
-
-def assert_disjoint(splits: dict[str, pd.DataFrame]) -> None:
-    """Raise ``ValueError`` naming two near-duplicate requests that stand in different splits."""
-    names = list(splits)
-    for i, name in enumerate(names):
-        for other in names[i + 1 :]:
-            left, right = splits[name]["prompt"].tolist(), splits[other]["prompt"].tolist()
-            hits = np.argwhere(near_duplicates(left, right))
-            if len(hits):
-                raise ValueError(f"splits '{name}' and '{other}' share a request: {left[hits[0][0]]!r} ~ {right[hits[0][1]]!r}")
-
 
 def study_splits(
     harmful_data: str, other_harmful_data: str, helpful_data: str, seed: int = 0
@@ -281,14 +254,18 @@ def study_splits(
 
     Alignment and evaluation also hold the two sides of the contrast pairs (``safe_twin``, ``harmful_twin``), evaluation
     the second harmful set (``other_harmful``), which nothing is trained or calibrated on. No request of one part is
-    nearly the same as one of another part, also across data sets.
+    nearly the same as one of another part, also across data sets. Raises ``ValueError`` where a table would be empty.
     """
-    harmful = split(load_dataset(harmful_data), {"alignment": 5, "calibration": 2, "evaluation": 3}, seed)
-    helpful = split(load_dataset(helpful_data), {"alignment": 13, "calibration": 3, "evaluation": 4}, seed)
-    safe = split(load_dataset("contrast-safe"), {"alignment": 6, "evaluation": 4}, seed)
-    twins = load_dataset("contrast-harmful").set_index("id", drop=False)
+    sources = {"harmful": harmful_data, "other_harmful": other_harmful_data, "helpful": helpful_data,
+               "safe_twin": "contrast-safe", "harmful_twin": "contrast-harmful"}  # fmt: skip
+    whole = {name: load_dataset(source) for name, source in sources.items()}
+    _check_ids([(source, whole[name]["id"]) for name, source in sources.items() if name != "harmful_twin"])
+    harmful = split(whole["harmful"], {"alignment": 5, "calibration": 2, "evaluation": 3}, seed, harmful_data)
+    helpful = split(whole["helpful"], {"alignment": 13, "calibration": 3, "evaluation": 4}, seed, helpful_data)
+    safe = split(whole["safe_twin"], {"alignment": 6, "evaluation": 4}, seed)
+    twins = whole["harmful_twin"].set_index("id", drop=False)
     parts = {
-        "evaluation": {"harmful": harmful["evaluation"], "other_harmful": load_dataset(other_harmful_data)},
+        "evaluation": {"harmful": harmful["evaluation"], "other_harmful": whole["other_harmful"]},
         "calibration": {"harmful": harmful["calibration"], "helpful": helpful["calibration"]},
         "alignment": {"harmful": harmful["alignment"], "helpful": helpful["alignment"]},
     }
@@ -298,10 +275,29 @@ def study_splits(
     reserved: list[pd.DataFrame] = []
     for part, tables in parts.items():
         if reserved:
-            parts[part] = {name: without_near_duplicates(table, *reserved) for name, table in tables.items()}
+            parts[part] = {
+                name: without_near_duplicates(table, *reserved, name=f"data set '{sources[name]}' ({name}, {part})")
+                for name, table in tables.items()
+            }
         reserved += parts[part].values()
     assert_disjoint({part: pd.concat(tables.values()) for part, tables in parts.items()})
     return parts
+
+
+@cache
+def check_splits(harmful_data: str, other_harmful_data: str, helpful_data: str) -> None:
+    """Data sets that cannot be split for a study are reported before anything runs, in one line; seconds for shipped ones."""
+    study_splits(harmful_data, other_harmful_data, helpful_data)
+
+
+def _check_ids(ids: list[tuple[str, pd.Series]]) -> None:
+    """Results are joined by id: no two data sets of a study share one."""
+    owner: dict[str, str] = {}
+    for source, own in ids:
+        shared = next((value for value in own if value in owner), None)
+        if shared is not None:
+            raise ValueError(f"data sets '{owner[shared]}' and '{source}' share the id '{shared}': give two different ones")
+        owner |= dict.fromkeys(own, source)
 
 
 # ----------------------------------------------------------------------------------------------------- chat format

@@ -270,6 +270,43 @@ def test_hub_rows_with_an_empty_response_do_not_spoil_the_data_set(hub):
     assert "Say hello." in prompts.load_dataset("alpaca")["prompt"].tolist()
 
 
+@pytest.mark.parametrize(
+    ("name", "served", "message"),
+    [
+        ("xstest", {"prompt": ["a"]}, r"no column 'type' \(found: prompt\), which DATASETS names for 'xstest'"),
+        ("alpaca", {"instruction": ["a"], "input": ["b"]}, r"no column 'output' \(found: instruction, input\), which DATASETS"),
+        ("gsm8k", {"question": ["a", "b"], "answer": ["1", None]}, r"line 2: column 'answer' is missing or empty"),
+        ("gsm8k", {"question": ["a"], "answer": [["1", "2"]]}, r"line 1: column 'answer' holds no text but list"),
+        (
+            "dolly",
+            {"instruction": [["a"]], "response": ["b"], "category": ["c"], "context": ["d"]},
+            "column 'instruction' holds no",
+        ),
+        (
+            "dolly",
+            {"instruction": [None], "response": ["b"], "category": ["c"], "context": ["d"]},
+            "column 'instruction' is missing",
+        ),
+        ("gsm8k", {"question": [], "answer": []}, r"'openai/gsm8k' on the hub has no rows in 'train'"),
+        (
+            "gsm8k",
+            ValueError("Unknown split \"train\".\nShould be one of ['test']."),
+            r"has changed \(Unknown split .* DATASETS",
+        ),
+    ],
+)
+def test_hub_data_set_of_another_schema_is_one_line_that_says_where_to_mend_it(hub, name, served, message):
+    hub(served)
+    with pytest.raises(ValueError, match=message) as caught:
+        prompts.load_dataset(name)
+    one_line(caught.value)
+
+
+def test_hub_context_that_is_no_text_is_left_out(hub):
+    hub({"instruction": ["Say."], "response": ["b"], "category": [3], "context": [7]})
+    assert prompts.load_dataset("dolly")[["prompt", "category"]].to_numpy().tolist() == [["Say.", "3"]]
+
+
 # ------------------------------------------------------------------------------------------------------------- splits
 
 

@@ -66,6 +66,19 @@ def names_of(row: dict) -> str:
     return ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
 
 
+def has_a_sign(text: str) -> bool:
+    """Whether a text shows anything at all."""
+    return any(char.isprintable() and not char.isspace() for char in text)
+
+
+def damage_of(text: str) -> str:
+    """What a text holds that no tokenizer or file takes; empty if nothing."""
+    if "\0" in text:
+        return "a NUL character"
+    half = next((char for char in text if "\ud800" <= char <= "\udfff"), "")
+    return f"half of a surrogate pair (U+{ord(half):04X})" if half else ""
+
+
 def _with_plain_names(row: dict, where: str) -> dict:
     plain = _unique([(name.strip().lower(), value) for name, value in row.items()], f"{where}, line {row['_line']}: ")
     return {name: value for name, value in plain.items() if name}

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ssah_utils import arithmetic, assets
-from ssah_utils.formats import SUFFIXES, names_of, parse, read_file
+from ssah_utils.formats import SUFFIXES, damage_of, has_a_sign, names_of, parse, read_file
 from ssah_utils.splits import assert_disjoint as assert_disjoint
 from ssah_utils.splits import content_words as content_words
 from ssah_utils.splits import folded
@@ -190,9 +190,9 @@ def _table(rows: list[dict], columns: dict[str, str], name: str, where: str) -> 
         for ours, theirs in columns.items():
             place = f"{where}, line {row['_line']}: column '{theirs}'"
             value = _category(row.get(theirs), name) if ours == "category" else row.get(theirs)
-            if isinstance(value, str) and (damage := _damage(value)):
+            if isinstance(value, str) and (damage := damage_of(value)):
                 raise ValueError(f"{place} holds {damage}: write the text again")
-            if value is None or (isinstance(value, str) and not _has_a_sign(value)):
+            if value is None or (isinstance(value, str) and not has_a_sign(value)):
                 raise ValueError(f"{place} is missing or empty (found: {names_of(row)})")
             if not isinstance(value, str):
                 raise ValueError(f"{place} holds no text but {type(value).__name__} (found: {names_of(row)})")
@@ -213,7 +213,7 @@ def _category(value: object, otherwise: str) -> str | dict:
     """A category as text: of several the first, as AdvBench lists the main one first; a data set's own name for none."""
     while isinstance(value, list):
         value = value[0] if value else None
-    if value is None or (isinstance(value, str) and not _has_a_sign(value) and not _damage(value)):
+    if value is None or (isinstance(value, str) and not has_a_sign(value) and not damage_of(value)):
         return otherwise
     return value if isinstance(value, dict) else str(value).strip()
 
@@ -222,21 +222,9 @@ def _id(row: dict, number: int, name: str, place: str) -> str:
     value = row.get("id")
     if value is None or value == "":
         return f"{name}-{number:03d}"
-    if isinstance(value, bool) or not isinstance(value, (str, int, float)) or (isinstance(value, str) and _damage(value)):
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)) or (isinstance(value, str) and damage_of(value)):
         raise ValueError(f"{place}, line {row['_line']}: column 'id' holds no text and no number: {value!r}")
     return f"{name}-{value}" if name not in DATASETS else value
-
-
-def _has_a_sign(text: str) -> bool:
-    return any(char.isprintable() and not char.isspace() for char in text)
-
-
-def _damage(text: str) -> str:
-    """What a text holds that no tokenizer or file takes; empty if nothing."""
-    if "\0" in text:
-        return "a NUL character"
-    half = next((char for char in text if "\ud800" <= char <= "\udfff"), "")
-    return f"half of a surrogate pair (U+{ord(half):04X})" if half else ""
 
 
 def load_refusals() -> dict[str, list[str]]:

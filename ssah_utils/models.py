@@ -1,4 +1,4 @@
-"""Load causal language models and describe their units. The only file that knows module names.
+"""Describe the units of causal language models, and tell models apart. The only file that knows module names.
 
 A *unit* is one input channel of the matrix through which a sub-layer writes to the residual stream: ``o_proj`` (kind
 ``attention``) or ``down_proj`` (kind ``mlp``). Another architecture is one entry in ``ARCHITECTURES``.
@@ -121,8 +121,8 @@ def gathered(model: nn.Module) -> nn.Module:
     """``unwrapped``, for looking at values: ``ValueError`` when not all of them are in the memory of this process."""
     model = unwrapped(model)
     for name, parameter in model.named_parameters():
-        is_part = hasattr(parameter, "device_mesh") or hasattr(parameter, "_is_flat_param")  # FSDP 2, FSDP 1
-        if is_part or parameter.is_meta or not parameter.numel():
+        is_part = hasattr(parameter, "device_mesh") or hasattr(parameter, "ds_status")  # FSDP 2, DeepSpeed ZeRO 3
+        if is_part or "_fsdp_wrapped_module." in name or parameter.is_meta:
             raise ValueError(
                 f"the values of {name} are sharded or offloaded, so they are not all here: load the whole model to look at it"
             )
@@ -285,10 +285,11 @@ def reader_rows(shape: ModelShape, kind: str) -> Tensor:
 
 # -------------------------------------------------------------------------------------------------------------- identity
 
-COSMETIC = {  # what of a configuration does not change what a model computes, given its weights
+COSMETIC = {  # what of a configuration does not change what a model computes or learns, given its weights
     "architectures", "dtype", "torch_dtype", "transformers_version", "vocab_size", "tie_word_embeddings", "use_cache",
     "attn_implementation", "output_attentions", "output_hidden_states", "return_dict", "torchscript", "tokenizer_class",
-    "id2label", "label2id", "num_labels", "problem_type", "pretraining_tp", "is_local", "auto_map",
+    "id2label", "label2id", "num_labels", "problem_type", "pretraining_tp", "auto_map", "initializer_range",
+    "task_specific_params",
 }  # fmt: skip
 
 
@@ -369,7 +370,8 @@ def preferred_dtype(device: str) -> torch.dtype:
 def training_dtype(model: nn.Module) -> torch.dtype:
     """Precision to fine-tune all parameters of a model in: float32 where that and AdamW's state fit, else bfloat16."""
     n_bytes = 16 * sum(parameter.numel() for parameter in model.parameters())
-    if model.device.type != "cuda" or 1.3 * n_bytes < torch.cuda.get_device_properties(model.device).total_memory:
+    device = next(model.parameters()).device
+    if device.type != "cuda" or 1.3 * n_bytes < torch.cuda.get_device_properties(device).total_memory:
         return torch.float32
     return torch.bfloat16
 

@@ -181,7 +181,7 @@ def shape_of(model: nn.Module) -> ModelShape:
 
 def backbone_of(model: nn.Module) -> nn.Module:
     """The model without its language-model head."""
-    return unwrapped(model).get_submodule(architecture_of(model).backbone)
+    return unwrapped(unwrapped(model).get_submodule(architecture_of(model).backbone))  # it may be compiled on its own
 
 
 def logits_of(model: nn.Module, hidden: Tensor) -> Tensor:

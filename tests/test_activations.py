@@ -302,6 +302,14 @@ def test_a_compiled_model_is_measured_too(llama, sequences, compile_it, ran_befo
     torch.testing.assert_close(as_tensors(measure(model, batches)), as_tensors(expected), rtol=0, atol=0)
 
 
+def test_a_compiled_backbone_still_counts_positions_over_attended_tokens(tiny_models, sequences):
+    gpt2 = tiny_models("gpt2")
+    expected = channel_moments(gpt2, batches_of(sequences, [3, 4], side="left", extra=3))
+    gpt2.transformer = torch.compile(gpt2.transformer, backend="eager")
+    found = channel_moments(gpt2, batches_of(sequences, [3, 4], side="left", extra=3))
+    torch.testing.assert_close(as_tensors(found), as_tensors(expected), rtol=0, atol=0)
+
+
 def as_tensors(found: ChannelMoments | dict | Tensor) -> list[Tensor]:
     if isinstance(found, ChannelMoments):
         return [*found.mean.values(), *found.variance.values()]

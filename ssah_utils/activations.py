@@ -102,6 +102,7 @@ def channel_moments(model: nn.Module, batches: Iterable[Batch]) -> ChannelMoment
     a batch's last marked position, on which a causal model's earlier activations do not depend.
     Raises ``ValueError`` when fewer than two positions are marked.
     """
+    model = models.gathered(model)
     backbone = models.backbone_of(model)
     device = next(model.parameters()).device
     streams = {kind: [StreamingMoments() for _ in models.blocks_of(model)] for kind in models.KINDS}
@@ -109,16 +110,14 @@ def channel_moments(model: nn.Module, batches: Iterable[Batch]) -> ChannelMoment
 
     def observe(stream: StreamingMoments):
         def hook(module: nn.Module, args: tuple[Tensor]) -> None:
-            stream.update(args[0].flatten(0, 1).index_select(0, selected))
+            stream.update(args[0].flatten(0, 1).index_select(0, selected.to(args[0].device)))
 
         return hook
 
-    handles = [
-        module.register_forward_pre_hook(observe(stream))
-        for kind in models.KINDS
-        for module, stream in zip(models.writers(model, kind), streams[kind], strict=True)
-    ]
-    try:
+    with models.hooking() as handles:
+        for kind in models.KINDS:
+            for module, stream in zip(models.writers(model, kind), streams[kind], strict=True):
+                handles.append(module.register_forward_pre_hook(observe(stream)))
         for batch in batches:
             columns = batch["positions"].any(0).nonzero()
             if not len(columns):
@@ -126,16 +125,13 @@ def channel_moments(model: nn.Module, batches: Iterable[Batch]) -> ChannelMoment
             batch = {key: batch[key][:, : int(columns.max()) + 1] for key in ("input_ids", "attention_mask", "positions")}
             selected = batch["positions"].flatten().nonzero().squeeze(1).to(device)
             backbone(**inputs_of(backbone, batch, device))
-    finally:
-        for handle in handles:
-            handle.remove()
     count = streams["mlp"][0].count
     if count < 2:
         raise ValueError(f"a variance needs at least 2 positions; the batches mark {count}")
     return ChannelMoments(
         count=count,
-        mean={kind: torch.stack([s.mean for s in streams[kind]]).cpu() for kind in streams},
-        variance={kind: torch.stack([s.variance for s in streams[kind]]).cpu() for kind in streams},
+        mean={kind: torch.stack([s.mean.cpu() for s in streams[kind]]) for kind in streams},
+        variance={kind: torch.stack([s.variance.cpu() for s in streams[kind]]) for kind in streams},
     )
 
 
@@ -148,6 +144,7 @@ def gradient_activation(model: nn.Module, batches: Iterable[Batch]) -> dict[str,
     backward pass.
     Raises ``ValueError`` when no position is marked.
     """
+    model = models.gathered(model)
     backbone = models.backbone_of(model)
     device = next(model.parameters()).device
     totals = {kind: [torch.zeros((), dtype=torch.float64)] * len(models.blocks_of(model)) for kind in models.KINDS}
@@ -159,39 +156,38 @@ def gradient_activation(model: nn.Module, batches: Iterable[Batch]) -> dict[str,
             values = args[0].detach().flatten(0, 1)
 
             def add(gradient: Tensor) -> None:
-                product = gradient.flatten(0, 1).index_select(0, selected).float() * values.index_select(0, selected).float()
-                totals[kind][layer] = totals[kind][layer].to(device) + product.abs_().sum(0).double()
+                rows = selected.to(values.device)
+                product = gradient.flatten(0, 1).index_select(0, rows).float() * values.index_select(0, rows).float()
+                totals[kind][layer] = totals[kind][layer].to(values.device) + product.abs_().sum(0).double()
 
             args[0].register_hook(add)
 
         return hook
 
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    handles = [
-        module.register_forward_pre_hook(observe(kind, layer))
-        for kind in models.KINDS
-        for layer, module in enumerate(models.writers(model, kind))
-    ]
-    handles.append(model.get_input_embeddings().register_forward_hook(lambda module, args, output: output.requires_grad_()))
-    try:
-        for parameter in trained:
-            parameter.requires_grad_(False)
-        for batch in batches:
-            marked = batch["positions"][:, :-1].to(device)
-            selected = batch["positions"].flatten().nonzero().squeeze(1).to(device)
-            if not len(selected):
-                continue
-            count += len(selected)
-            with torch.enable_grad():
-                hidden = backbone(**inputs_of(backbone, batch, device)).last_hidden_state
-                logits = models.logits_of(model, hidden[:, :-1][marked]).float()
-                targets = batch["input_ids"][:, 1:].to(device)[marked]
-                nn.functional.cross_entropy(logits, targets, reduction="sum").backward()
-    finally:
-        for handle in handles:
-            handle.remove()
-        for parameter in trained:
-            parameter.requires_grad_(True)
+    with models.hooking() as handles:
+        for kind in models.KINDS:
+            for layer, module in enumerate(models.writers(model, kind)):
+                handles.append(module.register_forward_pre_hook(observe(kind, layer)))
+        embedding = model.get_input_embeddings()
+        handles.append(embedding.register_forward_hook(lambda module, args, output: output.requires_grad_()))
+        try:
+            for parameter in trained:
+                parameter.requires_grad_(False)
+            for batch in batches:
+                marked = batch["positions"][:, :-1].to(device)
+                selected = batch["positions"].flatten().nonzero().squeeze(1).to(device)
+                if not len(selected):
+                    continue
+                count += len(selected)
+                with torch.enable_grad():
+                    hidden = backbone(**inputs_of(backbone, batch, device)).last_hidden_state
+                    logits = models.logits_of(model, hidden[:, :-1][marked.to(hidden.device)]).float()
+                    targets = batch["input_ids"][:, 1:].to(device)[marked].to(logits.device)
+                    nn.functional.cross_entropy(logits, targets, reduction="sum").backward()
+        finally:
+            for parameter in trained:
+                parameter.requires_grad_(True)
     if not count:
         raise ValueError("the batches mark no position, so there is nothing to take a gradient of")
     return {kind: torch.stack([total.cpu() for total in totals[kind]]) / count for kind in totals}
@@ -216,6 +212,7 @@ def marked_states(
 
     ``reduce(layer, states)`` turns (n, d_model) into (n, ...) where the states appear, so that a projection keeps one number.
     """
+    model = models.gathered(model)
     backbone, device = models.backbone_of(model), next(model.parameters()).device
     collected: list[Tensor] = []
     selected: Tensor  # flat indices of the marked positions of the batch at hand
@@ -224,17 +221,16 @@ def marked_states(
     def keep(layer: int):
         def hook(module: nn.Module, args: tuple, output: Tensor | tuple) -> None:
             hidden = output[0] if isinstance(output, tuple) else output  # (B, T, d_model)
-            per_block.append(reduce(layer, hidden.flatten(0, 1).index_select(0, selected).float().cpu()))
+            states = hidden.flatten(0, 1).index_select(0, selected.to(hidden.device))
+            per_block.append(reduce(layer, states.float().cpu()))
 
         return hook
 
-    handles = [block.register_forward_hook(keep(layer)) for layer, block in enumerate(models.blocks_of(model))]
-    try:
+    with models.hooking() as handles:
+        for layer, block in enumerate(models.blocks_of(model)):
+            handles.append(block.register_forward_hook(keep(layer)))
         for batch in batches:
             selected, per_block = batch["positions"].flatten().nonzero().squeeze(1).to(device), []
             backbone(**inputs_of(backbone, batch, device))
             collected.append(torch.stack(per_block, 1))
-    finally:
-        for handle in handles:
-            handle.remove()
     return torch.cat(collected)

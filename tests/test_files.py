@@ -4,7 +4,10 @@ import hashlib
 import json
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
+import torch
 
 from ssah_utils import files
 from ssah_utils.files import complete_only
@@ -140,6 +143,37 @@ def test_hash_of_content_depends_on_values_but_not_on_the_order_of_keys():
         assert files.sha256_of(other) != first
 
 
+def middle_changed(values):
+    values[1500] += 1e-7
+    return values
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: np.zeros(3000),
+        lambda: torch.zeros(3000, dtype=torch.float64),
+        lambda: pd.Series(np.zeros(3000)),
+        lambda: torch.zeros(3000),
+    ],
+)
+def test_hash_of_content_sees_every_entry_of_an_array(make):
+    assert files.sha256_of({"a": [make()]}) == files.sha256_of({"a": [make()]})
+    assert files.sha256_of({"a": [make()]}) != files.sha256_of({"a": [middle_changed(make())]})
+
+
+def test_hash_of_content_takes_numbers_of_other_libraries_for_what_they_are():
+    assert files.sha256_of([np.int64(3), np.float64(0.1), Path("a/b")]) == files.sha256_of([3, 0.1, "a/b"])
+
+
+@pytest.mark.parametrize(
+    "content", [pd.DataFrame({"a": range(100)}), object(), {1, 2}, b"bytes"], ids=lambda c: type(c).__name__
+)
+def test_content_without_an_exact_text_has_no_hash(content):
+    with pytest.raises(TypeError, match=f"a {type(content).__name__} cannot be part of a key"):
+        files.sha256_of({"key": content})
+
+
 # --------------------------------------------------------------------------------------------------------- space and folders
 
 
@@ -191,3 +225,40 @@ def test_empty_cache_variable_means_the_default(tmp_path, monkeypatch):
     monkeypatch.setenv("SSAH_CACHE", "")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert files.cache_dir() == tmp_path / "ssah"
+
+
+@pytest.fixture
+def homeless(monkeypatch):
+    """A user without HOME and without an entry in the table of users, as in many containers."""
+    for name in ("HOME", "USERPROFILE", "XDG_CACHE_HOME", "SSAH_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)
+    with pytest.raises(RuntimeError):
+        Path.home()
+
+
+@pytest.mark.parametrize(
+    "variables", [{"SSAH_CACHE": "own"}, {"XDG_CACHE_HOME": "own"}, {"SSAH_CACHE": "own", "XDG_CACHE_HOME": "x"}]
+)
+def test_a_home_folder_is_not_asked_for_where_none_is_needed(tmp_path, monkeypatch, homeless, variables):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, str(tmp_path / value))
+    assert files.cache_dir() == tmp_path / "own" / ("" if "SSAH_CACHE" in variables else "ssah")
+
+
+def test_a_missing_home_folder_is_one_line_where_it_is_needed(monkeypatch, homeless):
+    for value in ("", "~/cache"):
+        monkeypatch.setenv("SSAH_CACHE", value)
+        with pytest.raises(OSError, match="no home folder: set SSAH_CACHE") as raised:
+            files.cache_dir()
+        assert "\n" not in str(raised.value)
+
+
+def test_a_relative_cache_folder_and_an_empty_default(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SSAH_CACHE", "here/cache")
+    assert files.cache_dir() == tmp_path / "here" / "cache"
+    monkeypatch.setenv("SSAH_CACHE", "")
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert files.cache_dir() == tmp_path / ".cache" / "ssah"

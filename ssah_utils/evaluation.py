@@ -5,9 +5,11 @@ units, no module names. What makes an answer a refusal or gibberish is decided i
 """
 
 import contextlib
+import copy
 import difflib
 import io
 import logging
+import warnings
 from collections.abc import Callable, Iterator
 
 import datasets
@@ -22,6 +24,7 @@ from ssah_utils import models, reading
 from ssah_utils.arithmetic import is_correct
 from ssah_utils.assets import hub_answers
 from ssah_utils.cache import remembered
+from ssah_utils.chat import end_tokens
 from ssah_utils.judge import is_refusal as is_refusal
 from ssah_utils.judge import rejudged
 from ssah_utils.prompts import DATA, IGNORED, encode, load_refusals, render, right_padded
@@ -45,19 +48,17 @@ def generate(
     batch_size: int = 64,
     progress: Progress = _silent,
 ) -> list[str]:
-    """Greedy answers to rendered prompts, in their order; run in batches of similar length."""
-    texts = [""] * len(prompts)
-    config = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-        eos_token_id=model.generation_config.eos_token_id or tokenizer.eos_token_id,
-    )
-    for rows in progress(reading.length_sorted(reading.token_ids(tokenizer, prompts), batch_size), "answers"):
-        batch = _left_padded(tokenizer, [prompts[row] for row in rows]).to(model.device)
-        answers = model.generate(**batch, generation_config=config)[:, batch["input_ids"].shape[1] :]
-        for row, text in zip(rows, tokenizer.batch_decode(answers, skip_special_tokens=True), strict=True):
-            texts[row] = text.strip()
+    """Greedy answers to rendered prompts, in their order; run in batches of similar length.
+
+    The likeliest token each time, whatever the checkpoint's generation configuration asks for. ``ValueError`` in one line
+    for a prompt that leaves no room for its answer.
+    """
+    reading.check_lengths(tokenizer, model.config, prompts, max_new_tokens)
+    texts, sequences, ends = [""] * len(prompts), reading.token_ids(tokenizer, prompts), end_tokens(model, tokenizer)
+    for rows in progress(reading.length_sorted(sequences, batch_size), "answers"):
+        answers = reading.Reader(model, [sequences[row] for row in rows]).answer(max_new_tokens, ends)
+        for row, ids in zip(rows, answers, strict=True):
+            texts[row] = reading.decoded(tokenizer, ids).strip()
     return texts
 
 
@@ -84,6 +85,8 @@ def response_nll(
 ) -> np.ndarray:  # fmt: skip
     """Mean negative log-likelihood per token (nats) of each response after its rendered prompt; NaN if it has no token."""
     examples = encode(tokenizer, prompts, responses, max_response_tokens, end=False)
+    n_said = [sum(label != IGNORED for label in example["labels"]) for example in examples]
+    reading.check_lengths(tokenizer, model.config, prompts, n_said)
     nll = np.full(len(examples), np.nan)
     for rows in reading.length_sorted([example["input_ids"] for example in examples], batch_size):
         ids, labels, mask = right_padded([examples[row] for row in rows])
@@ -97,12 +100,6 @@ def response_nll(
         n_tokens = marked.sum(1)
         nll[rows] = torch.where(n_tokens > 0, loss.sum(1) / n_tokens, torch.nan).numpy()
     return nll
-
-
-def _left_padded(tokenizer: PreTrainedTokenizerBase, texts: list[str]):
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer(texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
 
 
 # --------------------------------------------------------------------------------------------------------- verdicts
@@ -140,6 +137,7 @@ def opening_log_probabilities(
     Each prompt is read once; then all openings are, side by side in one pass, none seeing another.
     """
     prompt_ids, opening_ids = (reading.token_ids(tokenizer, texts) for texts in (prompts, openings))
+    reading.check_lengths(tokenizer, model.config, prompts, max(map(len, opening_ids)))
     scores = np.zeros((len(prompts), len(openings)))
     for rows in reading.length_sorted(prompt_ids, batch_size):
         reader = reading.Reader(model, [prompt_ids[row] for row in rows])
@@ -187,16 +185,37 @@ def utility(
     from lm_eval.models.huggingface import HFLM
 
     frames = []
-    with contextlib.redirect_stderr(io.StringIO()), _quiet("lm_eval"):  # one progress bar per call is too many
-        harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+    with contextlib.redirect_stderr(io.StringIO()), _quiet("lm_eval") as warned, _plain_generation(model, tokenizer):
+        # one progress bar per call is too many; the harness sets a padding token where there is none, so it has its own copy
+        harness = HFLM(
+            pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size, truncation=False, logits_cache=True,
+            max_length=reading.n_positions(model.config), softmax_dtype=torch.float32, add_bos_token=None,  # as it was trained
+        )  # fmt: skip
         for task in tasks:
-            loaded = load_task(task)
-            outcome = lm_eval.evaluate(harness, loaded, limit=limit, bootstrap_iters=0, log_samples=True)
+            outcome = lm_eval.evaluate(
+                harness, load_task(task), limit=limit, bootstrap_iters=0, log_samples=True, cache_requests=False,
+                apply_chat_template=False, system_instruction=None, fewshot_as_multiturn=False,
+            )  # fmt: skip
+            if cut := [message for message in warned if "truncat" in message.lower()]:
+                warnings.warn(f"utility task '{task}': {len(cut)} texts or batches were cut to fit the model", stacklevel=2)
+                warned.clear()
             for name, samples in outcome["samples"].items():
                 first = [sample for sample in samples if sample["filter"] == samples[0]["filter"]]
                 ids = [sample["doc"].get("id", f"{name}-{sample['doc_id']}") for sample in first]
                 frames.append(pd.DataFrame({"task": task, "id": ids, "correct": [_is_right(sample) for sample in first]}))
     return pd.concat(frames, ignore_index=True)
+
+
+@contextlib.contextmanager
+def _plain_generation(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
+    """Others that let the model generate get only what they ask for: nothing of what the checkpoint asks for but its ends."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    own = inner.generation_config
+    inner.generation_config = GenerationConfig(eos_token_id=end_tokens(model, tokenizer) or None)
+    try:
+        yield
+    finally:
+        inner.generation_config = own
 
 
 PAPER_TASKS = ("boolq", "rte", "hellaswag", "winogrande", "arc_challenge", "openbookqa", "mmlu", "gsm8k")
@@ -222,7 +241,7 @@ def load_task(name: str) -> dict:
     with _quiet("lm_eval"):
         if name == "cloze":
             task = ConfigurableTask(config=cloze_task())
-            return {task.config.task: task}
+            return _seeded({task.config.task: task})
         manager = TaskManager()
         if name not in manager.all_tasks:
             near = difflib.get_close_matches(name, ["cloze", *manager.all_tasks], n=3, cutoff=0)
@@ -231,7 +250,7 @@ def load_task(name: str) -> dict:
             )
         datasets.config.HF_HUB_OFFLINE = not hub_answers()  # then the local cache is all there is
         try:
-            return get_task_dict([name], manager)
+            return _seeded(get_task_dict([name], manager))
         except (OSError, datasets.exceptions.DatasetsError) as error:
             raise ConnectionError(
                 f"cannot load the data of utility task '{name}' from the Hugging Face hub or its cache; a task that needs no "
@@ -239,6 +258,19 @@ def load_task(name: str) -> dict:
             ) from error
         except (ImportError, RuntimeError) as error:  # a package that one task needs; data that come as a script
             raise ValueError(f"utility task '{name}' does not load here: {' '.join(str(error).split())}") from error
+
+
+FEW_SHOT_SEED = 1234  # the harness's own, which it sets only when it loads the model, too
+
+
+def _seeded(tasks: dict) -> dict:
+    """Tasks whose few-shot examples are the same each time; of a group, those of every subtask."""
+    for task in tasks.values():
+        if isinstance(task, dict):
+            _seeded(task)
+        else:
+            task.set_fewshot_seed(FEW_SHOT_SEED)
+    return tasks
 
 
 def exact_match(
@@ -259,12 +291,31 @@ def cloze_task() -> dict:
     }
 
 
+class _Listener(logging.Handler):
+    """Keeps what a library warns about; its errors are shown as ever."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.warned: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.levelno >= logging.ERROR:
+            logging.getLogger().handle(record)
+        else:
+            self.warned.append(record.getMessage())
+
+
 @contextlib.contextmanager
-def _quiet(logger_name: str) -> Iterator[None]:
-    logger = logging.getLogger(logger_name)
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+def _quiet(logger_name: str) -> Iterator[list[str]]:
+    """A library says errors only; what it warns about is yielded as it comes."""
+    logger, listener = logging.getLogger(logger_name), _Listener()
+    level, propagate = logger.level, logger.propagate
+    logger.setLevel(logging.WARNING)
+    logger.propagate = False
+    logger.addHandler(listener)
     try:
-        yield
+        yield listener.warned
     finally:
         logger.setLevel(level)
+        logger.propagate = propagate
+        logger.removeHandler(listener)

@@ -16,6 +16,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ssah_utils import arithmetic, assets
+from ssah_utils.chat import check_chat_template as check_chat_template
+from ssah_utils.chat import end_of_turn
+from ssah_utils.chat import render as render
+from ssah_utils.chat import set_chat_template as set_chat_template
 from ssah_utils.formats import SUFFIXES, damage_of, has_a_sign, names_of, parse, read_file
 from ssah_utils.splits import assert_disjoint as assert_disjoint
 from ssah_utils.splits import content_words as content_words
@@ -288,37 +292,6 @@ def _check_ids(ids: list[tuple[str, pd.Series]]) -> None:
         owner |= dict.fromkeys(own, source)
 
 
-# ----------------------------------------------------------------------------------------------------- chat format
-
-
-def check_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
-    if not tokenizer.chat_template:
-        raise ValueError(
-            f"the tokenizer of '{tokenizer.name_or_path}' has no chat template: set the parameter chat_template to a Jinja "
-            "file, or use the chat version of the model"
-        )
-
-
-def set_chat_template(tokenizer: PreTrainedTokenizerBase, chat_template: str = "") -> None:
-    """Use a Jinja file as the chat template when one is named; check that there is a template at all."""
-    if chat_template:
-        if not Path(chat_template).is_file():
-            raise FileNotFoundError(f"chat_template '{chat_template}' does not exist: give the path of a Jinja file")
-        tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
-    check_chat_template(tokenizer)
-
-
-def render(tokenizer: PreTrainedTokenizerBase, prompts: list[str], system_prompt: str = "") -> list[str]:
-    """Chat-formatted prompts, ending where the assistant's answer begins; tokenize without further special tokens."""
-    system = [{"role": "system", "content": system_prompt}] if system_prompt else []
-    return [
-        tokenizer.apply_chat_template(
-            [*system, {"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
-        )
-        for prompt in prompts
-    ]
-
-
 # ---------------------------------------------------------------------------------------------------------- tokens
 
 IGNORED = -100  # label of positions that carry no loss, as torch's cross_entropy has it
@@ -330,14 +303,18 @@ def encode(
 ) -> list[dict[str, list[int]]]:
     """``input_ids`` and ``labels`` of rendered prompts and their responses; labels are ``IGNORED`` over the prompt.
 
-    ``end`` appends the end-of-sequence token, but never to a response cut at ``max_response_tokens``: a model trained on
-    it would learn to stop in mid-sentence.
+    ``end`` appends the token that ends a turn, but never to a response cut at ``max_response_tokens``: a model trained on
+    it would learn to stop in mid-sentence. ``ValueError`` when there is none.
     """
+    last = end_of_turn(tokenizer) if end else None
+    if end and last is None:
+        raise ValueError(f"the tokenizer of '{tokenizer.name_or_path}' has no token that ends an answer: set its eos_token")
     examples = []
     for prompt, response in zip(prompts, responses, strict=True):
-        prompt_ids = tokenizer(prompt, add_special_tokens=False).input_ids
-        response_ids = tokenizer(response, add_special_tokens=False).input_ids + [tokenizer.eos_token_id] * end
-        response_ids = response_ids[:max_response_tokens]
+        prompt_ids, response_ids = (
+            tokenizer(text, add_special_tokens=False, truncation=False).input_ids for text in (prompt, response)
+        )
+        response_ids = (response_ids + [last] * end)[:max_response_tokens]
         examples.append({"input_ids": prompt_ids + response_ids, "labels": [IGNORED] * len(prompt_ids) + response_ids})
     return examples
 

@@ -1,22 +1,32 @@
 """Prompts read once, and what may follow them scored side by side: the openings of refusals and of compliance, for example.
 
 Everything is done on token ids, because text cut between two tokens need not be read back as the same tokens. Knows
-language models through their Hugging Face interface only: no requests, no verdicts.
+language models through their Hugging Face interface only: no requests, no verdicts. No tokenizer is asked to pad.
 """
 
+import inspect
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
-from transformers import PreTrainedTokenizerBase
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, get_layer_types_and_kwargs
 
 Ids = list[int]
+READABLE = ("full_attention", "sliding_attention")  # types of layers
+WITH_MASKS = ("sdpa", "eager")  # attention implementations that take a mask of one's own
+STRETCHED = ("dynamic", "longrope")  # rotary positions that turn otherwise as soon as one row of a batch is longer
 
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[Ids]:
     """Token ids of texts that hold their special tokens already, as rendered prompts do."""
-    return tokenizer(texts, add_special_tokens=False).input_ids if texts else []
+    return tokenizer(texts, add_special_tokens=False, padding=False, truncation=False).input_ids if texts else []
+
+
+def decoded(tokenizer: PreTrainedTokenizerBase, ids: Ids) -> str:
+    """The text of an answer as it was said, without special tokens."""
+    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
 def length_sorted(sequences: Sequence[Sequence], batch_size: int) -> list[list[int]]:
@@ -25,28 +35,81 @@ def length_sorted(sequences: Sequence[Sequence], batch_size: int) -> list[list[i
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
+# ----------------------------------------------------------------------------------------------------------- lengths
+
+
+def n_positions(config: PreTrainedConfig) -> int | None:
+    """How many tokens a model was made to read at once; None where its configuration sets no limit."""
+    config = config.get_text_config(decoder=True)
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = [rope, *(part for part in rope.values() if isinstance(part, dict))]  # one for each type of layer, in some models
+    originals = [kind.get("original_max_position_embeddings") for kind in kinds if kind.get("rope_type") in STRETCHED]
+    limits = [getattr(config, "max_position_embeddings", None), *originals]
+    return min((limit for limit in limits if limit is not None and limit > 0), default=None)
+
+
+def check_lengths(
+    tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, prompts: list[str], n_more: int | list[int]
+) -> None:
+    """``ValueError`` in one line if a rendered prompt and ``n_more`` tokens after it go beyond the model's positions."""
+    limit, after = n_positions(config), [n_more] * len(prompts) if isinstance(n_more, int) else n_more
+    if limit is None:
+        return
+    for number, (prompt, ids, more) in enumerate(zip(prompts, token_ids(tokenizer, prompts), after, strict=True), 1):
+        if len(ids) + more > limit:
+            raise ValueError(
+                f"prompt {number} of {len(prompts)} ('{' '.join(prompt.split()[:4])} ...') has {len(ids)} tokens, with {more} "
+                f"after it {len(ids) + more}, but the model '{config.name_or_path}' has {limit} positions: shorten the prompt, "
+                "leave it out, or ask for fewer tokens"
+            )
+
+
+# ------------------------------------------------------------------------------------------------------------ reader
+
+
 class Reader:
     """A batch of prompts read once; tokens are appended and taken back at will.
 
-    ``last``: (B, vocabulary) float32, what the model says after the prompts. ``n_after``: tokens appended so far.
+    ``last``: (B, vocabulary) float32, what the model says after the prompts. ``n_after``: tokens appended so far. All keys
+    are kept, those outside of a sliding window too, which a mask hides. ``ValueError`` in one line for a model whose memory
+    is more than keys and values, and for texts longer than its positions.
     """
 
     def __init__(self, model: nn.Module, prompts: list[Ids]) -> None:
         self.model, prefix, n_prefix = _learned_prefix(model, len(prompts))
+        self.config = model.config.get_text_config(decoder=True)
+        self.cache = _cache_that_keeps_all(self.model, self.config)  # transformers' own forgets what leaves a window
+        for layer, kept in enumerate(prefix.layers if prefix is not None else ()):
+            self.cache.update(kept.keys, kept.values, layer)
         width = max(map(len, prompts))
         ids = torch.tensor([[0] * (width - len(row)) + row for row in prompts], device=model.device)
         lengths = torch.tensor([len(row) for row in prompts], device=model.device)
         own = (torch.arange(width, device=model.device) >= width - lengths[:, None]).long()
         self.seen = pad(own, (n_prefix, 0), value=1)  # (B, n_prefix + T)
-        self.lengths, self.n_after = lengths + n_prefix, 0
+        self.lengths, self.n_after, self.longest = lengths + n_prefix, 0, width + n_prefix
+        self._check_room(0)
         read = self.model(
             input_ids=ids, attention_mask=self.seen, position_ids=(self.seen.cumsum(1) - 1).clamp_min(0)[:, n_prefix:],
-            past_key_values=prefix, use_cache=True, logits_to_keep=1,
+            past_key_values=self.cache, use_cache=True, logits_to_keep=1,
         )  # fmt: skip
-        self.cache, self.last = read.past_key_values, read.logits[:, -1].float()
+        self.last = read.logits[:, -1].float()
+
+    def answer(self, n_tokens: int, ends: Ids) -> list[Ids]:
+        """What the model answers greedily: at most ``n_tokens`` token ids a row, without the end token or what is after it."""
+        chosen, logits = [self.lengths.new_empty(len(self.lengths), 0)], self.last
+        ended = torch.zeros_like(self.lengths, dtype=torch.bool)
+        ending = torch.tensor(ends, dtype=torch.long, device=ended.device)
+        for step in range(n_tokens):
+            chosen.append(logits.argmax(1, keepdim=True))
+            ended |= torch.isin(chosen[-1][:, 0], ending)
+            if ended.all() or step + 1 == n_tokens:
+                break
+            logits = self.append(chosen[-1])[:, -1]
+        return [_before_end(row, ends) for row in torch.cat(chosen, 1).tolist()]
 
     def append(self, ids: Tensor) -> Tensor:
         """``ids``: (B, n); returns what the model says after each of them: (B, n, vocabulary) float32."""
+        self._check_room(ids.shape[1])
         steps = self.n_after + torch.arange(ids.shape[1], device=ids.device)
         self.n_after += ids.shape[1]
         read = self.model(input_ids=ids, attention_mask=self._seen_so_far(), position_ids=self.lengths[:, None] + steps,
@@ -68,15 +131,11 @@ class Reader:
         read_ids, of, place = _side_by_side(continuations, logits.device)
         said = [logits[:, None]]  # (B, 1, vocabulary): of every first token
         if len(read_ids):
-            seen = self._seen_so_far()
-            before = (of[:, None] == of) & (place[:, None] >= place)  # (n_read, n_read)
-            may_see = torch.cat([seen.bool()[:, None].expand(-1, len(read_ids), -1), before.expand(len(seen), -1, -1)], 2)
-            blocked = torch.zeros(may_see.shape, dtype=self.model.dtype, device=logits.device)
+            self._check_room(int(place.max()) + 1)
+            n_read = self._seen_so_far().sum(1, keepdim=True)
             said.append(self.model(
-                input_ids=read_ids.expand(len(seen), -1),
-                attention_mask=blocked.masked_fill(~may_see, torch.finfo(self.model.dtype).min)[:, None],
-                position_ids=seen.sum(1, keepdim=True) + place,
-                past_key_values=self.cache, use_cache=True,
+                input_ids=read_ids.expand(len(n_read), -1), attention_mask=self._side_by_side_masks(of, place),
+                position_ids=n_read + place, past_key_values=self.cache, use_cache=True,
             ).logits)  # fmt: skip
             self._forget(len(read_ids))
         scores = torch.zeros(len(logits), len(continuations), dtype=torch.float64, device=logits.device)
@@ -88,6 +147,36 @@ class Reader:
                 start += len(ids) - 1
         return scores
 
+    def _side_by_side_masks(self, of: Tensor, place: Tensor) -> Tensor | dict[str, Tensor]:
+        """What each token of ``_side_by_side`` may see, added to its attention: (B, 1, n_read, all keys), by type of layer.
+
+        One mask where all layers are of one type.
+        """
+        if self.config._attn_implementation not in WITH_MASKS:
+            raise ValueError(
+                f"attention '{self.config._attn_implementation}' takes no mask that reads openings side by side: load the "
+                f"model with attn_implementation='{WITH_MASKS[0]}'"
+            )
+        seen = self._seen_so_far()
+        before = (of[:, None] == of) & (place[:, None] >= place)  # (n_read, n_read)
+        visible = torch.cat([seen.bool()[:, None].expand(-1, len(of), -1), before.expand(len(seen), -1, -1)], 2)
+        asking = seen.sum(1, keepdim=True) + place  # positions: (B, n_read)
+        asked = torch.cat([seen.cumsum(1) - 1, asking], 1)  # (B, all keys)
+        masks = {}
+        for kind, window in _windows(self.config).items():
+            near = visible if window is None else visible & (asking[:, :, None] - asked[:, None] < window)
+            blocked = torch.zeros(near.shape, dtype=self.model.dtype, device=near.device)
+            masks[kind] = blocked.masked_fill(~near, torch.finfo(self.model.dtype).min)[:, None]
+        return masks if len(masks) > 1 else next(iter(masks.values()))
+
+    def _check_room(self, n_more: int) -> None:
+        limit = n_positions(self.config)
+        if limit is not None and self.longest + self.n_after + n_more > limit:
+            raise ValueError(
+                f"a text of {self.longest + self.n_after + n_more} tokens is longer than the {limit} positions of the model "
+                f"'{self.config.name_or_path}': shorten the prompts, or ask for fewer tokens after them"
+            )
+
     def _seen_so_far(self) -> Tensor:
         return pad(self.seen, (0, self.n_after), value=1)
 
@@ -96,7 +185,36 @@ class Reader:
             self.cache.crop(-n_tokens)  # a negative number is what goes
 
 
-def _learned_prefix(model: nn.Module, batch_size: int) -> tuple[nn.Module, object | None, int]:
+def _cache_that_keeps_all(model: nn.Module, config: PreTrainedConfig) -> DynamicCache:
+    """An empty cache of plain keys and values, from which tokens can be taken back whatever a layer's window is."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    takes = set(inspect.signature(inner.forward).parameters)
+    by_distance = getattr(config, "alibi", False) or "local" in getattr(config, "attention_layers", ())  # not by our masks
+    if by_distance or not {"past_key_values", "position_ids"} <= takes or not set(_windows(config)) <= set(READABLE):
+        raise ValueError(
+            f"architecture '{config.model_type}' cannot be read step by step: needed are layers of {' or '.join(READABLE)}, "
+            "which take positions and masks"
+        )
+    cache = DynamicCache(config=config)
+    cache.layers = [DynamicLayer() if isinstance(layer, DynamicSlidingWindowLayer) else layer for layer in cache.layers]
+    return cache
+
+
+def _windows(config: PreTrainedConfig) -> dict[str, int | None]:
+    """How far back the layers of each type see, in tokens; None: to the beginning."""
+    found = {(kind, more.get("sliding_window")) for kind, more in zip(*get_layer_types_and_kwargs(config), strict=True)}
+    windows = dict(sorted(found, key=str))
+    if len(windows) < len(found):
+        raise ValueError(f"architecture '{config.model_type}' has layers of one type with different windows: not supported")
+    windows.pop("dummy", None)  # layers that remember nothing of their own
+    return windows
+
+
+def _before_end(ids: Ids, ends: Ids) -> Ids:
+    return ids[: next((place for place, token in enumerate(ids) if token in ends), len(ids))]
+
+
+def _learned_prefix(model: nn.Module, batch_size: int) -> tuple[nn.Module, DynamicCache | None, int]:
     """The model without PEFT's prefix, that prefix as a cache, and its length: PEFT takes no other cache beside its own."""
     if not hasattr(model, "peft_config") or not model.active_peft_config.is_prompt_learning:
         return model, None, 0

@@ -1,6 +1,7 @@
 """Answers, verdicts, margin and utility: batched results against one-by-one computations."""
 
 import copy
+import json
 import logging
 import math
 
@@ -8,9 +9,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from tokenizers import Tokenizer
 from torch.nn.functional import log_softmax
+from transformers import GenerationConfig, PreTrainedTokenizerFast
 
-from ssah_utils import evaluation, judge, models, prompts
+from ssah_utils import direction, evaluation, judge, models, prompts
 
 REQUESTS = [
     "Why?",
@@ -80,13 +83,129 @@ def test_answers_end_at_the_end_token(tiny, rendered):
         likely = model(torch.tensor([first])).logits[0, -1].argmax().item()
     model.generation_config.eos_token_id = likely
     answers = evaluation.generate(model, tokenizer, rendered[:2], 8)
-    assert answers[0] == tokenizer.decode([likely], skip_special_tokens=True).strip()
+    assert answers[0] == "", "what ends an answer is no part of it"
 
 
-def test_tokenizer_without_padding_token_gives_the_same_answers(tiny, rendered):
-    model, tokenizer = tiny[0], copy.deepcopy(tiny[1])
-    tokenizer.pad_token = None
-    assert evaluation.generate(model, tokenizer, rendered, 4) == evaluation.generate(*tiny, rendered, 4)
+@pytest.mark.parametrize("pad_token_id", [None, 10**6])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_no_tokenizer_is_asked_to_pad_or_changed(tiny, rendered, pad_token_id, side):
+    model, tokenizer = copy.deepcopy(tiny[0]), copy.deepcopy(tiny[1])
+    tokenizer.pad_token = None if pad_token_id is None else "<beyond>"
+    tokenizer.padding_side = side
+    model.generation_config.pad_token_id = model.config.pad_token_id = pad_token_id
+    for measure in (
+        lambda m, t: evaluation.generate(m, t, rendered, 4),
+        lambda m, t: evaluation.response_nll(m, t, rendered, REQUESTS).tolist(),
+        lambda m, t: evaluation.opening_log_probabilities(m, t, rendered, REQUESTS[:2]).tolist(),
+        lambda m, t: evaluation.utility(m, t, ["cloze"], limit=3)["correct"].tolist(),
+    ):
+        assert measure(model, tokenizer) == measure(*tiny)
+    assert tokenizer.pad_token == (None if pad_token_id is None else "<beyond>") and tokenizer.padding_side == side
+
+
+# An unusual value for fields whose type is not that of a number; the others are set to 3.
+UNUSUAL = {
+    "stop_strings": ["w"], "do_sample": True, "early_stopping": True, "use_mtp": False, "cache_implementation": "static",
+    "cache_config": {"backend": "quanto"}, "repetition_penalty": 1.9, "encoder_repetition_penalty": 1.9, "temperature": 9.0,
+    "top_p": 0.5, "min_p": 0.5, "top_h": 0.5, "typical_p": 0.5, "epsilon_cutoff": 0.5, "eta_cutoff": 0.5, "max_time": 1e-9,
+    "suppress_tokens": list(range(3, 80)), "begin_suppress_tokens": list(range(3, 80)), "bad_words_ids": [[5], [6], [7]],
+    "sequence_bias": [[[5], 99.0]], "exponential_decay_length_penalty": (1, 9.0), "forced_bos_token_id": 5,
+    "forced_eos_token_id": 6, "watermarking_config": {"bias": 50.0}, "compile_config": None, "assistant_early_exit": 1,
+    "continuous_batching_config": None, "dola_layers": "high", "penalty_alpha": 0.6, "constraints": None,
+    "force_words_ids": [[[5, 6]]], "num_assistant_tokens_schedule": "constant", "speculation_type": None,
+    "guidance_scale": 3.0, "max_length": 1, "num_return_sequences": 2, "transformers_version": "4.0",
+}  # fmt: skip
+FIELDS = sorted(
+    set(vars(GenerationConfig())) - {"eos_token_id"} - {name for name in vars(GenerationConfig()) if name[0] == "_"}
+)
+
+
+@torch.inference_mode()
+def likeliest(model, prompt: list[int], n_tokens: int, end: int) -> list[int]:
+    """The definition of greedy: the likeliest token after the whole text so far, read at once, until one ends it."""
+    said = []
+    while len(said) < n_tokens:
+        token = model(torch.tensor([prompt + said]), use_cache=False).logits[0, -1].argmax().item()
+        if token == end:
+            break
+        said.append(token)
+    return said
+
+
+def test_greedy_is_greedy_whatever_a_checkpoint_asks_for(llama, tokenizer):
+    """Every field of the installed generation configuration; the stepwise reader and the harness's generation agree."""
+    texts = ["w5 w6 w7", "w9 w30"]
+    ids = [ids_of(tokenizer, text) for text in texts]
+    end = likeliest(llama, ids[0], 6, -1)[3]
+    expected = [likeliest(llama, row, 6, end) for row in ids]
+    assert len(expected[0]) <= 3 and len(expected[1]) == 6, "one ends early, one is cut"
+    answers = [tokenizer.decode(row, skip_special_tokens=True) for row in expected]
+    kept = llama.generation_config
+    for field in FIELDS:
+        own = GenerationConfig(eos_token_id=end)
+        setattr(own, field, UNUSUAL.get(field, 3))
+        llama.generation_config = own
+        assert evaluation.generate(llama, tokenizer, texts, 6) == answers, field
+        course = direction.follow(llama, tokenizer, texts, {0: [[], []]}, 6, [0], (["w3"], ["w4"]))[0]
+        assert course.tokens == expected, field
+        with evaluation._plain_generation(llama, tokenizer):
+            row = torch.tensor(ids[1:])
+            said = llama.generate(row, attention_mask=torch.ones_like(row), max_new_tokens=6, do_sample=False, pad_token_id=0)
+        assert said[0, row.shape[1] :].tolist() == expected[1], field
+        assert llama.generation_config is own, "a model is left as it was"
+    llama.generation_config = kept
+
+
+def test_generation_settings_in_an_old_config_file_change_no_answer(saved_llama, llama, tokenizer):
+    texts = ["w5 w6 w7", "w9 w30"]
+    path = saved_llama / "config.json"
+    old = {"repetition_penalty": 1.9, "no_repeat_ngram_size": 1, "num_beams": 3, "do_sample": True, "suppress_tokens": [5, 6]}
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | old), encoding="utf-8")
+    (saved_llama / "generation_config.json").unlink()
+    loaded, _ = models.load(str(saved_llama))
+    assert evaluation.generate(loaded, tokenizer, texts, 6) == evaluation.generate(llama, tokenizer, texts, 6)
+
+
+def test_the_end_of_a_turn_ends_an_answer_and_what_is_learned(llama, tokenizer):
+    """It is another token than the model's and the tokenizer's end."""
+    spoken = copy.deepcopy(tokenizer)
+    ids = ids_of(tokenizer, "w5 w6 w7")
+    end = likeliest(llama, ids, 6, 2)[2]
+    word = tokenizer.decode([end])
+    spoken.add_special_tokens({"additional_special_tokens": [word]})
+    spoken.chat_template = (
+        "{% for m in messages %}w9 {{ m.content }} " + word + " {% endfor %}{% if add_generation_prompt %}w8 {% endif %}"
+    )
+    assert evaluation.generate(llama, spoken, ["w5 w6 w7"], 6) == [tokenizer.decode(likeliest(llama, ids, 6, end))]
+    assert prompts.encode(spoken, ["w5"], ["w6"], 4)[0]["labels"] == [prompts.IGNORED, 6, end]
+
+
+def test_text_is_what_was_said_whatever_the_tokenizer_cleans_up(llama, tokenizer):
+    vocabulary = json.loads(tokenizer.backend_tokenizer.to_str())
+    first = likeliest(llama, ids_of(tokenizer, "w5 w6 w7"), 4, 2)[1]
+    words = vocabulary["model"]["vocab"]
+    words["."] = words.pop(tokenizer.decode([first]))
+    untidy = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(vocabulary)), eos_token="</s>", clean_up_tokenization_spaces=True
+    )
+    assert " ." in evaluation.generate(llama, untidy, ["w5 w6 w7"], 4)[0]
+
+
+def test_prompts_that_leave_no_room_are_refused_before_anything_is_read(llama, tokenizer, monkeypatch):
+    long = " ".join(f"w{index}" for index in range(5, 67))  # 62 of 64 positions
+    openings = (["w3 w4 w5"], ["w6"])
+    monkeypatch.setattr(llama, "forward", lambda *args, **kwargs: pytest.fail("read"))
+    for measure in (
+        lambda: evaluation.generate(llama, tokenizer, ["w3", long], 3),
+        lambda: evaluation.response_nll(llama, tokenizer, ["w3", long], ["w4", "w4 w5 w6"]),
+        lambda: evaluation.opening_log_probabilities(llama, tokenizer, ["w3", long], openings[0]),
+        lambda: direction.prefills(llama, tokenizer, ["w3", long], ["w4"], 3),
+        lambda: direction.follow(llama, tokenizer, ["w3", long], {0: [[], []]}, 0, [0], openings),
+        lambda: direction.follow(llama, tokenizer, ["w3", long], {0: [[5, 6], [5, 6]]}, 1, [0], (["w3"], ["w4"])),
+    ):
+        with pytest.raises(ValueError, match=r"prompt 2 of 2 \('w5 w6 w7 w8 \.\.\.'\) has 62 tokens, with 3 after it") as error:
+            measure()
+        assert "\n" not in str(error.value)
 
 
 def test_own_answers_are_remembered_per_model_and_prompts(tiny, rendered, tmp_path, monkeypatch):
@@ -307,3 +426,37 @@ def test_a_task_without_a_hub_says_so_in_one_line(monkeypatch, tmp_path):
     with pytest.raises(ConnectionError, match="data of utility task 'openbookqa'") as error:
         evaluation.load_task("openbookqa")
     assert "\n" not in str(error.value)
+
+
+def few_shot_task():
+    from lm_eval.api.task import ConfigurableTask
+
+    documents = [{"question": f"q{n}", "answer": f"a{n}"} for n in range(30)]
+    parts = {part: evaluation.datasets.Dataset.from_list(documents) for part in ("train", "test")}
+    return ConfigurableTask(config={
+        "task": "few", "custom_dataset": lambda **_: parts, "training_split": "train", "test_split": "test", "num_fewshot": 3,
+        "output_type": "generate_until", "doc_to_text": "{{question}}", "doc_to_target": "{{answer}}",
+        "generation_kwargs": {"until": ["\n"], "max_gen_toks": 2}, "metric_list": [{"metric": "exact_match"}],
+    })  # fmt: skip
+
+
+def test_few_shot_examples_are_the_same_each_time_also_in_groups():
+    contexts = []
+    for _ in range(3):
+        task = few_shot_task()
+        evaluation._seeded({"group": {"few": task}})
+        contexts.append([task.fewshot_context(doc, 3) for doc in list(task.test_docs())[:4]])
+    assert contexts[0] == contexts[1] == contexts[2] and len(set(contexts[0])) == 4
+
+
+def test_the_harness_says_what_it_cuts_and_generates_greedily(tiny, monkeypatch):
+    model, tokenizer = copy.deepcopy(tiny[0]), tiny[1]
+    monkeypatch.setattr(evaluation, "load_task", lambda name: evaluation._seeded({"few": few_shot_task()}))
+    expected = evaluation.utility(model, tokenizer, ["few"], limit=3)
+    model.generation_config = GenerationConfig(num_beams=3, repetition_penalty=5.0, eos_token_id=0, max_time=1e-9)
+    own = model.generation_config
+    pd.testing.assert_frame_equal(evaluation.utility(model, tokenizer, ["few"], limit=3), expected)
+    assert model.generation_config is own
+    model.config.max_position_embeddings = 12
+    with pytest.warns(UserWarning, match="utility task 'few': . texts or batches were cut to fit the model"):
+        evaluation.utility(model, tokenizer, ["few"], limit=3)

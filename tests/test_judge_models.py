@@ -75,6 +75,59 @@ def test_a_decoder_without_a_padding_token_judges_pairs_of_any_length(tmp_path, 
     assert ask(REQUESTS, ANSWERS) == pytest.approx(alone, abs=1e-5) and abs(alone[0] - alone[1]) > 1e-5
 
 
+@pytest.mark.parametrize("pad_token_id", [None, 2, 10**6])
+def test_a_decoder_reads_to_the_last_token_whatever_padding_is(tmp_path, tokenizer, pad_token_id):
+    """Also where a text ends with the token that pads, and where nothing can pad; no tokenizer is changed."""
+    config = transformers.LlamaConfig(
+        vocab_size=97, hidden_size=16, intermediate_size=20, num_hidden_layers=1, num_attention_heads=2,
+        id2label={0: "safe", 1: "unsafe"}, label2id={"safe": 0, "unsafe": 1},
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        model = transformers.LlamaForSequenceClassification(config).eval()
+        for parameter in model.parameters():
+            parameter.data.normal_(0, 0.5)
+    unpadded = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, eos_token="</s>")
+    unpadded.padding_side = "left"
+    answers = ["w20 </s>", "w21 w22 w23 </s> </s>", "w5"]
+    expected = []
+    for request, answer in zip(["w10", "w11", "w12"], answers, strict=True):
+        with torch.inference_mode():
+            ids = unpadded(request, answer, return_tensors="pt").input_ids
+            expected.append(model.model(ids).last_hidden_state[0, -1].matmul(model.score.weight.T).softmax(-1)[1].item())
+    model.config.pad_token_id = pad_token_id
+    found = judge_models.classified(model, unpadded, ["w10", "w11", "w12"], answers)
+    assert found == pytest.approx(expected, abs=1e-5) and len({round(value, 4) for value in expected}) == 3
+    assert unpadded.pad_token is None and unpadded.padding_side == "left"
+
+
+@pytest.mark.parametrize(("kind", "positions", "n_read"), [("bert", 8, 8), ("roberta", 10, 8), ("xlm-roberta", 11, 8)])
+def test_texts_are_read_as_far_as_the_classifier_can_and_cuts_are_said(tokenizer, kind, positions, n_read):
+    config = transformers.AutoConfig.for_model(
+        kind, vocab_size=97, hidden_size=16, intermediate_size=20, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=positions, pad_token_id=2 if kind == "xlm-roberta" else 1 if kind == "roberta" else 0,
+        type_vocab_size=2, id2label={0: "normal", 1: "rejection"}, label2id={"normal": 0, "rejection": 1},
+    )  # fmt: skip
+    model = transformers.AutoModelForSequenceClassification.from_config(config).eval()
+    whole, longer = (" ".join(f"w{index}" for index in range(5, 5 + n)) for n in (n_read, n_read + 3))
+    alone = judge_models.classified(model, tokenizer, ["w3"], [whole])
+    with pytest.warns(UserWarning, match=f"1 of 2 texts are longer than the {n_read} tokens that judge"):
+        found = judge_models.classified(model, tokenizer, ["w3", "w3"], ["w4", longer])
+    assert found[1] == pytest.approx(alone[0], abs=1e-5)
+
+
+def test_long_texts_within_a_classifier_s_positions_are_read_whole(tokenizer):
+    config = transformers.BertConfig(
+        vocab_size=97, hidden_size=16, intermediate_size=20, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=700, id2label={0: "normal", 1: "rejection"}, label2id={"normal": 0, "rejection": 1},
+    )  # fmt: skip
+    model = transformers.BertForSequenceClassification(config).eval()
+    text = " ".join(f"w{5 + index % 90}" for index in range(600))
+    with torch.inference_mode():
+        expected = 1 - model(**tokenizer(text, return_tensors="pt")).logits.softmax(-1)[0, 1].item()
+    assert judge_models.classified(model, tokenizer, ["w3"], [text])[0] == pytest.approx(expected, abs=1e-5)
+
+
 def chat_judge(folder, model, tokenizer, template: str | None) -> str:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -140,3 +193,18 @@ def test_judge_out_of_reach_or_misspelt_is_one_line(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="unknown model 'guard'"):
         check({"judge_model": "guard"})
     check({"judge_model": ""})
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [(GUARD.replace("m['content']", "m['content'][:3]"), "leaves out or changes the request or the answer"),
+     ("{% for m in messages if m['role'] == 'user' %}{{ m['content'] }}{% endfor %}safe or unsafe?",
+      "leaves out or changes the request or the answer"),
+     ("{{ raise_exception('unsafe roles') }}", "does not take this conversation: unsafe roles"),
+     ("{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}<assistant><think>", "train of thought")],
+)  # fmt: skip
+def test_a_judge_s_chat_template_is_probed_before_it_judges(tmp_path, llama, tokenizer, template, message):
+    name = chat_judge(tmp_path / "judge", llama, tokenizer, template)
+    with pytest.raises(ValueError, match=message) as error:
+        check({"judge_model": name})
+    assert "\n" not in str(error.value)

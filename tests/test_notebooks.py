@@ -25,7 +25,8 @@ def test_notebooks_run_in_order_under_profile_smoke(tmp_path):
                 cell.outputs, cell.execution_count = [], None
         nbformat.write(notebook, tmp_path / f"{stage.name}.ipynb")
     outcome = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "--nbval-lax", "--nbval-current-env", "--nbval-cell-timeout=600", "-p", "no:cacheprovider",
+        [sys.executable, "-m", "pytest", "-q", "-x", "--nbval-lax", "--nbval-current-env", "--nbval-cell-timeout=600",
+         "-p", "no:cacheprovider",
          *sorted(map(str, tmp_path.glob("*.ipynb")))],
         cwd=tmp_path, env=os.environ | {"SSAH_RUNS": str(tmp_path / "runs")}, capture_output=True, text=True, check=False,
     )  # fmt: skip

@@ -1,0 +1,197 @@
+"""How a chat is written for a model: requests as prompts, what ends an answer, and the one probe of a chat template.
+
+Knows tokenizers and their templates, and of a model only what its generation configuration says ends an answer. A prompt is
+the same every day and never asks for a train of thought.
+"""
+
+import re
+from datetime import datetime
+from pathlib import Path
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+Message = dict[str, str]
+
+TODAY = datetime(2024, 7, 26)  # the day in every prompt that names one, so that prompts are the same on every day
+# What a prompt never asks for, by the names that templates give it, and the date as Llama 3 takes it.
+SETTINGS = {
+    "enable_thinking": False, "thinking": False, "reasoning": False, "thinking_budget": 0, "date_string": f"{TODAY:%d %b %Y}",
+}  # fmt: skip
+THINKING = SETTINGS | {"enable_thinking": True, "thinking": True, "reasoning": True, "thinking_budget": 512}
+DIRECTIVES = "aAbBcdfHIjmMpSuUwWxXyYZG"
+# A template's own clock, stopped: transformers takes no function as a template's variable, so it is a macro of the template.
+STOPPED_CLOCK = (
+    "{% macro strftime_now(format) %}{{ format"
+    + "".join(f" | replace('%-{code}', '%{code}') | replace('%{code}', '{TODAY.strftime('%' + code)}')" for code in DIRECTIVES)
+    + " }}{% endmacro %}\n"
+)
+
+_INSIDE = r"[^<>\[\]◁▷【】]{0,24}"
+_WORDS = r"think|thought|reason|reflect|scratchpad|analysis|\bcot\b"
+THOUGHT_TAG = re.compile(
+    rf"[<\[◁【]{_INSIDE}?(?:{_WORDS}){_INSIDE}[>\]▷】]|<\|channel\|?>\s*(?:commentary|{_WORDS})|<channel\|>", re.IGNORECASE
+)
+CLOSING_TAG = re.compile(r"/|end|close|<channel\|>", re.IGNORECASE)
+
+REQUEST = 'How do cats & dogs "get along"?\nSay why, in 3 lines.'
+ANSWER = "Like two old neighbours."
+N_RENDERINGS = 16  # a template that draws lots gives itself away
+
+
+# ------------------------------------------------------------------------------------------------------- rendering
+
+
+def render(tokenizer: PreTrainedTokenizerBase, prompts: list[str], system_prompt: str = "") -> list[str]:
+    """Chat-formatted prompts, ending where the assistant's answer begins; tokenize without further special tokens.
+
+    ``ValueError`` when the template takes no system prompt, or leaves it out.
+    """
+    system = [{"role": "system", "content": system_prompt}] if system_prompt else []
+    texts = [rendered(tokenizer, [*system, {"role": "user", "content": prompt}]) for prompt in prompts]
+    if not all(system_prompt.strip() in text for text in texts):
+        raise ValueError(_of(tokenizer, "leaves out or changes the system prompt: leave the parameter system_prompt empty"))
+    return texts
+
+
+def rendered(
+    tokenizer: PreTrainedTokenizerBase, messages: list[Message], answer_follows: bool = True, settings: dict = SETTINGS
+) -> str:
+    """One conversation as the template writes it, the assistant's turn opened at its end if an answer is to follow.
+
+    ``ValueError`` in one line when there is no template, or it does not take this conversation.
+    """
+    template = _template_of(tokenizer)
+    if "strftime_now" in template:
+        template = STOPPED_CLOCK + template
+    try:
+        return tokenizer.apply_chat_template(
+            messages, chat_template=template, tokenize=False, add_generation_prompt=answer_follows, **settings
+        )
+    except Exception as error:  # a template can raise anything
+        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        hint = " (leave the parameter system_prompt empty)" if messages[0]["role"] == "system" else ""
+        raise ValueError(_of(tokenizer, f"does not take this conversation: {first_line}{hint}")) from error
+
+
+def set_chat_template(tokenizer: PreTrainedTokenizerBase, chat_template: str = "", system_prompt: str = "") -> None:
+    """Use a Jinja file as the chat template when one is named; ``check_chat_template`` in any case."""
+    if chat_template:
+        if not Path(chat_template).is_file():
+            raise FileNotFoundError(f"chat_template '{chat_template}' does not exist: give the path of a Jinja file")
+        tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
+    check_chat_template(tokenizer, system_prompt)
+
+
+def _template_of(tokenizer: PreTrainedTokenizerBase) -> str:
+    if not tokenizer.chat_template:
+        raise ValueError(
+            f"the tokenizer of '{tokenizer.name_or_path}' has no chat template: set the parameter chat_template to a Jinja "
+            "file, or use the chat version of the model"
+        )
+    return tokenizer.get_chat_template()
+
+
+def _of(tokenizer: PreTrainedTokenizerBase, fault: str) -> str:
+    return f"the chat template of '{tokenizer.name_or_path}' {fault}"
+
+
+# --------------------------------------------------------------------------------------------------------- the probe
+
+
+def check_chat_template(tokenizer: PreTrainedTokenizerBase, system_prompt: str = "") -> None:
+    """Raise ``ValueError`` in one line for a template under which nothing measured would mean what it says.
+
+    A few conversations are rendered. The request must be there unchanged, the same each time, with the system prompt if
+    there is one; then what opens the assistant's turn, right where the template puts an answer: no more, such as a train of
+    thought, and no less.
+    """
+    asked = rendered(tokenizer, _talk())
+    if REQUEST not in asked:
+        raise ValueError(_of(tokenizer, "leaves out or changes the request"))
+    if any(rendered(tokenizer, _talk()) != asked for _ in range(N_RENDERINGS)):
+        raise ValueError(_of(tokenizer, "writes the same request differently from time to time"))
+    if system_prompt and REQUEST not in render(tokenizer, [REQUEST], system_prompt)[0]:
+        raise ValueError(_of(tokenizer, "leaves out or changes the request when there is a system prompt"))
+    if fault := _fault_of_opening(tokenizer):
+        raise ValueError(_of(tokenizer, fault + ": set the parameter chat_template to a Jinja file, or use another model"))
+
+
+def _fault_of_opening(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What is wrong with how a prompt opens the assistant's turn, by where the template puts an answer; "" if nothing."""
+    asked, turn = (_after_request(rendered(tokenizer, _talk(), follows)) for follows in (True, False))
+    tags = THOUGHT_TAG.findall(asked)
+    if tags and not CLOSING_TAG.search(tags[-1]):
+        return f"opens a train of thought ({tags[-1]!r}) that enable_thinking=False does not close"
+    if not asked:
+        return "does not open the assistant's turn"
+    try:
+        before_answer, found, _ = rendered(tokenizer, _talk(ANSWER), answer_follows=False).rpartition(ANSWER)
+    except ValueError:
+        found = ""
+    if not found:  # it takes no answers, or leaves them out
+        return "does not open the assistant's turn" if asked == turn else ""
+    before_answer = _after_request(before_answer)
+    if before_answer.startswith(asked):
+        if missing := before_answer[len(asked) :]:
+            return f"does not open the assistant's turn, at least not as far as {missing!r}"
+    else:
+        asked, before_answer = _without_thoughts(asked), _without_thoughts(before_answer)
+        if not asked.startswith(before_answer):
+            return "opens the assistant's turn with another text than that which stands before an answer"
+        has_header = before_answer.startswith(turn) and before_answer != turn
+        if has_header and (extra := asked[len(before_answer) :]):
+            return f"puts {extra!r} in the assistant's mouth"
+    return "is that of a model which thinks before it answers and cannot be asked not to" if _always_thinks(tokenizer) else ""
+
+
+def _always_thinks(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the template drops thoughts from earlier answers, although no setting decides whether there are any."""
+    thought = "Indeed, indeed."
+    talk = [*_talk(f"<think>\n{thought}\n</think>\n\n{ANSWER}"), *_talk()]
+    try:
+        without, with_thoughts = (rendered(tokenizer, talk, settings=how) for how in (SETTINGS, THINKING))
+    except ValueError:
+        return False
+    return without == with_thoughts and thought not in without and not THOUGHT_TAG.search(_after_request(without))
+
+
+def _talk(answer: str = "") -> list[Message]:
+    return [{"role": "user", "content": REQUEST}] + ([{"role": "assistant", "content": answer}] if answer else [])
+
+
+def _after_request(text: str) -> str:
+    """What follows the last request, without white space, which templates put and strip as they like."""
+    return "".join(text.rpartition(REQUEST)[2].split())
+
+
+def _without_thoughts(text: str) -> str:
+    """Without the closed trains of thought, as they are put in a model's mouth so that it has none."""
+    tags = list(THOUGHT_TAG.finditer(text))
+    closing = [tag for tag in tags if CLOSING_TAG.search(tag.group())]
+    return text[: tags[0].start()] + text[closing[-1].end() :] if closing else text
+
+
+# ----------------------------------------------------------------------------------------------------- ends of answers
+
+
+def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The token that the chat template puts after an answer, else the end-of-sequence token, if there is one."""
+    try:
+        answered = rendered(tokenizer, _talk(ANSWER), answer_follows=False)
+        asked = rendered(tokenizer, _talk())
+    except ValueError:  # no template, or one that takes no answers
+        return tokenizer.eos_token_id
+    after = answered.rpartition(ANSWER)[2].strip() if ANSWER in answered else ""
+    if asked.rstrip().endswith(after):  # nothing but the next turn, opened by a template that always opens one
+        return tokenizer.eos_token_id
+    tokens = tokenizer.get_added_vocab() | dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+    found = max((token for token in tokens if token and after.startswith(token)), key=len, default=None)
+    return tokenizer.eos_token_id if found is None else tokens[found]
+
+
+def end_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Every token that ends an answer: the model's, the tokenizer's and the chat template's; none if there is none at all."""
+    own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    ends = [*(own if isinstance(own, (list, tuple)) else [own]), tokenizer.eos_token_id, end_of_turn(tokenizer)]
+    return sorted({int(end) for end in ends if end is not None})

@@ -71,7 +71,10 @@ def identity(value: object, name: str = "value") -> object:
     if isinstance(value, torch.dtype):
         return str(value)
     if isinstance(value, nn.Module):
-        return {"model": models.fingerprint(value), "dtype": str(value.dtype), "device": value.device.type}
+        plain = models.unwrapped(value)
+        found = {"model": models.fingerprint(plain), "dtype": str(plain.dtype), "device": plain.device.type}
+        ends = getattr(plain.generation_config, "eos_token_id", None)  # of its answers
+        return found | {"ends": ends, "attention": plain.config._attn_implementation, "training": plain.training}
     if isinstance(value, PreTrainedTokenizerBase):
         return {"tokenizer": sha256_of([value.backend_tokenizer.to_str(), value.chat_template, value.special_tokens_map])}
     if isinstance(value, torch.Tensor):

@@ -8,8 +8,11 @@ from functools import cache
 from pathlib import Path
 
 from ssah_utils.adapters import PEFT_METHODS
-from ssah_utils.models import DTYPES, EMBEDDED, TINY_RANDOM, check_reachable, load_tokenizer
-from ssah_utils.prompts import POSITIONS, load_dataset, load_pairs, set_chat_template
+from ssah_utils.formats import SUFFIXES
+from ssah_utils.loading import checked_config
+from ssah_utils.models import DTYPES, EMBEDDED_NAMES, check_reachable, load_tokenizer
+from ssah_utils.prompts import POSITIONS, adaptation_split, check_splits, load_dataset, load_pairs, render, set_chat_template
+from ssah_utils.reading import check_lengths
 from ssah_utils.units import check_fractions
 
 CHOICES = {
@@ -19,6 +22,8 @@ CHOICES = {
     "alignment": ("auto", "train", "given"),
 }
 METHODS = {"peft_factors": tuple(PEFT_METHODS), "preference_methods": ("all", "redundant", "top", "random", "safety")}
+STUDY_DATA = ("harmful_data", "other_harmful_data", "helpful_data")
+LENGTHS = ("answer_tokens", "new_tokens", "response_tokens")  # of what may follow a request
 OPTIONAL_DATA = ("over_refusal_data",)
 
 
@@ -71,11 +76,34 @@ def check(values: dict) -> None:
             raise FileNotFoundError(f"chat_template '{value}' does not exist: give the path of a Jinja file")
         elif name == "model" or (name.endswith("_model") and value):
             check_reachable(value)
-            if value not in (EMBEDDED, TINY_RANDOM):
-                set_chat_template(load_tokenizer(value), values.get("chat_template", ""))
+            check_template(value, values.get("chat_template", ""), values.get("system_prompt", ""))
     groups = {f"{group}_fraction" for group in ("safety", "utility", "redundant")}
     if groups <= set(values):
         check_fractions(**{name: values[name] for name in sorted(groups)})
+    if set(STUDY_DATA) <= set(values):
+        check_splits(*(values[name] for name in STUDY_DATA))
+    for name, value in values.items():
+        if "model" in values and name.endswith("_data") and Path(value).suffix.lower() in SUFFIXES:  # what we ship is short
+            n_more = max(values.get(length, 0) for length in LENGTHS)
+            check_fits(values["model"], values.get("chat_template", ""), values.get("system_prompt", ""), value, n_more)
+
+
+def check_template(model: str, chat_template: str, system_prompt: str) -> None:
+    """A chat template under which nothing measured would mean what it says; ours are known to be right as they are."""
+    if model not in EMBEDDED_NAMES or chat_template or system_prompt:
+        set_chat_template(load_tokenizer(model), chat_template, system_prompt)
+
+
+@cache
+def check_fits(model: str, chat_template: str, system_prompt: str, data: str, n_more: int) -> None:
+    """A request of a user's file that is longer, with what is to follow it, than the model reads at once."""
+    tokenizer = load_tokenizer(model)
+    set_chat_template(tokenizer, chat_template, system_prompt)
+    rendered = render(tokenizer, load_dataset(data)["prompt"].tolist(), system_prompt)
+    try:
+        check_lengths(tokenizer, checked_config(model), rendered, n_more)
+    except ValueError as error:
+        raise ValueError(f"data file '{data}': {error}") from error
 
 
 @cache
@@ -86,8 +114,9 @@ def check_readable(name: str) -> None:
 
 @cache
 def check_pairs(name: str) -> None:
-    """What is fine-tuned on needs responses, too."""
+    """What is fine-tuned on needs responses, too, and enough different requests to hold some back."""
     load_pairs(name)
+    adaptation_split(name)
 
 
 @cache

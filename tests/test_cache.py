@@ -76,6 +76,13 @@ def test_views_arrays_and_scalars_are_what_they_hold():
 def test_models_are_told_by_every_entry_and_precision(llama):
     first = identity(llama)
     assert identity(copy.deepcopy(llama)) == first != identity(copy.deepcopy(llama).bfloat16())
+    assert identity(torch.compile(llama, backend="eager")) == identity(torch.nn.DataParallel(llama)) == first
+    other_end, other_attention = copy.deepcopy(llama), copy.deepcopy(llama)
+    other_end.generation_config.eos_token_id = [2, 5]
+    other_attention.set_attn_implementation("eager")
+    assert (
+        len({json.dumps(identity(model)) for model in (llama, other_end, other_attention, copy.deepcopy(llama).train())}) == 4
+    )
     with torch.no_grad():
         llama.model.layers[1].mlp.down_proj.weight[5, 7] += 0.5
     assert identity(llama) != first

@@ -1,7 +1,10 @@
 """Values that cannot work are refused by their names, before anything runs."""
 
+from itertools import product
+
 import pytest
 
+from ssah_utils.models import EMBEDDED, TINY_RANDOM
 from ssah_utils.parameters import check
 
 
@@ -50,3 +53,47 @@ def test_pairs_of_a_user(tmp_path):
     path.write_text('{"prompt": "a", "response": "b"}\n{"prompt": "c", "response": ""}\n', encoding="utf-8")
     with pytest.raises(ValueError, match=r"mine\.jsonl, line 2: column 'response' is missing or empty"):
         check({"adaptation_data": str(path)})
+
+
+ANIMALS, PLACES = ("cats", "dogs", "owls", "bees", "ants", "frogs"), ("barn", "river", "attic", "meadow", "cellar")
+ROWS = [f'{{"prompt": "tell {n} {animal} about a {place}{n}"}}' for n, (animal, place) in enumerate(product(ANIMALS, PLACES))]
+
+
+def test_a_request_beyond_the_models_positions_is_found_before_a_kernel_starts(tmp_path):
+    path = tmp_path / "mine.jsonl"
+    path.write_text("\n".join([*ROWS, '{"prompt": "' + "far too long a request " * 2000 + '"}']), encoding="utf-8")
+    values = {"model": EMBEDDED, "helpful_data": str(path), "new_tokens": 8}
+    with pytest.raises(ValueError, match=r"mine\.jsonl': prompt 31 of 31 \('.*' has \d+ tokens.* has 8192 positions"):
+        check(values)
+
+
+def test_data_that_cannot_be_split_are_found_before_a_kernel_starts(tmp_path):
+    path = tmp_path / "mine.jsonl"
+    path.write_text("\n".join(f'{{"prompt": "Describe the big red barn near river {n}"}}' for n in range(40)), encoding="utf-8")
+    values = {"harmful_data": str(path), "other_harmful_data": "harmbench", "helpful_data": "helpful", "model": TINY_RANDOM}
+    with pytest.raises(ValueError, match=r"40 requests are 1 group.*near duplicates"):
+        check(values)
+
+
+def test_pairs_too_alike_to_hold_some_back_are_found_too(tmp_path):
+    path = tmp_path / "mine.jsonl"
+    path.write_text(
+        "\n".join(f'{{"prompt": "Add the big red number {n} to it", "response": "{n}"}}' for n in range(9)), encoding="utf-8"
+    )
+    with pytest.raises(ValueError, match=r"mine.*near duplicates"):
+        check({"adaptation_data": str(path)})
+
+
+@pytest.mark.parametrize("model", [EMBEDDED, TINY_RANDOM])
+def test_templates_and_system_prompts_are_probed_for_the_embedded_models_too(tmp_path, model):
+    check({"model": model, "system_prompt": "Answer in one line."})
+    template = tmp_path / "no-system.jinja"
+    turn = "<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
+    loop = "{% for m in messages if m['role'] != 'system' %}" + turn + "{% endfor %}"
+    template.write_text(loop + "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+    check({"model": model, "chat_template": str(template)})
+    with pytest.raises(ValueError, match="system prompt"):
+        check({"model": model, "chat_template": str(template), "system_prompt": "Answer in one line."})
+    template.write_text(loop)
+    with pytest.raises(ValueError, match="does not open the assistant's turn"):
+        check({"model": model, "chat_template": str(template)})

@@ -44,7 +44,7 @@ ALLOWED = {
     "kernel": set(),
     "locks": set(),
     "machine": set(),
-    "parameters": {"adapters", "evaluation", "judge_models", "models", "prompts", "units"},
+    "parameters": {"adapters", "evaluation", "formats", "judge_models", "loading", "models", "prompts", "reading", "units"},
     "search": set(),
     "training_figures": {"results", "units"},
     "stability_figures": {"results"},

@@ -63,7 +63,7 @@ def test_a_request_beyond_the_models_positions_is_found_before_a_kernel_starts(t
     path = tmp_path / "mine.jsonl"
     path.write_text("\n".join([*ROWS, '{"prompt": "' + "far too long a request " * 2000 + '"}']), encoding="utf-8")
     values = {"model": EMBEDDED, "helpful_data": str(path), "new_tokens": 8}
-    with pytest.raises(ValueError, match=r"mine\.jsonl': prompt 31 of 31 \('.*' has \d+ tokens.* has 8192 positions"):
+    with pytest.raises(ValueError, match=r"mine\.jsonl': prompt 31 of 31 \('.*'\) has \d+ tokens.* has 8192 positions"):
         check(values)
 
 

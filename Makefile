@@ -10,7 +10,12 @@ PIP_FLAGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: reproduce reference test figures lab bench bench-gpu lint clean
+# Another kind of machine, as far as that can be had on this one: without AVX-512 and bfloat16.
+OTHER_MACHINE := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 SSAH_DTYPE=float32
+NUMERICAL := $(addprefix tests/test_,activations.py direction.py evaluation.py interventions.py models.py partial.py reading.py \
+  real_model.py scores.py search.py stats.py training.py units.py)
+
+.PHONY: reproduce reference test test-other-machine figures lab bench bench-gpu lint clean
 
 reproduce: $(VENV)/installed
 	$(BIN)/python -m ssah_utils.run --profile $(PROFILE)
@@ -23,7 +28,13 @@ reference: $(VENV)/installed
 test: $(VENV)/installed
 	$(BIN)/python -m ssah_utils.assets
 	$(BIN)/ruff check .
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
+
+# The numerical tests once more as on another kind of machine; nothing to do where this is one of that kind.
+test-other-machine: $(VENV)/installed
+	if grep -q avx512 /proc/cpuinfo 2>/dev/null; then \
+	  $(OTHER_MACHINE) HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile $(NUMERICAL); \
+	else echo "this machine has no AVX-512: make test has run the numerical tests without it"; fi
 
 figures: $(VENV)/installed
 	$(BIN)/python -m ssah_utils.figures

@@ -63,7 +63,7 @@ def without_units(model: nn.Module, units: UnitSet, means: PerUnit | None = None
 
     Writer columns are dropped, and reader rows whose channels are all dropped. A mean becomes a bias of the writer.
     """
-    model = models.gathered(model)
+    model = models.unwrapped(model)
     shape = models.check_per_unit(model, units)
     small = copy.deepcopy(model)
     architecture = models.architecture_of(model)

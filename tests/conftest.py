@@ -111,6 +111,14 @@ def llama() -> nn.Module:
     return tiny_model("llama")
 
 
+@pytest.fixture
+def shallow_llama() -> nn.Module:
+    """Of one block, for what takes long per block, such as compiling."""
+    model = tiny_model("llama")
+    model.model.layers, model.config.num_hidden_layers = model.model.layers[:1], 1
+    return model
+
+
 @pytest.fixture(params=CONFIGS)
 def any_model(request: pytest.FixtureRequest) -> nn.Module:
     return tiny_model(request.param)

@@ -287,19 +287,19 @@ def test_pooled_parts_equal_the_whole_and_its_mean_square(sizes):
 # -------------------------------------------------------------------------------------------------------- wrapped models
 
 
-@pytest.mark.parametrize("ran_before", [True, False])
+MEASURES = (channel_moments, gradient_activation, last_token_states)
+
+
 @pytest.mark.parametrize("compile_it", COMPILED.values(), ids=COMPILED)
-@pytest.mark.parametrize("measure", [channel_moments, gradient_activation, last_token_states])
-def test_a_compiled_model_is_measured_too(llama, sequences, compile_it, ran_before, measure):
+def test_a_compiled_model_that_ran_before_is_measured_too(shallow_llama, marked_before_the_end, compile_it):
     """Compiled code does not look for hooks that were not there when it was made."""
-    batches = batches_of([(ids, marked & (torch.arange(len(ids)) < len(ids) - 1)) for ids, marked in sequences], [3, 4])
-    expected = measure(llama, batches)
+    batches = batches_of(marked_before_the_end, [7])
+    expected = [as_tensors(measure(shallow_llama, batches)) for measure in MEASURES]
     torch._dynamo.reset()
-    model = compile_it(llama)
-    if ran_before:
-        for batch in batches:
-            model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
-    torch.testing.assert_close(as_tensors(measure(model, batches)), as_tensors(expected), rtol=0, atol=0)
+    model = compile_it(shallow_llama)
+    model(input_ids=batches[0]["input_ids"], attention_mask=batches[0]["attention_mask"], use_cache=False)
+    found = [as_tensors(measure(model, batches)) for measure in MEASURES]
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
 def test_a_compiled_backbone_still_counts_positions_over_attended_tokens(tiny_models, sequences):
@@ -316,11 +316,11 @@ def as_tensors(found: ChannelMoments | dict | Tensor) -> list[Tensor]:
     return list(found.values()) if isinstance(found, dict) else [found]
 
 
-@pytest.mark.parametrize("measure", [channel_moments, gradient_activation, last_token_states])
-def test_a_model_in_parallel_is_measured_as_the_model(llama, sequences, measure):
-    batches = batches_of([(ids, marked & (torch.arange(len(ids)) < len(ids) - 1)) for ids, marked in sequences], [3, 4])
-    expected = as_tensors(measure(llama, batches))
-    torch.testing.assert_close(as_tensors(measure(nn.DataParallel(llama), batches)), expected, rtol=0, atol=0)
+def test_a_model_in_parallel_is_measured_as_the_model(llama, marked_before_the_end):
+    batches = batches_of(marked_before_the_end, [3, 4])
+    for measure in MEASURES:
+        found, expected = (as_tensors(measure(model, batches)) for model in (nn.DataParallel(llama), llama))
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
 # --------------------------------------------------------------------------------------------------- gradient_activation

@@ -400,7 +400,7 @@ def test_values_that_are_not_all_here_are_refused_in_one_line(llama, one_process
 
 
 def test_what_is_no_language_model_is_refused_in_one_line():
-    for other in (nn.Linear(2, 2), nn.DataParallel(nn.Linear(2, 2)), torch.compile(nn.Linear(2, 2))):
+    for other in (nn.Linear(2, 2), nn.DataParallel(nn.Linear(2, 2)), compiled(nn.Linear(2, 2))):
         with pytest.raises(ValueError, match="a Linear is no Hugging Face language model"):
             models.fingerprint(other)
 

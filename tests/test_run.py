@@ -15,8 +15,9 @@ import papermill
 import pytest
 import yaml
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+from safetensors.torch import save_file
 
-from ssah_utils import assets, kernel, models, results, run, stamps
+from ssah_utils import assets, kernel, loading, models, results, run, stamps
 from ssah_utils.locks import InUse
 from ssah_utils.results import ROOT
 
@@ -97,7 +98,7 @@ def test_a_notebook_lacking_a_parameter_of_its_own_is_refused():
 def test_every_profile_names_known_parameters_of_the_right_type(profile, monkeypatch):
     monkeypatch.setattr(run.parameters, "check_reachable", lambda name: None)
     monkeypatch.setattr(run.parameters, "load_tokenizer", lambda name: None)
-    monkeypatch.setattr(run.parameters, "set_chat_template", lambda tokenizer, file: None)
+    monkeypatch.setattr(run.parameters, "set_chat_template", lambda tokenizer, file, system_prompt: None)
     monkeypatch.setattr(run.parameters, "check_pairs", lambda name: None)  # some are on the hub
     assert len(run.plan(profile, [])) == N_STAGES
 
@@ -162,19 +163,20 @@ def test_unreachable_hub_model_names_the_embedded_one(monkeypatch, capsys):
             "We couldn't connect to 'https://huggingface.co'\nto load the files,\nand couldn't find them in the cache"
         )
 
-    monkeypatch.setattr(models.AutoConfig, "from_pretrained", fail)
+    monkeypatch.setattr(loading.AutoConfig, "from_pretrained", fail)
     text = fails_in_one_line(capsys, "--set", "model=meta-llama/Llama-2-7b-chat-hf")
     assert "meta-llama/Llama-2-7b-chat-hf" in text and f"'{models.EMBEDDED}'" in text
 
 
 def test_unreachable_second_model_is_found_before_a_kernel_starts(monkeypatch, capsys):
-    monkeypatch.setattr(models.AutoConfig, "from_pretrained", lambda *a, **k: (_ for _ in ()).throw(OSError("no")))
+    monkeypatch.setattr(loading.AutoConfig, "from_pretrained", lambda *a, **k: (_ for _ in ()).throw(OSError("no")))
     assert "some/other" in fails_in_one_line(capsys, "--set", "unaligned_model=some/other")
 
 
 def folder_with_config(folder: Path, **config) -> Path:
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
+    save_file({}, folder / "model.safetensors")
     return folder
 
 

@@ -3,17 +3,20 @@
 A unit owns its writer column and the matching reader rows (``models``): the trainable entries of a matrix become one
 small parameter, the *block*; the rest of the matrix is no parameter at all. So frozen entries can have no gradient, no
 optimizer state and no decay, whatever loop, optimizer or precision is used, and they stay bit-identical.
-Knows models and sets of units. Does not know how a model is trained, or on what.
+Knows models and sets of units; what cannot be trained so, ``guards`` refuses. Does not know how a model is trained, or on
+what.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from transformers.pytorch_utils import Conv1D
 
-from ssah_utils import models
+from ssah_utils import guards, models
 
 UnitSet = dict[str, Tensor]  # {kind: (n_layers, n_channels) bool}
 PADDING = 64
@@ -30,23 +33,32 @@ def training_only(model: nn.Module, trainable: UnitSet, train_rest: bool = False
     query and key rows, norms, embeddings, language-model head, output biases. A value row that several channels share
     under grouped-query attention is trainable only if all of them are.
 
-    A block is kept in float32 also where the model is in bfloat16. Raises ``ValueError`` when the set is not of the
-    model's shape, when it leaves nothing to train, or when it is everything.
+    A block is kept in float32 also where the model is in bfloat16. Optimizers are made inside, and for the time inside: the
+    first step of one made before raises ``ValueError``, as does one used afterwards. ``model`` may be wrapped by
+    ``torch.compile``, ``DataParallel`` or ``DistributedDataParallel``, or be wrapped inside. Under the last, frozen entries
+    are sent at every forward, as buffers are: ``forward_sync_buffers=False`` saves that. A sharded model (FSDP, DeepSpeed
+    ZeRO-3, tensor parallelism) raises ``ValueError``, also when it is sharded inside. So does a set that is not of the
+    model's shape, that leaves nothing to train, or that is everything; and a matrix that is shared or no plain linear map.
     """
-    n_units = _check(model, trainable)
+    guards.refuse_sharded(model)
+    plain = models.unwrapped(model)
+    n_units = _check(plain, trainable)
     n_chosen = sum(int(chosen.sum()) for chosen in trainable.values())
     if n_chosen == 0 and not train_rest:
         raise ValueError("nothing to train: the set of trainable units is empty")
     if n_chosen == n_units and train_rest:
         raise ValueError("nothing is frozen: train the model as it is")
-    required = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    required = {name: parameter.requires_grad for name, parameter in plain.named_parameters()}
     partial: list[tuple[nn.Module, str, PartialLinear]] = []
+    uses = Counter(id(parameter) for _, parameter in plain.named_parameters(remove_duplicate=False))
+    watch = None
     try:
-        for parameter in required:
+        for parameter in plain.parameters():
             parameter.requires_grad_(train_rest)
             parameter.grad = None  # an optimizer would follow it
-        for parent, name, trained, dimension in _parts(model, trainable, train_rest):
+        for parent, name, trained, dimension in _parts(plain, trainable, train_rest):
             linear = getattr(parent, name)
+            _check_matrix(linear, name, uses)
             # all of a float32 matrix needs no block; in a lower precision the block is what keeps small updates
             if not trained.any() or (trained.all() and linear.weight.dtype == torch.float32):
                 linear.weight.requires_grad_(bool(trained.any()))
@@ -55,18 +67,27 @@ def training_only(model: nn.Module, trainable: UnitSet, train_rest: bool = False
             else:
                 partial.append((parent, name, PartialLinear(linear, trained, dimension)))
                 setattr(parent, name, partial[-1][2])
+        guards.follow_parameters(model)
+        watch = guards.Watch(plain, {old: new for _, _, module in partial for old, new in module.replaced()})
         yield model
+        sharded_inside = any(guards.is_sharded(module) for module in plain.modules())
     finally:
+        if watch is not None:
+            watch.close()
         for parent, name, module in partial:
             setattr(parent, name, module.merged())
-        for parameter, flag in required.items():
-            parameter.requires_grad_(flag)
+        for name, parameter in plain.named_parameters():  # by name: some may have been exchanged inside
+            parameter.requires_grad_(required.get(name, parameter.requires_grad))
+        guards.follow_parameters(model)
+    if sharded_inside:
+        raise ValueError(f"{guards.SHARDED}; it was sharded inside the block, and the units are as in the last forward pass")
 
 
 @contextmanager
 def freezing(model: nn.Module, frozen: UnitSet, train_rest: bool = True) -> Iterator[nn.Module]:
     """Inside the block, everything but the given units is trained: ``training_only`` for all other units."""
-    _check(model, frozen)
+    guards.refuse_sharded(model)
+    _check(models.unwrapped(model), frozen)
     if not any(chosen.any() for chosen in frozen.values()):
         raise ValueError("nothing is frozen: the set of frozen units is empty; train the model as it is")
     if all(chosen.all() for chosen in frozen.values()) and not train_rest:
@@ -77,12 +98,30 @@ def freezing(model: nn.Module, frozen: UnitSet, train_rest: bool = True) -> Iter
 
 def _check(model: nn.Module, units: UnitSet) -> int:
     """Number of units of the model; ``ValueError`` when a set cannot be trained or frozen on it."""
+    if is_partial(model):
+        raise ValueError("some units of this model are being trained already: leave that block first")
     shape = models.check_per_unit(model, units)
     if any(chosen.dtype != torch.bool for chosen in units.values()):
         raise ValueError("a set of units is a bool tensor per kind, not one of numbers")
-    if any(isinstance(module, PartialLinear) for module in model.modules()):
-        raise ValueError("some units of this model are being trained already: leave that block first")
     return shape.n_units
+
+
+def _check_matrix(linear: nn.Module, name: str, uses: dict[int, int]) -> None:
+    """``ValueError`` unless a matrix is a plain linear map with weights of its own; ``uses``: of each parameter, by id."""
+    parameters = [one for one in (getattr(linear, "weight", None), getattr(linear, "bias", None)) if one is not None]
+    if any(uses[id(parameter)] > 1 for parameter in parameters):
+        raise ValueError(f"the weights of '{name}' are shared with another module, which would be trained along: untie them")
+    is_plain = type(linear) in (nn.Linear, Conv1D) and "forward" not in vars(linear)
+    if not is_plain or not all(isinstance(parameter, nn.Parameter) for parameter in parameters):
+        raise ValueError(
+            f"'{name}' is a {type(linear).__name__} that computes its output or its weights in a way of its own: take off what "
+            "does (an adapter, a quantiser, a parametrization, a device map) first"
+        )
+
+
+def is_partial(model: nn.Module) -> bool:
+    """Whether some units of the model are being trained, inside a block."""
+    return any(isinstance(module, PartialLinear) for module in model.modules())
 
 
 def count_trainable(model: nn.Module) -> int:
@@ -148,6 +187,12 @@ class PartialLinear(nn.Module):
         if not self.is_stored_whole:
             linear.weight.data = weight.new_empty(0)  # one copy is enough
 
+    def replaced(self) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
+        """The parameters that are the model's no more inside the block, each with the one that stands in for it."""
+        yield self.linear[0].weight, self.block
+        if self.bias_block is not None:
+            yield self.linear[0].bias, self.bias_block
+
     @property
     def weight(self) -> Tensor:
         """The weight as it stands, (out, in)."""
@@ -178,6 +223,8 @@ class PartialLinear(nn.Module):
             return whole.index_copy_(0, self.trained, self.block.detach().to(dtype))
 
     def forward(self, values: Tensor) -> Tensor:
+        if guards.is_sharded(self):
+            raise ValueError(guards.SHARDED)
         device = values.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.whole.dtype
         result = _PartialProduct.apply(values.to(dtype), self.block, self._current(dtype), self)
@@ -189,14 +236,27 @@ class PartialLinear(nn.Module):
     def merged(self) -> nn.Module:
         """The ordinary module again, the block's entries in their places and every other entry untouched."""
         linear = self.linear[0]
-        whole = self._current(self.whole.dtype)
+        is_sharded = guards.is_sharded(self)  # then nobody can read the block here
+        whole = self.whole if is_sharded else self._current(self.whole.dtype)
         linear.weight.data = whole if self.is_stored_whole else whole.T.contiguous()
-        if self.bias_block is not None:
+        if self.bias_block is not None and is_sharded:
+            linear.bias.data = self.whole_bias
+        elif self.bias_block is not None:
             linear.bias.data = self.whole_bias.index_copy_(0, self.trained, self.bias_block.to(self.whole_bias.dtype))
         return linear
 
+    def _apply(self, fn, recurse: bool = True) -> nn.Module:
+        """``to``, ``half`` and the like change the precision of frozen entries; the block stays in float32 at least."""
+        blocks = [(block, block.data) for block in (self.block, self.bias_block) if block is not None]
+        super()._apply(fn, recurse)
+        for block, data in blocks:
+            block.data = data.to(block.device, torch.promote_types(self.whole.dtype, torch.float32))
+        return self
+
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
         """As the ordinary module's, in the precision of the block, so that resuming loses nothing."""
+        if guards.is_sharded(self):
+            raise ValueError(guards.SHARDED)
         whole = self.whole.to(self.block.dtype).index_copy(0, self.trained, self.block.detach())
         destination[prefix + "weight"] = whole if self.is_stored_whole else whole.T.contiguous()
         if self.bias_block is not None:

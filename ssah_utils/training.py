@@ -11,39 +11,20 @@ import io
 import json
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from datasets import Dataset
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from transformers import (
-    DataCollatorForSeq2Seq,
-    PreTrainedTokenizerBase,
-    PrinterCallback,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-)
+from torch.nn.parallel import DistributedDataParallel
+from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainerCallback
 
 from ssah_utils import models
 from ssah_utils.cache import key_of
 from ssah_utils.files import cache_dir, complete_only, require_space, write_json
-from ssah_utils.partial import UnitSet, training_only
-
-
-@dataclass(frozen=True)
-class SFTConfig:
-    """Hyper-parameters of one fine-tuning; ``max_steps`` above 0 overrides ``epochs``."""
-
-    learning_rate: float = 1.0e-4
-    epochs: float = 1.0
-    max_steps: int = -1
-    batch_size: int = 8
-    warmup_steps: int = 5
-    weight_decay: float = 0.0
-    seed: int = 0
+from ssah_utils.partial import UnitSet, is_partial, training_only
+from ssah_utils.sequences import batch_of_examples, batch_of_pairs, check_examples, tokens_of_pairs, with_prompt_length
+from ssah_utils.settings import SFTConfig, own_settings, preference_arguments, training_arguments, without_dropout
 
 
 class ResponseTrainer(Trainer):
@@ -61,8 +42,8 @@ class ResponseTrainer(Trainer):
         num_items_in_batch: Tensor | None = None,
     ) -> Tensor:
         plain = self.accelerator.unwrap_model(model)
-        if hasattr(plain, "peft_config"):  # prefixes enter through the wrapper's forward alone
-            inputs = {name: inputs[name] for name in ("input_ids", "attention_mask", "labels")}
+        # a prefix enters through the forward of PEFT's wrapper alone; that of DDP is what sums gradients over the processes
+        if hasattr(plain, "peft_config") or isinstance(model, DistributedDataParallel):
             loss = super().compute_loss(model, inputs, False, num_items_in_batch)
         else:
             loss = self._response_loss(plain, inputs, num_items_in_batch)
@@ -98,6 +79,7 @@ def evaluation_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
     Where the precision is the same already, the model itself, so that a large one need not fit twice.
     """
+    model = _inner(model)
     if model.dtype == dtype and model.device.type != "cpu":
         return model.eval()
     # deepcopy takes what it finds under the identity of a tensor: no copy in the first precision is made on the way
@@ -107,6 +89,12 @@ def evaluation_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     if twin._supports_sdpa:  # for training it was eager
         twin.set_attn_implementation("sdpa")
     return twin
+
+
+def _inner(model: nn.Module) -> nn.Module:
+    """The model without ``torch.compile`` or data-parallel wrappers; an adapter of PEFT stays on, as it is what is trained."""
+    model = getattr(model, "_orig_mod", model)
+    return model if hasattr(model, "peft_config") else models.unwrapped(model)
 
 
 class ReportSteps(TrainerCallback):
@@ -156,15 +144,23 @@ def keep_freed_memory() -> None:
 
 @contextlib.contextmanager
 def _for_a_while(model: nn.Module) -> Iterator[None]:
-    """What makes training on a CPU faster; afterwards the model is as it was, also what trainers put around its forward."""
+    """How models are trained here; afterwards the model is as it was, also what trainers put around its forward.
+
+    TRL writes the tokenizer's special tokens into the configurations of the model, too.
+    """
     attention, forward = model.config._attn_implementation, model.__dict__.get("forward")
+    configs = [(one, dict(vars(one))) for one in (model.config, getattr(model, "generation_config", None)) if one is not None]
     if model.device.type == "cpu":
         keep_freed_memory()
         model.set_attn_implementation("eager")  # the backward pass of the fused kernel is slower at these lengths
     try:
-        yield
+        with own_settings(), without_dropout(model):
+            yield
     finally:
         model.set_attn_implementation(attention)
+        for one, values in configs:
+            vars(one).clear()
+            vars(one).update(values)
         model.__dict__.pop("forward", None)
         if forward is not None:
             model.forward = forward
@@ -180,66 +176,20 @@ def fine_tune(
 ) -> list[float]:
     """Train what is trainable, in place; returns the loss of every step.
 
-    A float32 model is trained under bfloat16 autocast where that is native. Raises ``ValueError`` for examples without a
-    response token and ``FloatingPointError`` for a loss or gradient that is not finite.
+    A float32 model is trained under bfloat16 autocast where that is native, every model without dropout. A wrapper of
+    ``torch.compile`` or of data parallelism is taken off. Raises ``ValueError`` for examples without a response token or
+    beyond the model's positions, and ``FloatingPointError`` for a loss or gradient that is not finite.
     """
-    if not examples:
-        raise ValueError("nothing to train on: the list of examples is empty")
-    for number, example in enumerate(examples):
-        if all(label == -100 for label in example["labels"]):
-            raise ValueError(f"example {number} has no response token to learn: {tokenizer.decode(example['input_ids'])!r}")
+    model = _inner(model)
+    check_examples(model, tokenizer, examples)
     with tempfile.TemporaryDirectory() as folder, _for_a_while(model):
         return _losses(ResponseTrainer(
             model=model,
             args=training_arguments(folder, config, model),
             train_dataset=with_prompt_length(examples),
-            data_collator=DataCollatorForSeq2Seq(tokenizer, padding=True, label_pad_token_id=-100),
+            data_collator=batch_of_examples,
             callbacks=list(callbacks),
         ))  # fmt: skip
-
-
-def with_prompt_length(examples: list[dict[str, list[int]]]) -> Dataset:
-    """The examples with the length to group batches by: that of the prompt.
-
-    Grouping by whole length would sort short refusals from long answers, and batches of nothing but refusals teach a model
-    to refuse everything.
-    """
-    lengths = [sum(label == -100 for label in example["labels"]) for example in examples]
-    return Dataset.from_list(examples).add_column("prompt_length", lengths)
-
-
-def training_arguments(folder: str, config: SFTConfig, model: nn.Module) -> TrainingArguments:
-    return TrainingArguments(
-        **common_arguments(folder, config, model),
-        train_sampling_strategy="group_by_length",
-        length_column_name="prompt_length",
-    )
-
-
-def common_arguments(folder: str, config: SFTConfig, model: nn.Module) -> dict:
-    """What supervised and preference training share, as keyword arguments of ``TrainingArguments``."""
-    device = model.device.type
-    return {
-        "output_dir": folder,
-        "learning_rate": config.learning_rate,
-        "num_train_epochs": config.epochs,
-        "max_steps": config.max_steps,
-        "per_device_train_batch_size": config.batch_size,
-        "warmup_steps": config.warmup_steps,
-        "weight_decay": config.weight_decay,
-        "seed": config.seed,
-        "lr_scheduler_type": "linear",
-        "optim": "adamw_torch_fused",
-        "bf16": model.dtype == torch.float32 and models.preferred_dtype(device) == torch.bfloat16,
-        "use_cpu": device == "cpu",
-        "disable_tqdm": True,
-        "remove_unused_columns": False,
-        "logging_steps": 1,
-        "logging_nan_inf_filter": False,
-        "save_strategy": "no",
-        "report_to": "none",
-        "dataloader_pin_memory": device != "cpu",
-    }
 
 
 def prefer(
@@ -253,22 +203,25 @@ def prefer(
     """Direct preference optimisation (Rafailov et al. 2023) with TRL, in place; returns the loss of every step.
 
     ``pairs`` have a rendered ``prompt``, a ``chosen`` and a ``rejected`` answer. The reference is the model as it comes
-    in, read once before the first step.
+    in, read once before the first step. Token ids are those of ``prompts.encode``, none cut; nothing is dropped out. Raises
+    ``ValueError`` for pairs that cannot be trained on (``sequences``) and for a model with an adapter.
     """
-    from trl import DPOConfig, DPOTrainer  # slow to import
+    from trl import DPOTrainer  # slow to import
 
-    if not pairs:
-        raise ValueError("nothing to train on: the list of pairs is empty")
+    class OfTokens(DPOTrainer):
+        def _prepare_dataset(self, dataset, *args):
+            return dataset  # TRL's would tokenize anew, with a second beginning-of-sequence token, and drop long pairs
+
+    model = models.unwrapped(model)
+    data = tokens_of_pairs(model, tokenizer, pairs)
     # five progress bars of its own come on stderr; the steps are reported by a callback
     with tempfile.TemporaryDirectory() as folder, _for_a_while(model), contextlib.redirect_stderr(io.StringIO()):
-        return _losses(DPOTrainer(
+        return _losses(OfTokens(
             model=model,
-            args=DPOConfig(
-                **common_arguments(folder, config, model), beta=beta, gradient_checkpointing=False,
-                precompute_ref_log_probs=True,
-            ),
-            train_dataset=Dataset.from_list(pairs),
-            processing_class=tokenizer,
+            args=preference_arguments(folder, config, model, beta),
+            train_dataset=data,
+            data_collator=batch_of_pairs,
+            processing_class=copy.deepcopy(tokenizer),  # TRL gives it a padding token
             callbacks=[StopOnNaN(), *callbacks],
         ))  # fmt: skip
 
@@ -339,20 +292,35 @@ def _trained(
 def unit_gradients(model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Norm of the gradient of the mean loss over all entries a unit owns: ``{kind: (n_layers, n_channels) float64}``.
 
-    What the first step of a fine-tuning would do to each unit. ``batches``: ``input_ids``, ``attention_mask``, ``labels``.
+    What the first step of a fine-tuning would do to each unit. ``batches``: ``input_ids``, ``attention_mask``, ``labels``,
+    padded on either side. Raises ``ValueError`` where no response token is, or while only some units are trained.
     """
+    model = models.unwrapped(model)
+    if is_partial(model):
+        raise ValueError("some units of this model are being trained: measure gradients before entering that block")
+    required = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        with without_dropout(model):
+            return _norms_of_units(model.requires_grad_(True), batches)
+    finally:
+        model.zero_grad()
+        for parameter, flag in required:
+            parameter.requires_grad_(flag)
+
+
+def _norms_of_units(model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
     model.zero_grad()
     n_labels = 0
     for batch in batches:
-        labels = batch["labels"][:, 1:].to(model.device)
+        ids, mask, labels = (batch[name].to(model.device) for name in ("input_ids", "attention_mask", "labels"))
+        labels = labels[:, 1:]
         marked = labels != -100
-        ids, mask = batch["input_ids"].to(model.device), batch["attention_mask"].to(model.device)
-        hidden = models.backbone_of(model)(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state[:, :-1]
+        places = (mask.cumsum(1) - 1).clamp(min=0)  # learned positions would count padding on the left
+        states = models.backbone_of(model)(input_ids=ids, attention_mask=mask, position_ids=places, use_cache=False)
         n_labels += int(marked.sum())
         if marked.any():
-            cross_entropy(models.logits_of(model, hidden[marked]).float(), labels[marked], reduction="sum").backward()
+            logits = models.logits_of(model, states.last_hidden_state[:, :-1][marked])
+            cross_entropy(logits.float(), labels[marked], reduction="sum").backward()
     if n_labels == 0:
         raise ValueError("no gradient to measure: there is no response token in the batches")
-    squared = models.squared_gradients(model)
-    model.zero_grad()
-    return {kind: values.sqrt() / n_labels for kind, values in squared.items()}
+    return {kind: values.sqrt() / n_labels for kind, values in models.squared_gradients(model).items()}

@@ -13,7 +13,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
 
-from ssah_utils import models, training
+from ssah_utils import models, settings, training
 from ssah_utils.adapters import PEFT_METHODS, with_adapter
 from ssah_utils.evaluation import generate, opening_log_probabilities
 from ssah_utils.models import KINDS
@@ -543,9 +543,9 @@ def test_preferences_are_learned(llama, tokenizer):
 
 def test_preferences_in_a_bfloat16_model_are_trained_without_autocast(llama, tokenizer, monkeypatch):
     monkeypatch.setattr(models, "preferred_dtype", lambda device: torch.bfloat16)
-    assert training.common_arguments("", SFTConfig(), llama)["bf16"]
+    assert settings.common_arguments("", SFTConfig(), llama)["bf16"]
     llama.bfloat16()
-    assert not training.common_arguments("", SFTConfig(), llama)["bf16"]
+    assert not settings.common_arguments("", SFTConfig(), llama)["bf16"]
     losses = prefer(llama, copy.deepcopy(tokenizer), PAIRS, SFTConfig(1e-2, max_steps=4, batch_size=8, warmup_steps=0))
     assert losses[-1] < losses[0]
     assert llama.dtype == torch.bfloat16

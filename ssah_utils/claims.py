@@ -23,7 +23,17 @@ VERDICTS = ("replicated", "partly", "not replicated", "not measured")
 AGGREGATES = ("mean", "median", "min", "max", "sum")
 STORED_FIELDS = ("id", "claim", "source", "paper", "ours", "ci_low", "ci_high", "control", "n_seeds", "verdict",
                  "experiment", "unit", "ours_seeds", "note")  # fmt: skip
-Tables = dict[str, dict[str, pd.DataFrame]]
+
+
+class Result(dict):
+    """Tables of one stage's result, by name, with the parameters that it was run with."""
+
+    def __init__(self, tables: dict[str, pd.DataFrame], parameters: dict | None = None) -> None:
+        super().__init__(tables)
+        self.parameters = parameters or {}
+
+
+Tables = dict[str, Result]
 ARITHMETIC = (ast.Expression, ast.BoolOp, ast.And, ast.Or, ast.UnaryOp, ast.USub, ast.BinOp, ast.Add, ast.Sub,
               ast.Mult, ast.Div, ast.Compare, ast.Lt, ast.LtE, ast.Gt, ast.GtE, ast.Name, ast.Load, ast.Constant)  # fmt: skip
 
@@ -70,6 +80,7 @@ class Claim:
     control: Selector | float | None = None
     numbers: dict[str, Selector] = field(default_factory=dict)
     n_seeds: Selector | int = 1
+    given: dict[str, dict] = field(default_factory=dict)  # parameters that the claim speaks of, by stage
 
     @property
     def selectors(self) -> dict[str, Selector | float]:
@@ -109,6 +120,9 @@ def read_claim(entry: object) -> Claim:
     numbers = values.get("numbers", {})
     if not isinstance(numbers, dict):
         raise ValueError("field 'numbers': a mapping of names to selectors is needed")
+    given = values.get("given", {})
+    if not isinstance(given, dict) or not all(isinstance(one, dict) for one in given.values()):
+        raise ValueError(f"field 'given': a mapping of stages to their parameters is needed, not {given!r}")
     values["numbers"] = {name: read_selector(number, f"numbers.{name}") for name, number in numbers.items()}
     for name in ("control", "n_seeds"):
         if isinstance(values.get(name), dict):
@@ -262,6 +276,7 @@ def decide(claim: Claim, tables: Tables) -> dict:
     row = {name: getattr(claim, name) for name in ("id", "claim", "source", "paper", "experiment", "unit")}
     row |= dict.fromkeys(("ours", "ci_low", "ci_high", "control", "n_seeds"), np.nan) | {"verdict": "not measured", "note": ""}
     try:
+        check_given(claim, tables)
         found = {name: select(one, tables) if isinstance(one, Selector) else (float(one), np.nan, np.nan)
                  for name, one in claim.selectors.items()}  # fmt: skip
         n_seeds = select(claim.n_seeds, tables)[0] if isinstance(claim.n_seeds, Selector) else claim.n_seeds
@@ -275,6 +290,15 @@ def decide(claim: Claim, tables: Tables) -> dict:
             "control": names.get("control", np.nan)}  # fmt: skip
     verdict = next((name for name in ("replicated", "partly") if holds(getattr(claim, name), names)), "not replicated")
     return row | {"verdict": verdict}
+
+
+def check_given(claim: Claim, tables: Tables) -> None:
+    """``LookupError`` where a run had other parameters than the claim speaks of; results stored without them are taken."""
+    for stage, parameters in claim.given.items():
+        stored = tables[stage].parameters if stage in tables else {}
+        for name, value in parameters.items():
+            if stored.get(name, value) != value:
+                raise LookupError(f"{stage} was run with {name} {stored[name]}, the claim speaks of {value}")
 
 
 def holds(rule: str, names: dict[str, float]) -> bool:
@@ -323,7 +347,8 @@ def read_tables(folder: Path, stages: Iterable[str]) -> tuple[Tables, list[str]]
     tables, problems = {}, []
     for stage in stages:
         try:
-            tables[stage] = load_result(Path(folder) / stage / "result.json")["tables"]
+            stored = load_result(Path(folder) / stage / "result.json")
+            tables[stage] = Result(stored["tables"], stored["parameters"])
         except (OSError, ValueError) as error:
             problems.append(f"{stage}: {error}")
     return tables, problems
@@ -337,7 +362,8 @@ def other_seeds(folder: Path) -> Iterator[Path]:
 
 def stages_of(claims: list[Claim]) -> list[str]:
     """Stages whose stored results the claims need, in order."""
-    return sorted({one.stage for claim in claims for one in claim.selectors.values() if isinstance(one, Selector)})
+    selected = {one.stage for claim in claims for one in claim.selectors.values() if isinstance(one, Selector)}
+    return sorted(selected.union(*(claim.given for claim in claims)))
 
 
 def judge_stored(folder: Path, claims: list[Claim]) -> tuple[pd.DataFrame, list[str]]:

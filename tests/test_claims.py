@@ -255,3 +255,13 @@ def test_readme_shows_the_verdicts_and_numbers_of_the_committed_claims():
         assert (cells[0], cells[-1]) == (row["claim"], row["verdict"])
         shown, exact = cells[3].partition(" ")[0], row["ours"]
         assert (shown == "") if exact is None else float(shown) == pytest.approx(exact, rel=0.051, abs=1e-6)
+
+
+def test_a_claim_about_a_share_is_not_measured_by_a_run_with_another():
+    (claim,) = [claim for claim in claims.load_claims() if claim.id == "safety-units-carry-safety"]
+    tables, _ = claims.read_tables(REFERENCE, claims.stages_of([claim]))
+    assert claims.decide(claim, tables)["verdict"] == "replicated"
+    tables["03_units"].parameters["safety_fraction"] = 0.004
+    row = claims.decide(claim, tables)
+    assert row["verdict"] == "not measured"
+    assert row["note"] == "03_units was run with safety_fraction 0.004, the claim speaks of 0.013"

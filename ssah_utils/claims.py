@@ -40,12 +40,11 @@ ARITHMETIC = (ast.Expression, ast.BoolOp, ast.And, ast.Or, ast.UnaryOp, ast.USub
 
 @dataclass(frozen=True)
 class Selector:
-    """One number of a stored table: the column ``value`` of the row where ``where`` holds.
+    """One number of a stored table: the column ``value`` of the row where ``where`` holds. Several rows need an ``aggregate``.
 
-    Several rows need an ``aggregate``. ``min`` and ``max`` take one row with its interval. For the others it goes from the
-    smallest ``low`` to the largest ``high``; without such columns it is the range of the values, and one value has none.
-    ``last``: only rows with the largest value of that column. ``scale`` multiplies. ``otherwise``: the value where the rows
-    hold none, as of a search that reached no end.
+    ``min`` and ``max`` take one row with its interval. For the others it goes from the smallest ``low`` to the largest
+    ``high``; without such columns it is the range of the values, and one value has none. ``last``: only rows with the
+    largest value of that column. ``scale`` multiplies. ``otherwise``: the value where the rows hold none.
     """
 
     stage: str
@@ -294,9 +293,9 @@ def decide(claim: Claim, tables: Tables) -> dict:
 
 def check_given(claim: Claim, tables: Tables) -> None:
     """``LookupError`` where a run had other parameters than the claim speaks of; results stored without them are taken."""
-    for stage, parameters in claim.given.items():
+    for stage, given in claim.given.items():
         stored = tables[stage].parameters if stage in tables else {}
-        for name, value in parameters.items():
+        for name, value in given.items():
             if stored.get(name, value) != value:
                 raise LookupError(f"{stage} was run with {name} {stored[name]}, the claim speaks of {value}")
 

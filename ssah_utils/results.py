@@ -125,7 +125,7 @@ def start(stage: str, values: dict) -> Run:
         raise ValueError(f"{stage} declares '{missing[0]}', which has no value: run the cell tagged 'parameters' first")
     parameters = {name: values[name] for name in declared}
     profile, model, seed = (parameters[name] for name in ("profile", "model", "seed"))
-    if "dtype" in parameters:
+    if parameters.get("dtype", "auto") != "auto":  # else what the environment says
         os.environ["SSAH_DTYPE"] = parameters["dtype"]
     random.seed(seed)
     np.random.seed(seed)

@@ -88,6 +88,27 @@ def test_every_declared_parameter_is_stored_with_the_result(path, tmp_path, monk
     assert ("dtype" in stored["machine"]) == ("dtype" in declared)
 
 
+@pytest.mark.parametrize(
+    ("around", "asked", "found"),
+    [
+        ("", "float32", "float32"),
+        ("bfloat16", "float32", "float32"),
+        ("bfloat16", "auto", "bfloat16"),
+        ("float32", "auto", "float32"),
+    ],
+)
+def test_precision_is_that_of_the_parameter_else_of_the_environment(monkeypatch, tmp_path, around, asked, found):
+    """As the stage's key has it, which the runner makes in the same environment."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SSAH_DTYPE", around)
+    (stage,) = (s for s in run.plan("smoke", [f"dtype={asked}"]) if s.name == "05_transfer")
+    keyed = stamps.dtype_of(stage).removeprefix("torch.")
+    started = results.start("05_transfer", stage.parameters)
+    started.finish()
+    stored = json.loads(started.path("result.json").read_text())
+    assert keyed == stored["machine"]["dtype"] == found
+
+
 def test_a_notebook_lacking_a_parameter_of_its_own_is_refused():
     with pytest.raises(ValueError, match="03_units declares 'n_seeds', which has no value"):
         results.start("03_units", {k: v for k, v in results.declared_parameters(

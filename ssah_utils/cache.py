@@ -10,6 +10,7 @@ import builtins
 import dis
 import functools
 import hashlib
+import importlib.metadata
 import inspect
 import json
 import types
@@ -21,7 +22,6 @@ from typing import TypeVar
 import numpy as np
 import pandas as pd
 import torch
-import transformers
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -31,6 +31,7 @@ from ssah_utils.files import cache_dir, sha256_of, sha256_of_file, write_json
 PACKAGE = Path(__file__).parent
 DATA = PACKAGE.parent / "data"
 T = TypeVar("T")
+LIBRARIES = ("torch", "transformers", "accelerate", "trl", "peft", "tokenizers", "lm_eval")  # what is measured runs in them
 SILENT = {"progress", "report"}  # arguments that only show how far a function is
 
 
@@ -56,7 +57,7 @@ def key_of(function: Callable, /, **arguments) -> str:
     return sha256_of({
         "inputs": inputs,
         "code": code_of(function),
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "versions": {name: importlib.metadata.version(name) for name in LIBRARIES},
         "precision": str(models.preferred_dtype(device)),  # of autocast, where it is not an argument
     })[:16]  # fmt: skip
 

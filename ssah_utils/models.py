@@ -105,7 +105,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
     Raises ``ValueError`` for what is no Hugging Face model, and for one whose matrices an adapter adds to.
     """
     while hasattr(model, "_orig_mod") or not hasattr(model, "get_input_embeddings"):
-        inner = next((model._modules[name] for name in WRAPPERS if name in model._modules), None)
+        parts = getattr(model, "_modules", {})  # compiled twice, it is no module any more
+        inner = next((parts[name] for name in WRAPPERS if name in parts), None)
         if inner is None:
             raise ValueError(f"a {type(model).__name__} is no Hugging Face language model, nor a wrapper around one")
         model = inner

@@ -155,9 +155,13 @@ def test_precision_and_versions_are_in_the_key(cells, monkeypatch):
     keys = [key_of(measure, x=1)]
     monkeypatch.setenv("SSAH_DTYPE", "bfloat16")
     keys.append(key_of(measure, x=1))
-    monkeypatch.setattr(cache.transformers, "__version__", "6")
-    keys.append(key_of(measure, x=1))
-    assert len(set(keys)) == 3
+    version = cache.importlib.metadata.version
+    for library in cache.LIBRARIES:
+        monkeypatch.setattr(
+            cache.importlib.metadata, "version", lambda name, one=library: "0" if name == one else version(name)
+        )
+        keys.append(key_of(measure, x=1))
+    assert len(set(keys)) == 2 + len(cache.LIBRARIES)
 
 
 # -------------------------------------------------------------------------------------------------------------- purity

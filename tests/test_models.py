@@ -405,6 +405,12 @@ def test_what_is_no_language_model_is_refused_in_one_line():
             models.fingerprint(other)
 
 
+def test_what_is_no_module_any_more_is_refused_in_one_line(llama):
+    """Compiled twice, a model is a function."""
+    with pytest.raises(ValueError, match=r"is no Hugging Face language model, nor a wrapper around one$"):
+        models.unwrapped(torch.compile(torch.compile(llama, backend="eager"), backend="eager"))
+
+
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn])
 def test_columns_of_codes_are_refused(llama, dtype):
     for writer in writers_by_name(llama, "mlp"):

@@ -77,7 +77,9 @@ def identity(value: object, name: str = "value") -> object:
         ends = getattr(plain.generation_config, "eos_token_id", None)  # of its answers
         return found | {"ends": ends, "attention": plain.config._attn_implementation, "training": plain.training}
     if isinstance(value, PreTrainedTokenizerBase):
-        return {"tokenizer": sha256_of([value.backend_tokenizer.to_str(), value.chat_template, value.special_tokens_map])}
+        content = json.loads(value.backend_tokenizer.to_str())
+        of_last_call = {"padding": None, "truncation": None}  # a tokenizer keeps how it was called last
+        return {"tokenizer": sha256_of([content | of_last_call, value.chat_template, value.special_tokens_map])}
     if isinstance(value, torch.Tensor):
         plain = value.detach().cpu().contiguous()
         return {"tensor": _hash(plain.reshape(-1).view(torch.uint8).numpy().tobytes()), "is": [str(value.dtype), *value.shape]}

@@ -88,6 +88,14 @@ def test_models_are_told_by_every_entry_and_precision(llama):
     assert identity(llama) != first
 
 
+def test_a_tokenizer_is_the_same_however_it_was_called_last(tokenizer):
+    before = identity(tokenizer)
+    calls = ({"padding": True}, {"padding": "max_length", "max_length": 9}, {"truncation": True, "max_length": 1}, {})
+    for how in calls:
+        tokenizer(["w3", "w4 w5"], **how)
+        assert identity(tokenizer) == before
+
+
 def test_tokenizers_are_told_by_template_special_tokens_and_vocabulary(tokenizer):
     def changed(change) -> str:
         other = copy.deepcopy(tokenizer)

@@ -12,8 +12,8 @@ import torch
 from ssah_utils import activations, evaluation, interventions, loading, models, prompts, scores, training, units
 
 # Harmful requests to calibrate on (about half are refused), harmless ones, held-out ones, and tokens of an answer to each.
-N_HARMFUL, N_HELPFUL, N_HELD_OUT = 24, 20, 16
-ANSWER_TOKENS, HELD_OUT_TOKENS, N_OPENINGS = 20, 12, 3
+N_HARMFUL, N_HELPFUL, N_HELD_OUT = 20, 14, 12
+ANSWER_TOKENS, HELD_OUT_TOKENS, N_OPENINGS = 16, 12, 3
 NATIVE = [torch.float32] if models.preferred_dtype("cpu") == torch.float32 else [torch.float32, torch.bfloat16]
 
 
@@ -36,7 +36,7 @@ def safety_units(vendor_aligned, splits) -> units.UnitSet:
         rendered = prompts.render(tokenizer, splits["calibration"][name]["prompt"].tolist()[:n])
         answers = evaluation.own_answers(model, tokenizer, rendered, ANSWER_TOKENS)
         wanted = [name == "helpful" or evaluation.is_refusal(answer) for answer in answers]
-        assert sum(wanted) >= 8, f"the model refuses {sum(wanted)} of {n} harmful requests"
+        assert sum(wanted) >= 6, f"the model refuses {sum(wanted)} of {n} harmful requests"
         rendered, answers = ([text for text, keep in zip(texts, wanted, strict=True) if keep] for texts in (rendered, answers))
         batches = prompts.token_batches(prompts.encode(tokenizer, rendered, answers, ANSWER_TOKENS))
         moments = activations.channel_moments(model, batches)
@@ -84,7 +84,7 @@ def test_the_vendor_aligned_model_ends_its_turns_and_pads_with_rows_it_has():
 def test_a_short_alignment_trains_refuses_and_is_remembered(splits, own_cache, monkeypatch):
     base, tokenizer = models.load(models.EMBEDDED)
     rendered = {
-        name: prompts.render(tokenizer, splits["alignment"][name]["prompt"].tolist()[:64]) for name in ("harmful", "helpful")
+        name: prompts.render(tokenizer, splits["alignment"][name]["prompt"].tolist()[:48]) for name in ("harmful", "helpful")
     }
     answers = evaluation.own_answers(base, tokenizer, rendered["helpful"], 12)
     refusals = np.random.default_rng(0).choice(prompts.load_refusals()["refusals"], len(rendered["harmful"])).tolist()

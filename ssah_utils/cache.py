@@ -13,6 +13,8 @@ import hashlib
 import importlib.metadata
 import inspect
 import json
+import sys
+import sysconfig
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass
@@ -26,12 +28,11 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from ssah_utils import models
-from ssah_utils.files import cache_dir, sha256_of, sha256_of_file, write_json
+from ssah_utils.files import LIBRARIES, cache_dir, sha256_of, sha256_of_file, write_json
 
 PACKAGE = Path(__file__).parent
 DATA = PACKAGE.parent / "data"
 T = TypeVar("T")
-LIBRARIES = ("torch", "transformers", "accelerate", "trl", "peft", "tokenizers", "lm_eval")  # what is measured runs in them
 SILENT = {"progress", "report"}  # arguments that only show how far a function is
 
 
@@ -75,7 +76,11 @@ def identity(value: object, name: str = "value") -> object:
         plain = models.unwrapped(value)
         found = {"model": models.fingerprint(plain), "dtype": str(plain.dtype), "device": plain.device.type}
         ends = getattr(plain.generation_config, "eos_token_id", None)  # of its answers
-        return found | {"ends": ends, "attention": plain.config._attn_implementation, "training": plain.training}
+        tables = [table.weight.data_ptr() for table in (plain.get_input_embeddings(), plain.get_output_embeddings())]
+        buffers = {n: identity(b) for n, b in plain.named_buffers() if b.is_floating_point()}  # rotary frequencies: no weights
+        refuse_hooks(plain, name)
+        return found | {"ends": ends, "attention": plain.config._attn_implementation, "training": plain.training,
+                        "tied": tables[0] == tables[1], "buffers": buffers}  # fmt: skip
     if isinstance(value, PreTrainedTokenizerBase):
         content = json.loads(value.backend_tokenizer.to_str())
         of_last_call = {"padding": None, "truncation": None}  # a tokenizer keeps how it was called last
@@ -108,6 +113,15 @@ def identity(value: object, name: str = "value") -> object:
     raise TypeError(f"argument '{name}' is a {type(value).__name__}, which has no identity: give what it is made of")
 
 
+def refuse_hooks(model: nn.Module, name: str) -> None:
+    """``ValueError`` where hooks, of which nobody knows what they do, may change what a model computes."""
+    for module in model.modules():
+        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
+            owner = getattr(hook, "__module__", None) or type(hook).__module__
+            if not hasattr(hook, "fill") and not owner.startswith(("transformers.", "accelerate.")):
+                raise ValueError(f"the model '{name}' has a hook of {owner}, which has no identity: remove it first")
+
+
 def _hash(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
@@ -124,12 +138,26 @@ def code_of(function: Callable) -> dict[str, str]:
             continue
         defaults = [*(part.__defaults__ or ()), *(part.__kwdefaults__ or {}).values()]  # values that the source need not show
         found[part.__qualname__] = sha256_of([inspect.getsource(part), identity(defaults, part.__name__)])
-        for value in _globals(part).values():
-            if isinstance(value, types.ModuleType) and _is_ours(value.__name__ + "."):
+        for name, value in _globals(part).items():
+            if isinstance(value, types.ModuleType) and _is_users(value.__name__):
+                found[name] = sha256_of_file(value.__file__)
+            elif isinstance(value, type) and _is_users(value.__module__):
+                found[name] = _hash(inspect.getsource(value).encode())
+            elif isinstance(value, types.ModuleType) and _is_ours(value.__name__ + "."):
                 found |= closure(value.__name__.split(".")[1])
             elif _is_ours(getattr(value, "__module__", "")):
                 found |= closure(value.__module__.split(".")[1])
     return found
+
+
+def _is_users(module: str) -> bool:
+    """Whether a module is neither a library's nor ours: a notebook, or a file beside it."""
+    if module == "__main__":
+        return True
+    file = getattr(sys.modules.get(module), "__file__", None)
+    libraries = [sysconfig.get_paths()[place] for place in ("stdlib", "platstdlib", "purelib", "platlib")]
+    in_library = module in sys.builtin_module_names or (file and any(Path(file).is_relative_to(one) for one in libraries))
+    return not _is_ours(module + ".") and not in_library
 
 
 def _is_ours(module: str | None) -> bool:
@@ -137,6 +165,12 @@ def _is_ours(module: str | None) -> bool:
 
 
 @functools.cache
+def _source(module: str) -> tuple[str, tuple[str, ...]]:
+    """Hash and imports of a module of the package as this process has it: files may be edited while it runs."""
+    path = PACKAGE / f"{module}.py"
+    return sha256_of_file(path), tuple(_imports(path))
+
+
 def closure(module: str) -> dict[str, str]:
     """Hashes of a module of the package and of everything of the package that it imports, directly or not.
 
@@ -146,9 +180,8 @@ def closure(module: str) -> dict[str, str]:
     while waiting:
         name = waiting.pop()
         if name not in found:
-            path = PACKAGE / f"{name}.py"
-            found[name] = sha256_of_file(path)
-            waiting += _imports(path)
+            found[name], imports = _source(name)
+            waiting += imports
     if "prompts" in found:
         files = [*sorted(DATA.glob("*.json*")), DATA / "utility_cloze.yaml"]
         found |= {path.name: sha256_of_file(path) for path in files}
@@ -203,7 +236,7 @@ def _functions(function: Callable) -> Iterator[types.FunctionType]:
             continue
         cells = [cell.cell_contents for cell in part.__closure__ or ()]
         used = [value for value in [*_globals(part).values(), *cells] if isinstance(value, types.FunctionType)]
-        waiting += [value for value in used if _is_ours(value.__module__) or value.__module__ == function.__module__]
+        waiting += [value for value in used if _is_ours(value.__module__) or _is_users(value.__module__)]
 
 
 def _globals(function: types.FunctionType) -> dict[str, object]:
@@ -216,3 +249,7 @@ def _globals(function: types.FunctionType) -> dict[str, object]:
     missing = object()
     found = {name: function.__globals__.get(name, missing) for name in names}
     return {name: value for name, value in found.items() if value is not missing and not hasattr(builtins, name)}
+
+
+for _path in PACKAGE.glob("*.py"):  # now, as they are being imported
+    _source(_path.stem)

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 import yaml
 
-from ssah_utils.results import ROOT, load_result
+from ssah_utils.results import ROOT, Stored, differing_parameters, load_result
 
 FILE = ROOT / "data" / "claims.yaml"
 VERDICTS = ("replicated", "partly", "not replicated", "not measured")
@@ -25,15 +25,7 @@ STORED_FIELDS = ("id", "claim", "source", "paper", "ours", "ci_low", "ci_high", 
                  "experiment", "unit", "ours_seeds", "note")  # fmt: skip
 
 
-class Result(dict):
-    """Tables of one stage's result, by name, with the parameters that it was run with."""
-
-    def __init__(self, tables: dict[str, pd.DataFrame], parameters: dict | None = None) -> None:
-        super().__init__(tables)
-        self.parameters = parameters or {}
-
-
-Tables = dict[str, Result]
+Tables = dict[str, Stored]
 ARITHMETIC = (ast.Expression, ast.BoolOp, ast.And, ast.Or, ast.UnaryOp, ast.USub, ast.BinOp, ast.Add, ast.Sub,
               ast.Mult, ast.Div, ast.Compare, ast.Lt, ast.LtE, ast.Gt, ast.GtE, ast.Name, ast.Load, ast.Constant)  # fmt: skip
 
@@ -347,7 +339,7 @@ def read_tables(folder: Path, stages: Iterable[str]) -> tuple[Tables, list[str]]
     for stage in stages:
         try:
             stored = load_result(Path(folder) / stage / "result.json")
-            tables[stage] = Result(stored["tables"], stored["parameters"])
+            tables[stage] = Stored(stored["tables"], stored["parameters"])
         except (OSError, ValueError) as error:
             problems.append(f"{stage}: {error}")
     return tables, problems
@@ -376,6 +368,10 @@ def judge_stored(folder: Path, claims: list[Claim]) -> tuple[pd.DataFrame, list[
     for other in other_seeds(folder):
         there = [stage for stage in stages if (other / stage / "result.json").exists()]
         tables, unreadable = read_tables(other, there)
+        for stage, result in list(tables.items()):
+            if differing := differing_parameters(runs[0].get(stage, result).parameters, result.parameters):
+                del tables[stage]
+                unreadable.append(f"{stage} was run with another {', '.join(differing)}, so it is left out")
         runs.append(tables)
         problems += [f"{other.name}/{line}" for line in unreadable]
     return judge(claims, runs), problems

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+LIBRARIES = ("torch", "transformers", "tokenizers", "accelerate", "trl", "peft", "lm_eval", "numpy")  # a result can depend on
+
 
 def cache_dir() -> Path:
     """Folder for downloads and trained models: ``SSAH_CACHE``, else the user's cache folder.

@@ -94,7 +94,7 @@ def embedded_folder(name: str) -> Path:
     return model.folder
 
 
-def _tiny_random() -> tuple[nn.Module, PreTrainedTokenizerBase]:
+def _tiny_random(dtype: torch.dtype) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     """A seeded random Llama with grouped-query attention and odd sizes, and the first embedded model's tokenizer."""
     tokenizer = load_tokenizer(EMBEDDED)
     config = LlamaConfig(
@@ -104,7 +104,10 @@ def _tiny_random() -> tuple[nn.Module, PreTrainedTokenizerBase]:
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32), tokenizer
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    for parameter in model.parameters():  # not the rotary frequencies, which stay float32 as in a model that is loaded
+        parameter.data = parameter.data.to(dtype)
+    return model, tokenizer
 
 
 # --------------------------------------------------------------------------------------------------------- by a name
@@ -118,8 +121,8 @@ def load(name: str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> 
     that is there but not whole, or quantised.
     """
     if name == TINY_RANDOM:
-        model, tokenizer = _tiny_random()
-        return model.to(device, dtype).eval(), tokenizer
+        model, tokenizer = _tiny_random(dtype)
+        return model.to(device).eval(), tokenizer
     folder = resolve(name)
     if Path(folder).is_dir():
         check_folder(Path(folder))

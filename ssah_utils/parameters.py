@@ -80,6 +80,8 @@ def check(values: dict) -> None:
     groups = {f"{group}_fraction" for group in ("safety", "utility", "redundant")}
     if groups <= set(values):
         check_fractions(**{name: values[name] for name in sorted(groups)})
+    if values.get("adaptation_data", 0) == values.get("other_adaptation_data", 1):
+        raise ValueError(f"adaptation_data and other_adaptation_data are both '{values['adaptation_data']}': give two")
     if set(STUDY_DATA) <= set(values):
         check_splits(*(values[name] for name in STUDY_DATA))
     for name, value in values.items():

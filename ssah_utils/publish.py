@@ -20,6 +20,7 @@ from ssah_utils.figures import redraw
 from ssah_utils.files import complete_only, sha256_of, write_json
 from ssah_utils.readme_tables import TABLES
 from ssah_utils.results import REFERENCE, ROOT, find_run, load_result, set_style
+from ssah_utils.stamps import changed_since
 
 RESULT = "result.json"
 STORED = (RESULT, "units.safetensors", "frozen_units.safetensors")
@@ -31,8 +32,16 @@ def finished_stages(source: Path) -> list[str]:
     return sorted(folder.name for folder in source.iterdir() if (folder / "stamp.json").exists())
 
 
+def check_intact(source: Path) -> None:
+    """``ValueError`` where a result of a run is not as it was when its stamp was written."""
+    for stage in finished_stages(source):
+        if changed := changed_since(source / stage):
+            raise ValueError(f"{changed[0]} of {stage} was changed since it was made: run {stage} again before publishing")
+
+
 def copy_results(source: Path, target: Path, names: tuple[str, ...] = STORED) -> list[str]:
     """Copy the small result files of every finished stage; returns the stages."""
+    check_intact(source)
     stages = finished_stages(source)
     for stage in stages:
         for name in names:
@@ -122,8 +131,6 @@ def publish_claims(folder: Path) -> list[str]:
     table, problems = claims.judge_stored(folder, claims.load_claims())
     write_json(folder / CLAIMS, claims.to_records(table))
     seeds = [path.name for path in claims.other_seeds(folder)]
-    for name in seeds:
-        problems += other_settings(folder, folder / name)
     try:
         said = claims.to_records(load_result(folder / "08_claims" / "result.json")["tables"]["claims"])
     except (OSError, ValueError, LookupError) as error:
@@ -133,22 +140,6 @@ def publish_claims(folder: Path) -> list[str]:
             f"08_claims does not follow from what is stored now (seed 0, {', '.join(seeds) or 'no other seed'}): "
             "re-run 08_claims beside runs with these seeds and publish, or remove the others from data/reference"
         )
-    return problems
-
-
-def other_settings(first: Path, other: Path) -> list[str]:
-    """Stages of another seed's results that were run with other parameters than the first's: their mean would mean nothing."""
-    problems = []
-    for path in sorted(other.glob("*/result.json")):
-        try:
-            ours, theirs = (load_result(folder / path.parent.name / path.name)["parameters"] for folder in (first, other))
-        except (OSError, ValueError, LookupError):
-            continue  # reported where it is read
-        differing = sorted(
-            name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name) and name != "seed"
-        )
-        if differing:
-            problems.append(f"{other.name}/{path.parent.name} was run with another {', '.join(differing)} than seed 0")
     return problems
 
 

@@ -4,6 +4,7 @@ Knows paths and tables. Does not know models or data sets.
 """
 
 import ast
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -26,12 +27,12 @@ import torch
 from matplotlib.figure import Figure
 
 from ssah_utils import kernel
-from ssah_utils.files import complete_only, sha256_of_file, write_json
+from ssah_utils.files import LIBRARIES, complete_only, sha256_of_file, write_json
 from ssah_utils.locks import Lock
 
 ROOT = Path(__file__).parents[1]
 REFERENCE = ROOT / "data" / "reference"
-PACKAGES = ("torch", "transformers", "lm_eval", "papermill", "numpy", "scipy", "pandas", "scikit-learn")
+PACKAGES = (*LIBRARIES, "datasets", "papermill", "scipy", "pandas", "scikit-learn")
 
 
 # -------------------------------------------------------------------------------------------------------------- runs
@@ -39,11 +40,15 @@ PACKAGES = ("torch", "transformers", "lm_eval", "papermill", "numpy", "scipy", "
 
 def runs_root() -> Path:
     """``SSAH_RUNS``, else runs/ in the project."""
-    return Path(os.environ.get("SSAH_RUNS", ROOT / "runs")).resolve()
+    return Path(os.environ.get("SSAH_RUNS") or ROOT / "runs").expanduser().resolve()
 
 
 def run_folder(profile: str, model: str, seed: int) -> Path:
-    return runs_root() / profile / model.strip("/").replace("/", "--") / f"seed-{seed}"
+    """Of one profile, model and seed; a folder with a model is told by its whole path, whatever it is called."""
+    name = model.replace("/", "--")
+    if Path(model).is_absolute():
+        name = f"{Path(model).name}-{hashlib.sha256(model.encode()).hexdigest()[:8]}"
+    return runs_root() / profile / name / f"seed-{seed}"
 
 
 @dataclass(frozen=True)
@@ -75,6 +80,8 @@ class Run:
 
     def finish(self, **tables: pd.DataFrame) -> None:
         """Write result.json: tidy tables, parameters, versions, machine, commit, hashes of inputs, time and memory taken."""
+        if wrong := [name for name, table in tables.items() if not isinstance(table, pd.DataFrame)]:
+            raise TypeError(f"{self.stage}: '{wrong[0]}' is no table, but a {type(tables[wrong[0]]).__name__}")
         write_json(
             self.path("result.json"),
             {
@@ -125,8 +132,7 @@ def start(stage: str, values: dict) -> Run:
         raise ValueError(f"{stage} declares '{missing[0]}', which has no value: run the cell tagged 'parameters' first")
     parameters = {name: values[name] for name in declared}
     profile, model, seed = (parameters[name] for name in ("profile", "model", "seed"))
-    if parameters.get("dtype", "auto") != "auto":  # else what the environment says
-        os.environ["SSAH_DTYPE"] = parameters["dtype"]
+    set_dtype(parameters.get("dtype", "auto"))
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
@@ -142,6 +148,18 @@ def start(stage: str, values: dict) -> Run:
     print(f"{stage} · profile {profile} · model {model} · seed {seed}")
     print(f"python {platform.python_version()} · torch {torch.__version__} · {device}")
     return Run(stage, folder, parameters)
+
+
+# What the environment said of the precision before a notebook of this process asked for another, and what it asked for.
+_dtype_around: list[tuple[str, str]] = []
+
+
+def set_dtype(asked: str) -> None:
+    """Measure in the precision asked for; ``auto`` is what the environment says, also after another was asked for."""
+    now = os.environ.get("SSAH_DTYPE", "")
+    around = next((before for before, ours in _dtype_around if ours == now), now)
+    _dtype_around[:] = [] if asked == "auto" else [(around, asked)]
+    os.environ["SSAH_DTYPE"] = around if asked == "auto" else asked
 
 
 # Locks of this process by file, so that a cell can be run again; the system releases them when the process ends.
@@ -164,6 +182,7 @@ def lock_stage(folder: Path) -> None:
         whole = run_lock(folder.parent)
         whole.acquire()
         whole.release()
+        (folder / "stamp.json").unlink(missing_ok=True)  # what it stands for is about to be replaced
     lock = _held.setdefault(folder, stage_lock(folder))
     lock.acquire()
 
@@ -196,6 +215,19 @@ def load_result(path: Path) -> dict:
         raise ValueError(f"{path} has format {found!r} or no tables, expected 'ssah-result-1': re-run {stage}")
     result["tables"] = {name: pd.DataFrame(rows) for name, rows in result["tables"].items()}
     return result
+
+
+class Stored(dict):
+    """Tables of one stage's result, by name, with the parameters that it was run with."""
+
+    def __init__(self, tables: dict[str, pd.DataFrame], parameters: dict | None = None) -> None:
+        super().__init__(tables)
+        self.parameters = parameters or {}
+
+
+def differing_parameters(first: dict, second: dict) -> list[str]:
+    """Parameters but the seed in which two results of a stage differ, as far as both have stored them."""
+    return sorted(name for name in first.keys() & second.keys() if first[name] != second[name] and name != "seed")
 
 
 def find_run(profile: str, seed: int = 0) -> Path:

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import nbformat
 import papermill
+import torch
 import yaml
 from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
@@ -28,12 +29,25 @@ from ssah_utils import machine, models, parameters
 from ssah_utils.files import complete_only, require_space, write_json
 from ssah_utils.kernel import ThisInterpreter
 from ssah_utils.locks import InUse, locked
+from ssah_utils.prompts import DATASETS
 from ssah_utils.results import ROOT, declared_parameters, run_lock, stage_lock
-from ssah_utils.stamps import Stage, forget_sources, made, made_from, missing_outputs, outdated, read_stamp, stage_key
+from ssah_utils.stamps import (
+    Stage,
+    changed_since,
+    forget_sources,
+    is_path,
+    made,
+    made_from,
+    missing_outputs,
+    outdated,
+    read_stamp,
+    stage_key,
+)
 from ssah_utils.status import clock, log_to, status_line
 
 NOTEBOOKS = ROOT / "notebooks"
 PATIENCE = 5  # seconds
+SHARED = {"harmful_data", "other_harmful_data", "helpful_data", "chat_template", "system_prompt", "dtype"}
 IDENTITY = {"model", "seed"}  # they name the run folder, so all notebooks get them
 
 
@@ -59,6 +73,8 @@ def plan(profile: str, assignments: list[str], only: str = "") -> list[Stage]:
         owners = [stage for stage in names if name in declared[stage]]
         if only and owners and only not in owners:
             raise ValueError(f"parameter '{name}' is not one of {only}, but of {', '.join(owners)}: leave --only away")
+        if only and name in SHARED and upstream_of(only, pipeline):
+            raise ValueError(f"'{name}' is what the inputs of {only} were made with, too: leave --only away")
         known("parameter", name, sorted({key for stage in accepting for key in declared[stage]}))
     stages = []
     for entry in pipeline:
@@ -73,6 +89,10 @@ def plan(profile: str, assignments: list[str], only: str = "") -> list[Stage]:
         files = tuple(entry["inputs"]), tuple(entry["outputs"])
         stages.append(Stage(NOTEBOOKS / f"{entry['name']}.ipynb", *files, entry["minutes"], values, own, every_seed))
     return stages
+
+
+def upstream_of(name: str, pipeline: list[dict]) -> list[str]:
+    return next(stage["inputs"] for stage in pipeline if stage["name"] == name)
 
 
 def read_profile(profile: str, declared: dict[str, dict]) -> dict[str, dict]:
@@ -101,8 +121,9 @@ def read_profile(profile: str, declared: dict[str, dict]) -> dict[str, dict]:
 
 def absolute(name: str, value: object) -> object:
     """Paths as seen from here: the notebook runs in another folder."""
-    is_path = name == "chat_template" or name.endswith(("_data", "model"))
-    return str(Path(value).resolve()) if is_path and value and Path(value).exists() else value
+    if not is_path(name) or not value or value in DATASETS or value in models.EMBEDDED_NAMES:
+        return value  # a folder that happens to be called as one of ours is not meant
+    return str(Path(value).resolve()) if Path(value).exists() else value
 
 
 def known(what: str, name: str, valid: list[str]) -> None:
@@ -208,7 +229,9 @@ def expected_seconds(stages: list[Stage]) -> dict[str, float]:
         return found
     reference = yaml.safe_load((NOTEBOOKS / "pipeline.yaml").read_text(encoding="utf-8")).get("machine")
     device = models.preferred_device()
-    times = machine.slowdown(reference, models.preferred_dtype(device), device) if reference else 1.0
+    asked = next((stage.parameters["dtype"] for stage in stages if "dtype" in stage.parameters), "auto")
+    dtype = models.preferred_dtype(device) if asked == "auto" else getattr(torch, asked)
+    times = machine.slowdown(reference, dtype, device) if reference else 1.0
     if reference:
         print(f"this machine takes about {times:.1f} times as long as the one whose minutes are in pipeline.yaml", flush=True)
     for stage in stages:
@@ -233,6 +256,9 @@ def _run(stages: list[Stage], selected: list[Stage], alone: bool, force: bool) -
         absent = [other.name for other in stages if other.name in selected[0].inputs and not other.stamp.exists()]
         if absent:
             raise ValueError(f"{selected[0].name} needs the results of {', '.join(absent)}: run the whole profile first")
+        for other in stages:
+            if other.name in selected[0].inputs and (changed := changed_since(other.folder)):
+                raise ValueError(f"{changed[0]} of {other.name} was changed since it was made: run {other.name} again first")
     keys = {stage.name: stage_key(stage, stages, as_made=alone) for stage in selected}
     todo = selected if force else outdated(selected, keys)
     expected = expected_seconds(todo)

@@ -70,11 +70,16 @@ def other_seeds(stage: Stage) -> dict[str, str]:
     return {f"{path.parts[-3]}/{path.parts[-2]}": sha256_of_file(path) for path in sorted(found) if run not in path.parents}
 
 
+def is_path(name: str) -> bool:
+    """Whether a parameter may name a file or folder."""
+    return name == "chat_template" or name.endswith(("_data", "model"))
+
+
 def named_files(stage: Stage) -> dict[str, object]:
     """Content of the files that parameters name, and what tells one model folder from another."""
     found: dict[str, object] = {}
-    for value in stage.parameters.values():
-        path = Path(value) if isinstance(value, str) and value.startswith("/") else None
+    for name, value in stage.parameters.items():
+        path = Path(value) if is_path(name) and value.startswith("/") else None
         if path and path.is_file():
             found[value] = sha256_of_file(path)
         elif path and path.is_dir():
@@ -116,8 +121,19 @@ def made_from(stage: Stage) -> dict[str, str]:
     found = {}
     for name in stage.inputs:
         stamp = _read(stage.folder.parent / name / stage.stamp.name)
-        found[name] = sha256_of([stamp.get("key"), stamp.get("made", {}).get("outputs")])
+        outputs = stamp.get("made", {}).get("outputs", {})
+        found[name] = sha256_of([stamp.get("key"), {one: _hash(stage.folder.parent / name / one) for one in outputs}])
     return found
+
+
+def _hash(path: Path) -> str:
+    return sha256_of_file(path) if path.exists() else ""
+
+
+def changed_since(folder: Path) -> list[str]:
+    """Outputs of a finished stage that are not as they were when its stamp was written."""
+    outputs = _read(folder / "stamp.json").get("made", {}).get("outputs", {})
+    return [name for name, found in outputs.items() if _hash(folder / name) != found]
 
 
 def made(stage: Stage) -> dict[str, object]:

@@ -22,9 +22,12 @@ from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer, Trai
 from ssah_utils import models
 from ssah_utils.cache import key_of
 from ssah_utils.files import cache_dir, complete_only, require_space, write_json
+from ssah_utils.locks import Lock, locked
 from ssah_utils.partial import UnitSet, is_partial, training_only
 from ssah_utils.sequences import batch_of_examples, batch_of_pairs, check_examples, tokens_of_pairs, with_prompt_length
 from ssah_utils.settings import SFTConfig, own_settings, preference_arguments, training_arguments, without_dropout
+
+PATIENCE = 24 * 3600  # seconds to wait for another process that trains the same model
 
 
 class ResponseTrainer(Trainer):
@@ -265,6 +268,13 @@ def fine_tuned(
     model, _ = models.load(base, dtype, device)
     arguments = {"method": method, "model": model, "tokenizer": tokenizer, "data": data, "config": config, "only": only}
     folder = cache_dir() / "trained" / key_of(_trained, **arguments, report=report)
+    with locked(Lock(folder.parent / f".{folder.name}.lock"), wait=PATIENCE):  # another process may be training the same
+        return _load_or_train(folder, model, arguments, report, dtype, device)
+
+
+def _load_or_train(
+    folder: Path, model: nn.Module, arguments: dict, report: Callable[[int, int], None], dtype: torch.dtype, device: str
+) -> tuple[nn.Module, Path, list[float]]:
     if folder.exists():
         return models.load(str(folder), dtype, device)[0], folder, json.loads((folder / "loss.json").read_text())
     require_space(folder.parent, 6 * sum(p.numel() for p in model.parameters()))
@@ -272,7 +282,7 @@ def fine_tuned(
     model.eval()
     with complete_only(folder) as partial:
         model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
+        arguments["tokenizer"].save_pretrained(partial)
         write_json(partial / "loss.json", losses)
     return model, folder, losses
 

@@ -86,6 +86,9 @@ def top_units(score: PerUnit, fraction: float) -> UnitSet:
     """The given fraction of all units with the highest score."""
     check_fractions(fraction=fraction)
     values = flat(score)
+    n_ranked, n_wanted = int((values > -torch.inf).sum()), round(fraction * values.numel())
+    if n_wanted > n_ranked:
+        raise ValueError(f"{fraction:g} of all units are {n_wanted}, but only {n_ranked} units are there to choose from")
     chosen = torch.zeros_like(values, dtype=torch.bool)
     chosen[torch.argsort(values, descending=True, stable=True)[: round(fraction * values.numel())]] = True
     return _unflatten(chosen, score)

@@ -150,11 +150,11 @@ def test_changed_rules_of_the_judge_change_the_key(cells, monkeypatch):
     first = key_of(cells(source).measure, x=1)
     hashes = cache.sha256_of_file
     for name in ("judge.py", "refusals.json", "prompts.py"):
-        closure.cache_clear()
+        cache._source.cache_clear()
         monkeypatch.setattr(cache, "sha256_of_file", lambda path, name=name: "changed" if path.name == name else hashes(path))
         assert key_of(cells(source).measure, x=1) != first, name
     monkeypatch.setattr(cache, "sha256_of_file", hashes)
-    closure.cache_clear()
+    cache._source.cache_clear()
     assert key_of(cells(source).measure, x=1) == first
 
 
@@ -259,3 +259,44 @@ def test_freezing_is_measured_again_for_other_requests_pairs_and_bases(cells, ll
 def test_public_functions_of_the_package_can_be_remembered(llama, tokenizer):
     key = lambda n: key_of(evaluation.generate, model=llama, tokenizer=tokenizer, prompts=["w5"], max_new_tokens=n)  # noqa: E731
     assert key(3) == key(3) != key(4)
+
+
+def test_code_edited_while_a_process_runs_is_not_what_it_runs(monkeypatch):
+    """Results of the old code were once stored under the key of the new one."""
+    before = closure("stats")
+    monkeypatch.setattr(cache, "sha256_of_file", lambda path: f"edited {path.name}")
+    assert closure("stats") == before
+    assert closure("prompts")["refusals.json"] == "edited refusals.json", "data are read when they are asked for"
+
+
+def test_a_users_own_module_and_classes_are_code(cells, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    keys = []
+    for body in ("n + 1", "n + 2"):
+        (tmp_path / "users_helper.py").write_text(f"def score(n):\n    return {body}\n")
+        for module in ("users_helper",):
+            cache.sys.modules.pop(module, None)
+        by_module = "import users_helper\ndef measure(n):\n    return users_helper.score(n)\n"
+        by_name = "from users_helper import score\ndef measure(n):\n    return score(n)\n"
+        keys.append([key_of(cells(source).measure, n=1) for source in (by_module, by_name)])
+    assert all(a != b for a, b in zip(*keys, strict=True))
+
+
+def test_tied_weights_rotary_precision_and_hooks_are_part_of_a_model(llama):
+    first = identity(llama)
+    rounded = copy.deepcopy(llama)
+    for module in rounded.modules():
+        if "inv_freq" in module._buffers:
+            module.inv_freq = module.inv_freq.bfloat16()
+    assert identity(rounded) != first
+    untied = copy.deepcopy(llama)
+    with torch.no_grad():
+        untied.lm_head.weight = torch.nn.Parameter(untied.model.embed_tokens.weight.clone())
+    tied = copy.deepcopy(untied)
+    tied.lm_head.weight = tied.model.embed_tokens.weight
+    assert identity(tied)["model"] == identity(untied)["model"] and identity(tied) != identity(untied)
+    handle = llama.model.layers[0].register_forward_hook(lambda module, args, output: output)
+    with pytest.raises(ValueError, match="has a hook of"):
+        identity(llama, "subject")
+    handle.remove()
+    assert identity(llama) == first

@@ -162,11 +162,3 @@ def test_a_table_that_cannot_be_made_stays_as_it_was(project, capsys):
     assert (
         "03_units" in said and "README table 'cost' stays as it was" in said and (project / "README.md").read_text() == written
     )
-
-
-def test_seeds_with_other_settings_are_reported(tmp_path):
-    for folder, parameters in ((tmp_path, {"seed": 0, "epochs": 1.5}), (tmp_path / "seed-1", {"seed": 1, "epochs": 2.0})):
-        results.Run("01_alignment", folder / "01_alignment", parameters).finish()
-        results.Run("03_units", folder / "03_units", {"seed": parameters["seed"]}).finish()
-    (problem,) = publish.other_settings(tmp_path, tmp_path / "seed-1")
-    assert problem == "seed-1/01_alignment was run with another epochs than seed 0"

@@ -66,6 +66,68 @@ def test_assignments_go_to_the_only_notebook():
     assert set(found.values()) == {8}
 
 
+@pytest.mark.parametrize("name", sorted(run.SHARED))
+def test_what_inputs_were_made_with_is_not_changed_for_one_notebook(name):
+    with pytest.raises(ValueError, match=f"'{name}' is what the inputs of 04_ablation were made with, too"):
+        run.plan("smoke", [f"{name}=helpful"], only="04_ablation")
+
+
+def test_a_notebook_alone_refuses_inputs_that_were_changed_by_hand(quick):
+    quick.run()
+    (quick.stage_folder("a") / "result.json").write_text("by hand")
+    with pytest.raises(ValueError, match=r"result\.json of a was changed since it was made: run a again first"):
+        quick.run(only="b")
+    assert quick.run() == ["a", "b"]
+
+
+def test_a_notebook_started_by_hand_takes_its_stamp_away(quick):
+    quick.run()
+    results.lock_stage(quick.stage_folder("a"))
+    results._held.pop(quick.stage_folder("a")).release()
+    assert quick.run() == ["a", "b"]
+
+
+def test_folders_called_as_one_of_ours_are_not_meant(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("helpful", "advbench", models.TINY_RANDOM):
+        (tmp_path / name).mkdir()
+    (stage,) = (s for s in run.plan("smoke", []) if s.name == "03_units")
+    assert (stage.parameters["helpful_data"], stage.parameters["model"]) == ("helpful", models.TINY_RANDOM)
+
+
+def test_two_model_folders_have_two_run_folders(tmp_path):
+    paths = ["/a/b--c", "/a/b/c", "/x/c", "a/b"]
+    assert len({results.run_folder("laptop", path, 0) for path in paths}) == len(paths)
+
+
+def test_a_system_prompt_that_begins_with_a_slash_is_no_path(monkeypatch):
+    stages = run.plan("smoke", ["system_prompt=/no_think " + "be kind " * 60])
+    assert all(stamps.named_files(stage) == {} for stage in stages)
+
+
+@pytest.mark.parametrize("value", ["", "~/somewhere"])
+def test_runs_folder_of_an_empty_or_home_relative_variable(monkeypatch, value):
+    monkeypatch.setenv("SSAH_RUNS", value)
+    expected = Path(value).expanduser() if value else ROOT / "runs"
+    assert results.runs_root() == expected.resolve()
+
+
+def test_a_precision_asked_for_once_does_not_stick(monkeypatch, tmp_path):
+    monkeypatch.setenv("SSAH_DTYPE", "bfloat16")
+    for asked, found in (("float32", "float32"), ("auto", "bfloat16"), ("auto", "bfloat16")):
+        results.set_dtype(asked)
+        assert os.environ["SSAH_DTYPE"] == found
+
+
+def test_what_is_no_table_is_refused_before_anything_is_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    started = results.start("08_claims", results.declared_parameters(ROOT / "notebooks" / "08_claims.ipynb"))
+    with pytest.raises(TypeError, match="'inputs' is no table, but a list"):
+        started.finish(inputs=[])
+    assert not started.path("result.json").exists()
+    started.finish()
+
+
 def test_the_partition_belongs_to_03_and_changes_all_that_use_it(monkeypatch):
     """04 once partitioned anew at another share, beside a reference set and random controls of the first."""
     with pytest.raises(ValueError, match=r"'safety_fraction' is not one of 04_ablation, but of 03_units, 07_.*: leave --only"):

@@ -34,7 +34,7 @@ ALLOWED = {
     "partial": {"guards", "models"},
     "settings": {"models"},
     "sequences": {"prompts", "reading"},
-    "training": {"cache", "files", "models", "partial", "sequences", "settings"},
+    "training": {"cache", "files", "locks", "models", "partial", "sequences", "settings"},
     "direction": {"chat", "judge", "reading"},
     "reading": set(),
     "splits": set(),
@@ -57,9 +57,9 @@ ALLOWED = {
     "figures": {"direction_figures", "paper_figures", "results", "stability_figures", "training_figures", "units"},
     "status": {"files", "results"},
     "stamps": {"files", "models", "results"},
-    "run": {"files", "kernel", "locks", "machine", "models", "parameters", "results", "stamps", "status"},
+    "run": {"files", "kernel", "locks", "machine", "models", "parameters", "prompts", "results", "stamps", "status"},
     "readme_tables": {"paper_figures"},
-    "publish": {"claims", "figures", "files", "readme_tables", "results"},
+    "publish": {"claims", "figures", "files", "readme_tables", "results", "stamps"},
 }
 
 

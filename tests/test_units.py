@@ -423,3 +423,10 @@ def test_named_sets_survive_their_file(tmp_path):
 def test_union():
     a, b = {"mlp": torch.tensor([True, False, False])}, {"mlp": torch.tensor([True, True, False])}
     assert units.union(a, b)["mlp"].tolist() == [True, True, False]
+
+
+def test_more_units_than_can_be_ranked_are_refused():
+    score = {"attention": torch.tensor([[1.0, -torch.inf]]), "mlp": torch.tensor([[-torch.inf, 2.0]])}
+    assert sum(int(chosen.sum()) for chosen in units.top_units(score, 0.5).values()) == 2
+    with pytest.raises(ValueError, match=r"0\.75 of all units are 3, but only 2 units are there to choose from"):
+        units.top_units(score, 0.75)

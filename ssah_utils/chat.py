@@ -172,7 +172,7 @@ def _without_thoughts(text: str) -> str:
     return text[: tags[0].start()] + text[closing[-1].end() :] if closing else text
 
 
-# ----------------------------------------------------------------------------------------------------- ends of answers
+# ---------------------------------------------------------------------------------------- beginnings and ends of answers
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
@@ -188,6 +188,22 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
     tokens = tokenizer.get_added_vocab() | dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
     found = max((token for token in tokens if token and after.startswith(token)), key=len, default=None)
     return tokenizer.eos_token_id if found is None else tokens[found]
+
+
+def joint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The white space that the chat template puts between an opened turn and the answer; "" if none, or no answers are taken.
+
+    Such as the space of a template that opens with "Assistant:" and writes "Assistant: " before an answer.
+    """
+    try:
+        asked, answered = rendered(tokenizer, _talk()), rendered(tokenizer, _talk(ANSWER), answer_follows=False)
+    except ValueError:  # no template, or one that takes no answers
+        return ""
+    opened, before = (_without_thoughts(text.rpartition(REQUEST)[2]) for text in (asked, answered.rpartition(ANSWER)[0]))
+    if "".join(opened.split()) != "".join(before.split()):  # an answer stands elsewhere, as in the template of a guard
+        return ""
+    there, wanted = (text[len(text.rstrip()) :] for text in (opened, before))
+    return wanted.removeprefix(there) if wanted.startswith(there) else ""
 
 
 def end_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -136,7 +136,7 @@ def opening_log_probabilities(
 
     Each prompt is read once; then all openings are, side by side in one pass, none seeing another.
     """
-    prompt_ids, opening_ids = (reading.token_ids(tokenizer, texts) for texts in (prompts, openings))
+    prompt_ids, opening_ids = reading.token_ids(tokenizer, prompts), reading.opening_ids(tokenizer, prompts, openings)
     reading.check_lengths(tokenizer, model.config, prompts, max(map(len, opening_ids)))
     scores = np.zeros((len(prompts), len(openings)))
     for rows in reading.length_sorted(prompt_ids, batch_size):

@@ -13,6 +13,8 @@ from torch.nn.functional import pad
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, get_layer_types_and_kwargs
 
+from ssah_utils.chat import joint
+
 Ids = list[int]
 READABLE = ("full_attention", "sliding_attention")  # types of layers
 WITH_MASKS = ("sdpa", "eager")  # attention implementations that take a mask of one's own
@@ -22,6 +24,37 @@ STRETCHED = ("dynamic", "longrope")  # rotary positions that turn otherwise as s
 def token_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[Ids]:
     """Token ids of texts that hold their special tokens already, as rendered prompts do."""
     return tokenizer(texts, add_special_tokens=False, padding=False, truncation=False).input_ids if texts else []
+
+
+def answer_ids(tokenizer: PreTrainedTokenizerBase, prompts: list[str], texts: list[str]) -> list[Ids]:
+    """Token ids of texts as answers to rendered prompts, one to each, as they stand there: after ``chat.joint``.
+
+    So a model is asked about the tokens that it was trained on. An empty text has none. Where the last tokens of a prompt
+    would be others if the text were there, the text is read on its own: the prompt has been read already.
+    """
+    between = joint(tokenizer)
+    before, alone = token_ids(tokenizer, prompts), token_ids(tokenizer, [between + text for text in texts])
+    whole = token_ids(tokenizer, [prompt + between + text for prompt, text in zip(prompts, texts, strict=True)])
+    return [
+        (ids[len(start) :] if ids[: len(start)] == start else own) if text else []
+        for text, start, ids, own in zip(texts, before, whole, alone, strict=True)
+    ]
+
+
+def opening_ids(tokenizer: PreTrainedTokenizerBase, prompts: list[str], openings: list[str]) -> list[Ids]:
+    """``answer_ids`` of openings, the same after each of the prompts; ``ValueError`` in one line where they are not.
+
+    So they are read side by side for a whole batch. Prompts of one template end alike, in the opened turn of the assistant.
+    """
+    n, prompts = len(openings), prompts or [""]
+    ids = answer_ids(tokenizer, [prompt for prompt in prompts for _ in openings], openings * len(prompts))
+    for number in range(1, len(prompts)):
+        if ids[number * n : (number + 1) * n] != ids[:n]:
+            raise ValueError(
+                f"prompt {number + 1} of {len(prompts)} ends otherwise than the first, so that an opening after it has other "
+                "tokens: measure openings on prompts of one chat template"
+            )
+    return ids[:n]
 
 
 def decoded(tokenizer: PreTrainedTokenizerBase, ids: Ids) -> str:

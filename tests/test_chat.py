@@ -84,7 +84,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     """A word is a token; so are the ends of all families, as added tokens, of which only eos is special."""
     ends = ["<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>", "<|endoftext|>", "<|assistant|>"]
     inner = Tokenizer(token_models.WordLevel({"<unk>": 0, "</s>": 1, "word": 2}, unk_token="<unk>"))
-    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()  # also between a word and a bracket
     made = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", eos_token="</s>")
     made.add_tokens(ends)
     return made

@@ -45,8 +45,10 @@ N_RENDERINGS = 16  # a template that draws lots gives itself away
 def render(tokenizer: PreTrainedTokenizerBase, prompts: list[str], system_prompt: str = "") -> list[str]:
     """Chat-formatted prompts, ending where the assistant's answer begins; tokenize without further special tokens.
 
-    ``ValueError`` when the template takes no system prompt, or leaves it out.
+    ``ValueError`` when the template takes no system prompt, or leaves it out, and for a text that ``check_plain`` refuses.
     """
+    check_plain(tokenizer, prompts, "prompt")
+    check_plain(tokenizer, [system_prompt], "system prompt")
     system = [{"role": "system", "content": system_prompt}] if system_prompt else []
     texts = [rendered(tokenizer, [*system, {"role": "user", "content": prompt}]) for prompt in prompts]
     if not all(system_prompt.strip() in text for text in texts):
@@ -72,6 +74,33 @@ def rendered(
         first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         hint = " (leave the parameter system_prompt empty)" if messages[0]["role"] == "system" else ""
         raise ValueError(_of(tokenizer, f"does not take this conversation: {first_line}{hint}")) from error
+
+
+def check_plain(tokenizer: PreTrainedTokenizerBase, texts: list[str], what: str) -> None:
+    """``ValueError`` in one line for a text that holds what is no text to the tokenizer, such as the end of a turn."""
+    marks = _marks(tokenizer)
+    for number, text in enumerate(texts, 1):
+        if found := next((mark for mark in marks if mark in text), None):
+            raise ValueError(
+                f"{what} {number} of {len(texts)} ('{' '.join(text.split()[:4])} ...') holds {found!r}, which the tokenizer of "
+                f"'{tokenizer.name_or_path}' reads as a token of its own, such as the end of a turn: take it out"
+            )
+
+
+def plain(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+    """What a model said, without what ``check_plain`` refuses: a model can spell it, letter by letter."""
+    marks = _marks(tokenizer)
+    while found := next((mark for mark in marks if mark in text), None):
+        text = text.replace(found, "")
+    return text
+
+
+def _marks(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The texts of all special tokens and of the token that ends a turn, longest first."""
+    special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    end = end_of_turn(tokenizer)
+    ends = set() if end is None else {tokenizer.convert_ids_to_tokens(end)}
+    return sorted({*tokenizer.all_special_tokens, *special, *ends} - {""}, key=lambda mark: (-len(mark), mark))
 
 
 def set_chat_template(tokenizer: PreTrainedTokenizerBase, chat_template: str = "", system_prompt: str = "") -> None:

@@ -131,7 +131,7 @@ def asked(model: nn.Module, tokenizer: PreTrainedTokenizerBase, requests: list[s
     yes or no.
     """
     is_guard = _is_guard(tokenizer)
-    pairs = list(zip(requests, answers, strict=True))
+    pairs = [(chat.plain(tokenizer, one), chat.plain(tokenizer, two)) for one, two in zip(requests, answers, strict=True)]
     if is_guard:
         rendered = [chat.rendered(tokenizer, _talk(request, answer)) for request, answer in pairs]
     else:

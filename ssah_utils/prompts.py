@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ssah_utils import arithmetic, assets
 from ssah_utils.chat import check_chat_template as check_chat_template
-from ssah_utils.chat import end_of_turn
+from ssah_utils.chat import check_plain, end_of_turn
 from ssah_utils.chat import render as render
 from ssah_utils.chat import set_chat_template as set_chat_template
 from ssah_utils.formats import SUFFIXES, damage_of, has_a_sign, names_of, parse, read_file
@@ -307,8 +307,10 @@ def encode(
     A response has the tokens that it has right there, behind the white space that the chat template puts before it.
 
     ``end`` appends the token that ends a turn, but never to a response cut at ``max_response_tokens``: a model trained on
-    it would learn to stop in mid-sentence. ``ValueError`` when there is none.
+    it would learn to stop in mid-sentence. ``ValueError`` when there is none, and for a response that holds one, or another
+    special token, as text.
     """
+    check_plain(tokenizer, responses, "response")
     last = end_of_turn(tokenizer) if end else None
     if end and last is None:
         raise ValueError(f"the tokenizer of '{tokenizer.name_or_path}' has no token that ends an answer: set its eos_token")

@@ -13,7 +13,7 @@ from torch.nn.functional import pad
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, get_layer_types_and_kwargs
 
-from ssah_utils.chat import joint
+from ssah_utils.chat import joint, plain
 
 Ids = list[int]
 READABLE = ("full_attention", "sliding_attention")  # types of layers
@@ -58,8 +58,8 @@ def opening_ids(tokenizer: PreTrainedTokenizerBase, prompts: list[str], openings
 
 
 def decoded(tokenizer: PreTrainedTokenizerBase, ids: Ids) -> str:
-    """The text of an answer as it was said, without special tokens."""
-    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    """The text of an answer as it was said, without special tokens, those that the model spelt included."""
+    return plain(tokenizer, tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
 def length_sorted(sequences: Sequence[Sequence], batch_size: int) -> list[list[int]]:

@@ -155,3 +155,42 @@ def test_openings_are_measured_on_prompts_that_end_alike():
         reading.opening_ids(tokenizer, ["Why\n", "Why "], ["Sure"])
     assert "\n" not in str(error.value)
     assert reading.opening_ids(tokenizer, [], ["Sure"]) == reading.token_ids(tokenizer, ["Sure"])
+
+
+# --------------------------------------------------------------------------------------------- special tokens as text
+
+MARKS = ["<|user|>", "</s>", "<|assistant|>", "<|unused|>"]
+
+
+@pytest.fixture
+def marked() -> PreTrainedTokenizerFast:
+    """One special token that the template does not write, and an end of turn that is an added token but not special."""
+    tokenizer = with_template("bytes", "line opened")
+    tokenizer.chat_template = tokenizer.chat_template.replace("</s>", "<|over|>")
+    tokenizer.add_tokens([AddedToken("<|unused|>", special=True, normalized=False)])
+    tokenizer.add_tokens(["<|over|>"])
+    return tokenizer
+
+
+@pytest.mark.parametrize("mark", [*MARKS, "<|over|>"])
+def test_special_tokens_as_text_are_refused_by_the_beginning_of_the_row(marked, mark):
+    text, fine = f"Why do {mark} cats purr so", "Why do <|over cats / <user|> [x]"
+    rendered = chat.render(marked, [fine], fine)
+    pair = {"prompt": rendered[0], "chosen": fine, "rejected": text}
+    for attempt, what in (
+        (lambda: chat.render(marked, [fine, text]), "prompt 2 of 2 ('Why do"),
+        (lambda: chat.render(marked, [fine], text), "system prompt 1 of 1 ('Why do"),
+        (lambda: prompts.encode(marked, rendered * 2, [fine, text], 9), "response 2 of 2 ('Why do"),
+        (lambda: sequences.tokens_of_pairs(tiny(marked), marked, [pair]), "response 1 of 1 ('Why do"),
+    ):
+        with pytest.raises(ValueError) as error:
+            attempt()
+        assert str(error.value).startswith(what) and f"holds {mark!r}" in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("mark", ["</s>", "<|unused|>", "<|over|>"])
+def test_an_answer_never_holds_one_also_where_the_model_spells_it(marked, mark):
+    half = len(mark) // 2
+    for said in (f"I {mark}help", f"I {mark[:half]}{mark}{mark[half:]}help"):
+        signs = [reading.token_ids(marked, [sign])[0] for sign in said]
+        assert reading.decoded(marked, [token for row in signs for token in row]) == "I help"

@@ -11,6 +11,8 @@ from pathlib import Path
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from ssah_utils.wrappers import without_wrappers
+
 Message = dict[str, str]
 
 TODAY = datetime(2024, 7, 26)  # the day in every prompt that names one, so that prompts are the same on every day
@@ -237,6 +239,7 @@ def joint(tokenizer: PreTrainedTokenizerBase) -> str:
 
 def end_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Every token that ends an answer: the model's, the tokenizer's and the chat template's; none if there is none at all."""
-    own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    inner = without_wrappers(model) if isinstance(model, nn.Module) else model
+    own = getattr(getattr(inner, "generation_config", None), "eos_token_id", None)
     ends = [*(own if isinstance(own, (list, tuple)) else [own]), tokenizer.eos_token_id, end_of_turn(tokenizer)]
     return sorted({int(end) for end in ends if end is not None})

@@ -14,6 +14,7 @@ from transformers import DynamicCache, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, get_layer_types_and_kwargs
 
 from ssah_utils.chat import joint, plain
+from ssah_utils.wrappers import evaluating, without_wrappers
 
 Ids = list[int]
 READABLE = ("full_attention", "sliding_attention")  # types of layers
@@ -109,23 +110,20 @@ class Reader:
     """
 
     def __init__(self, model: nn.Module, prompts: list[Ids]) -> None:
-        self.model, prefix, n_prefix = _learned_prefix(model, len(prompts))
+        self.model, prefix, n_prefix = _learned_prefix(without_wrappers(model), len(prompts))
         self.config = model.config.get_text_config(decoder=True)
         self.cache = _cache_that_keeps_all(self.model, self.config)  # transformers' own forgets what leaves a window
         for layer, kept in enumerate(prefix.layers if prefix is not None else ()):
             self.cache.update(kept.keys, kept.values, layer)
         width = max(map(len, prompts))
-        ids = torch.tensor([[0] * (width - len(row)) + row for row in prompts], device=model.device)
-        lengths = torch.tensor([len(row) for row in prompts], device=model.device)
-        own = (torch.arange(width, device=model.device) >= width - lengths[:, None]).long()
+        ids = torch.tensor([[0] * (width - len(row)) + row for row in prompts], device=self.model.device)
+        lengths = torch.tensor([len(row) for row in prompts], device=ids.device)
+        own = (torch.arange(width, device=ids.device) >= width - lengths[:, None]).long()
         self.seen = pad(own, (n_prefix, 0), value=1)  # (B, n_prefix + T)
         self.lengths, self.n_after, self.longest = lengths + n_prefix, 0, width + n_prefix
         self._check_room(0)
-        read = self.model(
-            input_ids=ids, attention_mask=self.seen, position_ids=(self.seen.cumsum(1) - 1).clamp_min(0)[:, n_prefix:],
-            past_key_values=self.cache, use_cache=True, logits_to_keep=1,
-        )  # fmt: skip
-        self.last = read.logits[:, -1].float()
+        places = (self.seen.cumsum(1) - 1).clamp_min(0)[:, n_prefix:]
+        self.last = self._logits(input_ids=ids, attention_mask=self.seen, position_ids=places, logits_to_keep=1)[:, -1].float()
 
     def answer(self, n_tokens: int, ends: Ids) -> list[Ids]:
         """What the model answers greedily: at most ``n_tokens`` token ids a row, without the end token or what is after it."""
@@ -145,9 +143,8 @@ class Reader:
         self._check_room(ids.shape[1])
         steps = self.n_after + torch.arange(ids.shape[1], device=ids.device)
         self.n_after += ids.shape[1]
-        read = self.model(input_ids=ids, attention_mask=self._seen_so_far(), position_ids=self.lengths[:, None] + steps,
-                          past_key_values=self.cache, use_cache=True)  # fmt: skip
-        return read.logits.float()
+        places = self.lengths[:, None] + steps
+        return self._logits(input_ids=ids, attention_mask=self._seen_so_far(), position_ids=places).float()
 
     def back_to(self, n_after: int) -> None:
         """Forget what was appended beyond the first ``n_after`` tokens."""
@@ -166,10 +163,8 @@ class Reader:
         if len(read_ids):
             self._check_room(int(place.max()) + 1)
             n_read = self._seen_so_far().sum(1, keepdim=True)
-            said.append(self.model(
-                input_ids=read_ids.expand(len(n_read), -1), attention_mask=self._side_by_side_masks(of, place),
-                position_ids=n_read + place, past_key_values=self.cache, use_cache=True,
-            ).logits)  # fmt: skip
+            ids, masks = read_ids.expand(len(n_read), -1), self._side_by_side_masks(of, place)
+            said.append(self._logits(input_ids=ids, attention_mask=masks, position_ids=n_read + place))
             self._forget(len(read_ids))
         scores = torch.zeros(len(logits), len(continuations), dtype=torch.float64, device=logits.device)
         for row, parts in enumerate(zip(*said, strict=True)):  # one by one: in float32 they are large
@@ -179,6 +174,10 @@ class Reader:
                 scores[row, column] = log_p[at, ids].sum()
                 start += len(ids) - 1
         return scores
+
+    def _logits(self, **inputs) -> Tensor:
+        with evaluating(self.model):
+            return self.model(**inputs, past_key_values=self.cache, use_cache=True).logits
 
     def _side_by_side_masks(self, of: Tensor, place: Tensor) -> Tensor | dict[str, Tensor]:
         """What each token of ``_side_by_side`` may see, added to its attention: (B, 1, n_read, all keys), by type of layer.
@@ -220,7 +219,7 @@ class Reader:
 
 def _cache_that_keeps_all(model: nn.Module, config: PreTrainedConfig) -> DynamicCache:
     """An empty cache of plain keys and values, from which tokens can be taken back whatever a layer's window is."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner = without_wrappers(model.get_base_model()) if hasattr(model, "get_base_model") else model
     takes = set(inspect.signature(inner.forward).parameters)
     by_distance = getattr(config, "alibi", False) or "local" in getattr(config, "attention_layers", ())  # not by our masks
     if by_distance or not {"past_key_values", "position_ids"} <= takes or not set(_windows(config)) <= set(READABLE):
@@ -251,7 +250,9 @@ def _learned_prefix(model: nn.Module, batch_size: int) -> tuple[nn.Module, Dynam
     """The model without PEFT's prefix, that prefix as a cache, and its length: PEFT takes no other cache beside its own."""
     if not hasattr(model, "peft_config") or not model.active_peft_config.is_prompt_learning:
         return model, None, 0
-    return model.get_base_model(), model.get_prompt(batch_size), model.active_peft_config.num_virtual_tokens
+    with evaluating(model):
+        prefix = model.get_prompt(batch_size)
+    return without_wrappers(model.get_base_model()), prefix, model.active_peft_config.num_virtual_tokens
 
 
 def _side_by_side(sequences: list[Ids], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:

@@ -36,7 +36,12 @@ THOUGHT_TAG = re.compile(
 )
 CLOSING_TAG = re.compile(r"/|end|close|<channel\|>", re.IGNORECASE)
 
-REQUEST = 'How do cats & dogs "get along"?\nSay why, in 3 lines.'
+# All that a template may change: what has a meaning in other languages, letters of other scripts, and length.
+REQUEST = (
+    "How do cats & dogs \"get along\"?\nSay why, in 3 lines: {{ cat }} {% dog %} 1 < 2 > 0, C:\\new, 'na\u00efve' \u732b, "
+    + ", ".join(f"cat {number} and dog {number}" for number in range(80))
+    + "."
+)  # about 2,000 characters
 ANSWER = "Like two old neighbours."
 N_RENDERINGS = 16  # a template that draws lots gives itself away
 
@@ -47,12 +52,17 @@ N_RENDERINGS = 16  # a template that draws lots gives itself away
 def render(tokenizer: PreTrainedTokenizerBase, prompts: list[str], system_prompt: str = "") -> list[str]:
     """Chat-formatted prompts, ending where the assistant's answer begins; tokenize without further special tokens.
 
-    ``ValueError`` when the template takes no system prompt, or leaves it out, and for a text that ``check_plain`` refuses.
+    ``ValueError`` when the template takes no system prompt, or leaves it out, or changes a prompt, and for a text that
+    ``check_plain`` refuses.
     """
     check_plain(tokenizer, prompts, "prompt")
     check_plain(tokenizer, [system_prompt], "system prompt")
     system = [{"role": "system", "content": system_prompt}] if system_prompt else []
     texts = [rendered(tokenizer, [*system, {"role": "user", "content": prompt}]) for prompt in prompts]
+    for number, (prompt, text) in enumerate(zip(prompts, texts, strict=True), 1):
+        if prompt.strip() not in text:
+            beginning = " ".join(prompt.split()[:4])
+            raise ValueError(_of(tokenizer, f"leaves out or changes prompt {number} of {len(prompts)} ('{beginning} ...')"))
     if not all(system_prompt.strip() in text for text in texts):
         raise ValueError(_of(tokenizer, "leaves out or changes the system prompt: leave the parameter system_prompt empty"))
     return texts

@@ -71,6 +71,11 @@ BAD = {tag: (template, "train of thought") for tag, template in OPENS.items()} |
     "escaped": (CHATML.replace("m.content", "m.content | e"), "leaves out or changes the request"),
     "lower": (CHATML.replace("m.content", "m.content | lower"), "leaves out or changes the request"),
     "cut": (CHATML.replace("m.content", "m.content[:20]"), "leaves out or changes the request"),
+    "cut late": (CHATML.replace("m.content", "m.content[:1500]"), "leaves out or changes the request"),
+    "one sign": (CHATML.replace("m.content", "m.content | replace('<', '&lt;')"), "leaves out or changes the request"),
+    "backslash": (CHATML.replace("m.content", "m.content | replace('\\\\', '/')"), "leaves out or changes the request"),
+    "braces": (CHATML.replace("m.content", "m.content | replace('{{', '')"), "leaves out or changes the request"),
+    "ascii": (CHATML.replace("m.content", "m.content | tojson"), "leaves out or changes the request"),
     "lots": ("{{ ['a', 'b'] | random }}" + CHATML, "differently from time to time"),
     "filler": ("{{ lipsum(n=1) }}" + CHATML, "differently from time to time"),
     "no jinja": ("{% for %}", "does not take this conversation"),
@@ -116,6 +121,16 @@ def test_a_missing_template_is_refused_in_one_line_wherever_it_is_needed(tokeniz
         with pytest.raises(ValueError, match="has no chat template: set the parameter chat_template") as error:
             attempt()
         assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("change", ["[:3000]", ".replace('w5', 'w6')", " | replace('~', '-')", ".split('|')[0]"])
+def test_a_prompt_that_the_probe_did_not_foresee_is_looked_at_itself(tokenizer, change):
+    use(tokenizer, CHATML.replace("m.content", "m.content" + change))
+    chat.check_chat_template(tokenizer)
+    assert chat.render(tokenizer, [" word\n"])[0].count("word") == 1
+    with pytest.raises(ValueError, match=r"leaves out or changes prompt 2 of 2 \('w5 ~ \| word \.\.\.'\)") as error:
+        chat.render(tokenizer, ["word", "w5 ~ | " + "word " * 700])
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("name", ["gemma", "user only"])

@@ -154,6 +154,10 @@ def check_chat_template(tokenizer: PreTrainedTokenizerBase, system_prompt: str =
         raise ValueError(_of(tokenizer, "writes the same request differently from time to time"))
     if system_prompt and REQUEST not in render(tokenizer, [REQUEST], system_prompt)[0]:
         raise ValueError(_of(tokenizer, "leaves out or changes the request when there is a system prompt"))
+    after = _after_answer(tokenizer)
+    if after and _end_in(tokenizer, after) is None:
+        raise ValueError(_of(tokenizer, f"ends an answer by {after[:24]!r}, which is no token of this tokenizer: set the "
+                             "parameter chat_template to a Jinja file that is made for it"))  # fmt: skip
     if fault := _fault_of_opening(tokenizer):
         raise ValueError(_of(tokenizer, fault + ": set the parameter chat_template to a Jinja file, or use another model"))
 
@@ -218,17 +222,26 @@ def _without_thoughts(text: str) -> str:
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """The token that the chat template puts after an answer, else the end-of-sequence token, if there is one."""
+    found = _end_in(tokenizer, _after_answer(tokenizer))
+    return tokenizer.eos_token_id if found is None else found
+
+
+def _after_answer(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What the chat template puts after an answer, without white space; "" if nothing, or if it takes no answers."""
     try:
         answered = rendered(tokenizer, _talk(ANSWER), answer_follows=False)
         asked = rendered(tokenizer, _talk())
     except ValueError:  # no template, or one that takes no answers
-        return tokenizer.eos_token_id
+        return ""
     after = answered.rpartition(ANSWER)[2].strip() if ANSWER in answered else ""
-    if asked.rstrip().endswith(after):  # nothing but the next turn, opened by a template that always opens one
-        return tokenizer.eos_token_id
+    return "" if asked.rstrip().endswith(after) else after  # the next turn, opened by a template that always opens one
+
+
+def _end_in(tokenizer: PreTrainedTokenizerBase, after: str) -> int | None:
+    """The added or special token that a text begins with."""
     tokens = tokenizer.get_added_vocab() | dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
     found = max((token for token in tokens if token and after.startswith(token)), key=len, default=None)
-    return tokenizer.eos_token_id if found is None else tokens[found]
+    return None if found is None else tokens[found]
 
 
 def joint(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -116,6 +116,21 @@ def test_templates_that_mean_something_else_are_refused_in_one_line(tokenizer, n
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("name", ["chatml", "llama3", "gemma", "phi", "straight to the final channel"])
+def test_turn_markers_that_the_tokenizer_does_not_have_are_refused(tokenizer, name):
+    template, end = GOOD[name]
+    use(tokenizer, template.replace(end, end.replace("e", "E", 1)))
+    with pytest.raises(ValueError, match=r"ends an answer by '<.*, which is no token of this tokenizer") as error:
+        chat.check_chat_template(tokenizer)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("end", ["", "\n\n", "</s>", " </s>\n"])
+def test_a_template_may_put_nothing_or_the_end_of_sequence_after_an_answer(tokenizer, end):
+    chat.check_chat_template(use(tokenizer, CHATML.replace("<|im_end|>\n", end + "\n")))
+    assert chat.end_of_turn(tokenizer) == tokenizer.eos_token_id
+
+
 def test_a_missing_template_is_refused_in_one_line_wherever_it_is_needed(tokenizer):
     for attempt in (lambda: chat.check_chat_template(tokenizer), lambda: chat.render(tokenizer, ["word"])):
         with pytest.raises(ValueError, match="has no chat template: set the parameter chat_template") as error:

@@ -85,12 +85,15 @@ def n_positions(config: PreTrainedConfig) -> int | None:
 def check_lengths(
     tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, prompts: list[str], n_more: int | list[int]
 ) -> None:
-    """``ValueError`` in one line if a rendered prompt and ``n_more`` tokens after it go beyond the model's positions."""
+    """``ValueError`` in one line if a rendered prompt and ``n_more`` tokens after it go beyond the model's positions.
+
+    Or if it is empty: a model says nothing before it has read something.
+    """
     limit, after = n_positions(config), [n_more] * len(prompts) if isinstance(n_more, int) else n_more
-    if limit is None:
-        return
     for number, (prompt, ids, more) in enumerate(zip(prompts, token_ids(tokenizer, prompts), after, strict=True), 1):
-        if len(ids) + more > limit:
+        if not ids:
+            raise ValueError(f"prompt {number} of {len(prompts)} has no token: render it as a chat, or leave it out")
+        if limit is not None and len(ids) + more > limit:
             raise ValueError(
                 f"prompt {number} of {len(prompts)} ('{' '.join(prompt.split()[:4])} ...') has {len(ids)} tokens, with {more} "
                 f"after it {len(ids) + more}, but the model '{config.name_or_path}' has {limit} positions: shorten the prompt, "
@@ -106,10 +109,12 @@ class Reader:
 
     ``last``: (B, vocabulary) float32, what the model says after the prompts. ``n_after``: tokens appended so far. All keys
     are kept, those outside of a sliding window too, which a mask hides. ``ValueError`` in one line for a model whose memory
-    is more than keys and values, and for texts longer than its positions.
+    is more than keys and values, for texts longer than its positions, and for an empty one.
     """
 
     def __init__(self, model: nn.Module, prompts: list[Ids]) -> None:
+        if not all(prompts):
+            raise ValueError("a prompt has no token: a model says nothing before it has read something")
         self.model, prefix, n_prefix = _learned_prefix(without_wrappers(model), len(prompts))
         self.config = model.config.get_text_config(decoder=True)
         self.cache = _cache_that_keeps_all(self.model, self.config)  # transformers' own forgets what leaves a window

@@ -114,7 +114,7 @@ def channel_moments(model: nn.Module, batches: Iterable[Batch]) -> ChannelMoment
 
         return hook
 
-    with models.hooking() as handles:
+    with models.evaluating(model), models.hooking() as handles:
         for kind in models.KINDS:
             for module, stream in zip(models.writers(model, kind), streams[kind], strict=True):
                 handles.append(module.register_forward_pre_hook(observe(stream)))
@@ -165,7 +165,7 @@ def gradient_activation(model: nn.Module, batches: Iterable[Batch]) -> dict[str,
         return hook
 
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    with models.hooking() as handles:
+    with models.evaluating(model), models.hooking() as handles:
         for kind in models.KINDS:
             for layer, module in enumerate(models.writers(model, kind)):
                 handles.append(module.register_forward_pre_hook(observe(kind, layer)))
@@ -226,7 +226,7 @@ def marked_states(
 
         return hook
 
-    with models.hooking() as handles:
+    with models.evaluating(model), models.hooking() as handles:
         for layer, block in enumerate(models.blocks_of(model)):
             handles.append(block.register_forward_hook(keep(layer)))
         for batch in batches:

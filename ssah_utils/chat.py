@@ -11,6 +11,8 @@ from pathlib import Path
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from ssah_utils.wrappers import without_wrappers
+
 Message = dict[str, str]
 
 TODAY = datetime(2024, 7, 26)  # the day in every prompt that names one, so that prompts are the same on every day
@@ -34,7 +36,12 @@ THOUGHT_TAG = re.compile(
 )
 CLOSING_TAG = re.compile(r"/|end|close|<channel\|>", re.IGNORECASE)
 
-REQUEST = 'How do cats & dogs "get along"?\nSay why, in 3 lines.'
+# All that a template may change: what has a meaning in other languages, letters of other scripts, and length.
+REQUEST = (
+    "How do cats & dogs \"get along\"?\nSay why, in 3 lines: {{ cat }} {% dog %} 1 < 2 > 0, C:\\new, 'na\u00efve' \u732b, "
+    + ", ".join(f"cat {number} and dog {number}" for number in range(80))
+    + "."
+)  # about 2,000 characters
 ANSWER = "Like two old neighbours."
 N_RENDERINGS = 16  # a template that draws lots gives itself away
 
@@ -45,10 +52,17 @@ N_RENDERINGS = 16  # a template that draws lots gives itself away
 def render(tokenizer: PreTrainedTokenizerBase, prompts: list[str], system_prompt: str = "") -> list[str]:
     """Chat-formatted prompts, ending where the assistant's answer begins; tokenize without further special tokens.
 
-    ``ValueError`` when the template takes no system prompt, or leaves it out.
+    ``ValueError`` when the template takes no system prompt, or leaves it out, or changes a prompt, and for a text that
+    ``check_plain`` refuses.
     """
+    check_plain(tokenizer, prompts, "prompt")
+    check_plain(tokenizer, [system_prompt], "system prompt")
     system = [{"role": "system", "content": system_prompt}] if system_prompt else []
     texts = [rendered(tokenizer, [*system, {"role": "user", "content": prompt}]) for prompt in prompts]
+    for number, (prompt, text) in enumerate(zip(prompts, texts, strict=True), 1):
+        if prompt.strip() not in text:
+            beginning = " ".join(prompt.split()[:4])
+            raise ValueError(_of(tokenizer, f"leaves out or changes prompt {number} of {len(prompts)} ('{beginning} ...')"))
     if not all(system_prompt.strip() in text for text in texts):
         raise ValueError(_of(tokenizer, "leaves out or changes the system prompt: leave the parameter system_prompt empty"))
     return texts
@@ -72,6 +86,33 @@ def rendered(
         first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         hint = " (leave the parameter system_prompt empty)" if messages[0]["role"] == "system" else ""
         raise ValueError(_of(tokenizer, f"does not take this conversation: {first_line}{hint}")) from error
+
+
+def check_plain(tokenizer: PreTrainedTokenizerBase, texts: list[str], what: str) -> None:
+    """``ValueError`` in one line for a text that holds what is no text to the tokenizer, such as the end of a turn."""
+    marks = _marks(tokenizer)
+    for number, text in enumerate(texts, 1):
+        if found := next((mark for mark in marks if mark in text), None):
+            raise ValueError(
+                f"{what} {number} of {len(texts)} ('{' '.join(text.split()[:4])} ...') holds {found!r}, which the tokenizer of "
+                f"'{tokenizer.name_or_path}' reads as a token of its own, such as the end of a turn: take it out"
+            )
+
+
+def plain(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+    """What a model said, without what ``check_plain`` refuses: a model can spell it, letter by letter."""
+    marks = _marks(tokenizer)
+    while found := next((mark for mark in marks if mark in text), None):
+        text = text.replace(found, "")
+    return text
+
+
+def _marks(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The texts of all special tokens and of the token that ends a turn, longest first."""
+    special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    end = end_of_turn(tokenizer)
+    ends = set() if end is None else {tokenizer.convert_ids_to_tokens(end)}
+    return sorted({*tokenizer.all_special_tokens, *special, *ends} - {""}, key=lambda mark: (-len(mark), mark))
 
 
 def set_chat_template(tokenizer: PreTrainedTokenizerBase, chat_template: str = "", system_prompt: str = "") -> None:
@@ -113,6 +154,10 @@ def check_chat_template(tokenizer: PreTrainedTokenizerBase, system_prompt: str =
         raise ValueError(_of(tokenizer, "writes the same request differently from time to time"))
     if system_prompt and REQUEST not in render(tokenizer, [REQUEST], system_prompt)[0]:
         raise ValueError(_of(tokenizer, "leaves out or changes the request when there is a system prompt"))
+    after = _after_answer(tokenizer)
+    if after and _end_in(tokenizer, after) is None:
+        raise ValueError(_of(tokenizer, f"ends an answer by {after[:24]!r}, which is no token of this tokenizer: set the "
+                             "parameter chat_template to a Jinja file that is made for it"))  # fmt: skip
     if fault := _fault_of_opening(tokenizer):
         raise ValueError(_of(tokenizer, fault + ": set the parameter chat_template to a Jinja file, or use another model"))
 
@@ -172,26 +217,52 @@ def _without_thoughts(text: str) -> str:
     return text[: tags[0].start()] + text[closing[-1].end() :] if closing else text
 
 
-# ----------------------------------------------------------------------------------------------------- ends of answers
+# ---------------------------------------------------------------------------------------- beginnings and ends of answers
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """The token that the chat template puts after an answer, else the end-of-sequence token, if there is one."""
+    found = _end_in(tokenizer, _after_answer(tokenizer))
+    return tokenizer.eos_token_id if found is None else found
+
+
+def _after_answer(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What the chat template puts after an answer, without white space; "" if nothing, or if it takes no answers."""
     try:
         answered = rendered(tokenizer, _talk(ANSWER), answer_follows=False)
         asked = rendered(tokenizer, _talk())
     except ValueError:  # no template, or one that takes no answers
-        return tokenizer.eos_token_id
+        return ""
     after = answered.rpartition(ANSWER)[2].strip() if ANSWER in answered else ""
-    if asked.rstrip().endswith(after):  # nothing but the next turn, opened by a template that always opens one
-        return tokenizer.eos_token_id
+    return "" if asked.rstrip().endswith(after) else after  # the next turn, opened by a template that always opens one
+
+
+def _end_in(tokenizer: PreTrainedTokenizerBase, after: str) -> int | None:
+    """The added or special token that a text begins with."""
     tokens = tokenizer.get_added_vocab() | dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
     found = max((token for token in tokens if token and after.startswith(token)), key=len, default=None)
-    return tokenizer.eos_token_id if found is None else tokens[found]
+    return None if found is None else tokens[found]
+
+
+def joint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The white space that the chat template puts between an opened turn and the answer; "" if none, or no answers are taken.
+
+    Such as the space of a template that opens with "Assistant:" and writes "Assistant: " before an answer.
+    """
+    try:
+        asked, answered = rendered(tokenizer, _talk()), rendered(tokenizer, _talk(ANSWER), answer_follows=False)
+    except ValueError:  # no template, or one that takes no answers
+        return ""
+    opened, before = (_without_thoughts(text.rpartition(REQUEST)[2]) for text in (asked, answered.rpartition(ANSWER)[0]))
+    if "".join(opened.split()) != "".join(before.split()):  # an answer stands elsewhere, as in the template of a guard
+        return ""
+    there, wanted = (text[len(text.rstrip()) :] for text in (opened, before))
+    return wanted.removeprefix(there) if wanted.startswith(there) else ""
 
 
 def end_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Every token that ends an answer: the model's, the tokenizer's and the chat template's; none if there is none at all."""
-    own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    inner = without_wrappers(model) if isinstance(model, nn.Module) else model
+    own = getattr(getattr(inner, "generation_config", None), "eos_token_id", None)
     ends = [*(own if isinstance(own, (list, tuple)) else [own]), tokenizer.eos_token_id, end_of_turn(tokenizer)]
     return sorted({int(end) for end in ends if end is not None})

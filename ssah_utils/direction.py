@@ -15,7 +15,8 @@ from transformers import PreTrainedTokenizerBase
 
 from ssah_utils import judge
 from ssah_utils.chat import end_tokens
-from ssah_utils.reading import Ids, Reader, check_lengths, decoded, length_sorted, token_ids
+from ssah_utils.reading import Ids, Reader, answer_ids, check_lengths, decoded, length_sorted, opening_ids, token_ids
+from ssah_utils.wrappers import without_wrappers
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,8 @@ def prefills(
 
     The openings take turns. The continuation never ends, whatever the model prefers.
     """
-    sequences, opened = token_ids(tokenizer, prompts), token_ids(tokenizer, openings)
-    forced = [opened[row % len(opened)] for row in range(len(sequences))]
+    model, sequences = without_wrappers(model), token_ids(tokenizer, prompts)
+    forced = answer_ids(tokenizer, prompts, [openings[row % len(openings)] for row in range(len(prompts))])
     check_lengths(tokenizer, model.config, prompts, max([n_tokens, *map(len, forced)]))
     ends = end_tokens(model, tokenizer)
     for rows in length_sorted([ids + start for ids, start in zip(sequences, forced, strict=True)], batch_size):
@@ -86,8 +87,8 @@ def follow(
     for name, forced in variants.items():
         if len(forced) != len(prompts) or len(set(map(len, forced))) > 1:
             raise ValueError(f"variant {name!r}: one list of token ids for each prompt is needed, all of one length")
-    sequences = token_ids(tokenizer, prompts)
-    opened, n_refusals = token_ids(tokenizer, [*openings[0], *openings[1]]), len(openings[0])
+    model, sequences = without_wrappers(model), token_ids(tokenizer, prompts)
+    opened, n_refusals = opening_ids(tokenizer, prompts, [*openings[0], *openings[1]]), len(openings[0])
     ends, blank = (
         torch.tensor(end_tokens(model, tokenizer), dtype=torch.long, device=model.device),
         np.full(len(prompts), np.nan),
@@ -143,7 +144,7 @@ def own_nll(base: nn.Module, courses: dict[object, Course], batch_size: int = 32
 
     All courses follow the same prompts, each of which is read once. NaN where nothing was added.
     """
-    prompts = next(iter(courses.values())).prompts
+    base, prompts = without_wrappers(base), next(iter(courses.values())).prompts
     nll = {name: np.full(len(prompts), np.nan) for name in courses}
     for rows in length_sorted(prompts, batch_size):
         reader = Reader(base, [prompts[row] for row in rows])

@@ -53,6 +53,7 @@ def generate(
     The likeliest token each time, whatever the checkpoint's generation configuration asks for. ``ValueError`` in one line
     for a prompt that leaves no room for its answer.
     """
+    model = models.without_wrappers(model)
     reading.check_lengths(tokenizer, model.config, prompts, max_new_tokens)
     texts, sequences, ends = [""] * len(prompts), reading.token_ids(tokenizer, prompts), end_tokens(model, tokenizer)
     for rows in progress(reading.length_sorted(sequences, batch_size), "answers"):
@@ -84,6 +85,7 @@ def response_nll(
     max_response_tokens: int = 64, batch_size: int = 16,
 ) -> np.ndarray:  # fmt: skip
     """Mean negative log-likelihood per token (nats) of each response after its rendered prompt; NaN if it has no token."""
+    model = models.without_wrappers(model)
     examples = encode(tokenizer, prompts, responses, max_response_tokens, end=False)
     n_said = [sum(label != IGNORED for label in example["labels"]) for example in examples]
     reading.check_lengths(tokenizer, model.config, prompts, n_said)
@@ -91,8 +93,9 @@ def response_nll(
     for rows in reading.length_sorted([example["input_ids"] for example in examples], batch_size):
         ids, labels, mask = right_padded([examples[row] for row in rows])
         n_kept = int((labels != IGNORED).flip(1).cumsum(1).argmax(1).max()) + 2  # from the earliest response token on
-        logits = model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False,
-                       logits_to_keep=n_kept).logits[:, :-1].cpu()  # fmt: skip
+        with models.evaluating(model):
+            logits = model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False,
+                           logits_to_keep=n_kept).logits[:, :-1].cpu()  # fmt: skip
         targets = labels[:, -logits.shape[1] :]
         marked = targets != IGNORED
         loss = torch.zeros(targets.shape)
@@ -136,7 +139,8 @@ def opening_log_probabilities(
 
     Each prompt is read once; then all openings are, side by side in one pass, none seeing another.
     """
-    prompt_ids, opening_ids = (reading.token_ids(tokenizer, texts) for texts in (prompts, openings))
+    model = models.without_wrappers(model)
+    prompt_ids, opening_ids = reading.token_ids(tokenizer, prompts), reading.opening_ids(tokenizer, prompts, openings)
     reading.check_lengths(tokenizer, model.config, prompts, max(map(len, opening_ids)))
     scores = np.zeros((len(prompts), len(openings)))
     for rows in reading.length_sorted(prompt_ids, batch_size):
@@ -184,7 +188,7 @@ def utility(
     import lm_eval  # slow to import
     from lm_eval.models.huggingface import HFLM
 
-    frames = []
+    model, frames = models.without_wrappers(model), []
     with contextlib.redirect_stderr(io.StringIO()), _quiet("lm_eval") as warned, _plain_generation(model, tokenizer):
         # one progress bar per call is too many; the harness sets a padding token where there is none, so it has its own copy
         harness = HFLM(
@@ -208,12 +212,16 @@ def utility(
 
 @contextlib.contextmanager
 def _plain_generation(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
-    """Others that let the model generate get only what they ask for: nothing of what the checkpoint asks for but its ends."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    """Others that let the model generate get only what they ask for: nothing of what the checkpoint asks for but its ends.
+
+    And no dropout.
+    """
+    inner = models.without_wrappers(model.get_base_model()) if hasattr(model, "get_base_model") else model
     own = inner.generation_config
     inner.generation_config = GenerationConfig(eos_token_id=end_tokens(model, tokenizer) or None)
     try:
-        yield
+        with models.evaluating(model):
+            yield
     finally:
         inner.generation_config = own
 

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from ssah_utils import chat
 from ssah_utils.assets import hub_answers
 from ssah_utils.evaluation import opening_log_probabilities
-from ssah_utils.models import load_tokenizer, resolve
+from ssah_utils.models import evaluating, load_tokenizer, resolve
 from ssah_utils.reading import n_positions
 
 Judge = Callable[[list[str], list[str]], np.ndarray]  # requests, answers -> P(complied), (n,)
@@ -84,7 +84,8 @@ def classified(
         # a decoder with a classifier's head looks for the last token that is no padding
         model.config.get_text_config().pad_token_id = blank
         batch = {key: value.to(model.device) for key, value in batch.items()}
-        found.append(model(**batch).logits.float().softmax(-1)[:, label].cpu().numpy())
+        with evaluating(model):
+            found.append(model(**batch).logits.float().softmax(-1)[:, label].cpu().numpy())
     probability = np.concatenate(found)
     return probability if means_complied else 1 - probability
 
@@ -131,7 +132,7 @@ def asked(model: nn.Module, tokenizer: PreTrainedTokenizerBase, requests: list[s
     yes or no.
     """
     is_guard = _is_guard(tokenizer)
-    pairs = list(zip(requests, answers, strict=True))
+    pairs = [(chat.plain(tokenizer, one), chat.plain(tokenizer, two)) for one, two in zip(requests, answers, strict=True)]
     if is_guard:
         rendered = [chat.rendered(tokenizer, _talk(request, answer)) for request, answer in pairs]
     else:

@@ -26,6 +26,10 @@ from ssah_utils.loading import load as load
 from ssah_utils.loading import load_tokenizer as load_tokenizer
 from ssah_utils.loading import resolve as resolve
 from ssah_utils.loading import settle_padding as settle_padding
+from ssah_utils.wrappers import WRAPPERS
+from ssah_utils.wrappers import evaluating as evaluating
+from ssah_utils.wrappers import unwrapped as unwrapped
+from ssah_utils.wrappers import without_wrappers as without_wrappers
 
 KINDS = ("attention", "mlp")
 DTYPES = ("auto", "float32", "bfloat16")
@@ -95,27 +99,6 @@ ARCHITECTURES = {name: LLAMA_LIKE for name in ("llama", "mistral", "qwen2", "qwe
 
 
 # ----------------------------------------------------------------------------------------------- models as users hold them
-
-WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")  # as they appear in names
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The language model inside ``torch.compile``, ``DataParallel`` and ``DistributedDataParallel``, however nested.
-
-    Raises ``ValueError`` for what is no Hugging Face model, and for one whose matrices an adapter adds to.
-    """
-    while hasattr(model, "_orig_mod") or not hasattr(model, "get_input_embeddings"):
-        parts = getattr(model, "_modules", {})  # compiled twice, it is no module any more
-        inner = next((parts[name] for name in WRAPPERS if name in parts), None)
-        if inner is None:
-            raise ValueError(f"a {type(model).__name__} is no Hugging Face language model, nor a wrapper around one")
-        model = inner
-    if any(type(module).__module__.startswith("peft.") for module in model.modules()):
-        raise ValueError(
-            "the model carries a PEFT adapter, so its matrices are not all that it computes: merge it first, by "
-            "model.merge_and_unload(); an adapter that cannot be merged has no units to look at"
-        )
-    return model
 
 
 def gathered(model: nn.Module) -> nn.Module:

@@ -17,10 +17,11 @@ from transformers import PreTrainedTokenizerBase
 
 from ssah_utils import arithmetic, assets
 from ssah_utils.chat import check_chat_template as check_chat_template
-from ssah_utils.chat import end_of_turn
+from ssah_utils.chat import check_plain, end_of_turn
 from ssah_utils.chat import render as render
 from ssah_utils.chat import set_chat_template as set_chat_template
 from ssah_utils.formats import SUFFIXES, damage_of, has_a_sign, names_of, parse, read_file
+from ssah_utils.reading import answer_ids, token_ids
 from ssah_utils.splits import assert_disjoint as assert_disjoint
 from ssah_utils.splits import content_words as content_words
 from ssah_utils.splits import folded
@@ -303,17 +304,18 @@ def encode(
 ) -> list[dict[str, list[int]]]:
     """``input_ids`` and ``labels`` of rendered prompts and their responses; labels are ``IGNORED`` over the prompt.
 
+    A response has the tokens that it has right there, behind the white space that the chat template puts before it.
+
     ``end`` appends the token that ends a turn, but never to a response cut at ``max_response_tokens``: a model trained on
-    it would learn to stop in mid-sentence. ``ValueError`` when there is none.
+    it would learn to stop in mid-sentence. ``ValueError`` when there is none, and for a response that holds one, or another
+    special token, as text.
     """
+    check_plain(tokenizer, responses, "response")
     last = end_of_turn(tokenizer) if end else None
     if end and last is None:
         raise ValueError(f"the tokenizer of '{tokenizer.name_or_path}' has no token that ends an answer: set its eos_token")
     examples = []
-    for prompt, response in zip(prompts, responses, strict=True):
-        prompt_ids, response_ids = (
-            tokenizer(text, add_special_tokens=False, truncation=False).input_ids for text in (prompt, response)
-        )
+    for prompt_ids, response_ids in zip(token_ids(tokenizer, prompts), answer_ids(tokenizer, prompts, responses), strict=True):
         response_ids = (response_ids + [last] * end)[:max_response_tokens]
         examples.append({"input_ids": prompt_ids + response_ids, "labels": [IGNORED] * len(prompt_ids) + response_ids})
     return examples

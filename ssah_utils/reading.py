@@ -13,6 +13,9 @@ from torch.nn.functional import pad
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, get_layer_types_and_kwargs
 
+from ssah_utils.chat import joint, plain
+from ssah_utils.wrappers import evaluating, without_wrappers
+
 Ids = list[int]
 READABLE = ("full_attention", "sliding_attention")  # types of layers
 WITH_MASKS = ("sdpa", "eager")  # attention implementations that take a mask of one's own
@@ -24,9 +27,40 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[Ids]
     return tokenizer(texts, add_special_tokens=False, padding=False, truncation=False).input_ids if texts else []
 
 
+def answer_ids(tokenizer: PreTrainedTokenizerBase, prompts: list[str], texts: list[str]) -> list[Ids]:
+    """Token ids of texts as answers to rendered prompts, one to each, as they stand there: after ``chat.joint``.
+
+    So a model is asked about the tokens that it was trained on. An empty text has none. Where the last tokens of a prompt
+    would be others if the text were there, the text is read on its own: the prompt has been read already.
+    """
+    between = joint(tokenizer)
+    before, alone = token_ids(tokenizer, prompts), token_ids(tokenizer, [between + text for text in texts])
+    whole = token_ids(tokenizer, [prompt + between + text for prompt, text in zip(prompts, texts, strict=True)])
+    return [
+        (ids[len(start) :] if ids[: len(start)] == start else own) if text else []
+        for text, start, ids, own in zip(texts, before, whole, alone, strict=True)
+    ]
+
+
+def opening_ids(tokenizer: PreTrainedTokenizerBase, prompts: list[str], openings: list[str]) -> list[Ids]:
+    """``answer_ids`` of openings, the same after each of the prompts; ``ValueError`` in one line where they are not.
+
+    So they are read side by side for a whole batch. Prompts of one template end alike, in the opened turn of the assistant.
+    """
+    n, prompts = len(openings), prompts or [""]
+    ids = answer_ids(tokenizer, [prompt for prompt in prompts for _ in openings], openings * len(prompts))
+    for number in range(1, len(prompts)):
+        if ids[number * n : (number + 1) * n] != ids[:n]:
+            raise ValueError(
+                f"prompt {number + 1} of {len(prompts)} ends otherwise than the first, so that an opening after it has other "
+                "tokens: measure openings on prompts of one chat template"
+            )
+    return ids[:n]
+
+
 def decoded(tokenizer: PreTrainedTokenizerBase, ids: Ids) -> str:
-    """The text of an answer as it was said, without special tokens."""
-    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    """The text of an answer as it was said, without special tokens, those that the model spelt included."""
+    return plain(tokenizer, tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
 def length_sorted(sequences: Sequence[Sequence], batch_size: int) -> list[list[int]]:
@@ -51,12 +85,15 @@ def n_positions(config: PreTrainedConfig) -> int | None:
 def check_lengths(
     tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, prompts: list[str], n_more: int | list[int]
 ) -> None:
-    """``ValueError`` in one line if a rendered prompt and ``n_more`` tokens after it go beyond the model's positions."""
+    """``ValueError`` in one line if a rendered prompt and ``n_more`` tokens after it go beyond the model's positions.
+
+    Or if it is empty: a model says nothing before it has read something.
+    """
     limit, after = n_positions(config), [n_more] * len(prompts) if isinstance(n_more, int) else n_more
-    if limit is None:
-        return
     for number, (prompt, ids, more) in enumerate(zip(prompts, token_ids(tokenizer, prompts), after, strict=True), 1):
-        if len(ids) + more > limit:
+        if not ids:
+            raise ValueError(f"prompt {number} of {len(prompts)} has no token: render it as a chat, or leave it out")
+        if limit is not None and len(ids) + more > limit:
             raise ValueError(
                 f"prompt {number} of {len(prompts)} ('{' '.join(prompt.split()[:4])} ...') has {len(ids)} tokens, with {more} "
                 f"after it {len(ids) + more}, but the model '{config.name_or_path}' has {limit} positions: shorten the prompt, "
@@ -72,27 +109,26 @@ class Reader:
 
     ``last``: (B, vocabulary) float32, what the model says after the prompts. ``n_after``: tokens appended so far. All keys
     are kept, those outside of a sliding window too, which a mask hides. ``ValueError`` in one line for a model whose memory
-    is more than keys and values, and for texts longer than its positions.
+    is more than keys and values, for texts longer than its positions, and for an empty one.
     """
 
     def __init__(self, model: nn.Module, prompts: list[Ids]) -> None:
-        self.model, prefix, n_prefix = _learned_prefix(model, len(prompts))
+        if not all(prompts):
+            raise ValueError("a prompt has no token: a model says nothing before it has read something")
+        self.model, prefix, n_prefix = _learned_prefix(without_wrappers(model), len(prompts))
         self.config = model.config.get_text_config(decoder=True)
         self.cache = _cache_that_keeps_all(self.model, self.config)  # transformers' own forgets what leaves a window
         for layer, kept in enumerate(prefix.layers if prefix is not None else ()):
             self.cache.update(kept.keys, kept.values, layer)
         width = max(map(len, prompts))
-        ids = torch.tensor([[0] * (width - len(row)) + row for row in prompts], device=model.device)
-        lengths = torch.tensor([len(row) for row in prompts], device=model.device)
-        own = (torch.arange(width, device=model.device) >= width - lengths[:, None]).long()
+        ids = torch.tensor([[0] * (width - len(row)) + row for row in prompts], device=self.model.device)
+        lengths = torch.tensor([len(row) for row in prompts], device=ids.device)
+        own = (torch.arange(width, device=ids.device) >= width - lengths[:, None]).long()
         self.seen = pad(own, (n_prefix, 0), value=1)  # (B, n_prefix + T)
         self.lengths, self.n_after, self.longest = lengths + n_prefix, 0, width + n_prefix
         self._check_room(0)
-        read = self.model(
-            input_ids=ids, attention_mask=self.seen, position_ids=(self.seen.cumsum(1) - 1).clamp_min(0)[:, n_prefix:],
-            past_key_values=self.cache, use_cache=True, logits_to_keep=1,
-        )  # fmt: skip
-        self.last = read.logits[:, -1].float()
+        places = (self.seen.cumsum(1) - 1).clamp_min(0)[:, n_prefix:]
+        self.last = self._logits(input_ids=ids, attention_mask=self.seen, position_ids=places, logits_to_keep=1)[:, -1].float()
 
     def answer(self, n_tokens: int, ends: Ids) -> list[Ids]:
         """What the model answers greedily: at most ``n_tokens`` token ids a row, without the end token or what is after it."""
@@ -112,9 +148,8 @@ class Reader:
         self._check_room(ids.shape[1])
         steps = self.n_after + torch.arange(ids.shape[1], device=ids.device)
         self.n_after += ids.shape[1]
-        read = self.model(input_ids=ids, attention_mask=self._seen_so_far(), position_ids=self.lengths[:, None] + steps,
-                          past_key_values=self.cache, use_cache=True)  # fmt: skip
-        return read.logits.float()
+        places = self.lengths[:, None] + steps
+        return self._logits(input_ids=ids, attention_mask=self._seen_so_far(), position_ids=places).float()
 
     def back_to(self, n_after: int) -> None:
         """Forget what was appended beyond the first ``n_after`` tokens."""
@@ -133,10 +168,8 @@ class Reader:
         if len(read_ids):
             self._check_room(int(place.max()) + 1)
             n_read = self._seen_so_far().sum(1, keepdim=True)
-            said.append(self.model(
-                input_ids=read_ids.expand(len(n_read), -1), attention_mask=self._side_by_side_masks(of, place),
-                position_ids=n_read + place, past_key_values=self.cache, use_cache=True,
-            ).logits)  # fmt: skip
+            ids, masks = read_ids.expand(len(n_read), -1), self._side_by_side_masks(of, place)
+            said.append(self._logits(input_ids=ids, attention_mask=masks, position_ids=n_read + place))
             self._forget(len(read_ids))
         scores = torch.zeros(len(logits), len(continuations), dtype=torch.float64, device=logits.device)
         for row, parts in enumerate(zip(*said, strict=True)):  # one by one: in float32 they are large
@@ -146,6 +179,10 @@ class Reader:
                 scores[row, column] = log_p[at, ids].sum()
                 start += len(ids) - 1
         return scores
+
+    def _logits(self, **inputs) -> Tensor:
+        with evaluating(self.model):
+            return self.model(**inputs, past_key_values=self.cache, use_cache=True).logits
 
     def _side_by_side_masks(self, of: Tensor, place: Tensor) -> Tensor | dict[str, Tensor]:
         """What each token of ``_side_by_side`` may see, added to its attention: (B, 1, n_read, all keys), by type of layer.
@@ -187,7 +224,7 @@ class Reader:
 
 def _cache_that_keeps_all(model: nn.Module, config: PreTrainedConfig) -> DynamicCache:
     """An empty cache of plain keys and values, from which tokens can be taken back whatever a layer's window is."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner = without_wrappers(model.get_base_model()) if hasattr(model, "get_base_model") else model
     takes = set(inspect.signature(inner.forward).parameters)
     by_distance = getattr(config, "alibi", False) or "local" in getattr(config, "attention_layers", ())  # not by our masks
     if by_distance or not {"past_key_values", "position_ids"} <= takes or not set(_windows(config)) <= set(READABLE):
@@ -218,7 +255,9 @@ def _learned_prefix(model: nn.Module, batch_size: int) -> tuple[nn.Module, Dynam
     """The model without PEFT's prefix, that prefix as a cache, and its length: PEFT takes no other cache beside its own."""
     if not hasattr(model, "peft_config") or not model.active_peft_config.is_prompt_learning:
         return model, None, 0
-    return model.get_base_model(), model.get_prompt(batch_size), model.active_peft_config.num_virtual_tokens
+    with evaluating(model):
+        prefix = model.get_prompt(batch_size)
+    return without_wrappers(model.get_base_model()), prefix, model.active_peft_config.num_virtual_tokens
 
 
 def _side_by_side(sequences: list[Ids], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:

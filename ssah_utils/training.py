@@ -96,7 +96,7 @@ def evaluation_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 def _inner(model: nn.Module) -> nn.Module:
     """The model without ``torch.compile`` or data-parallel wrappers; an adapter of PEFT stays on, as it is what is trained."""
-    model = getattr(model, "_orig_mod", model)
+    model = models.without_wrappers(model)
     return model if hasattr(model, "peft_config") else models.unwrapped(model)
 
 

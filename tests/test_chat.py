@@ -4,7 +4,6 @@ import copy
 import datetime
 
 import pytest
-import torch
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers import models as token_models
 from transformers import GenerationConfig, PreTrainedTokenizerFast
@@ -72,6 +71,11 @@ BAD = {tag: (template, "train of thought") for tag, template in OPENS.items()} |
     "escaped": (CHATML.replace("m.content", "m.content | e"), "leaves out or changes the request"),
     "lower": (CHATML.replace("m.content", "m.content | lower"), "leaves out or changes the request"),
     "cut": (CHATML.replace("m.content", "m.content[:20]"), "leaves out or changes the request"),
+    "cut late": (CHATML.replace("m.content", "m.content[:1500]"), "leaves out or changes the request"),
+    "one sign": (CHATML.replace("m.content", "m.content | replace('<', '&lt;')"), "leaves out or changes the request"),
+    "backslash": (CHATML.replace("m.content", "m.content | replace('\\\\', '/')"), "leaves out or changes the request"),
+    "braces": (CHATML.replace("m.content", "m.content | replace('{{', '')"), "leaves out or changes the request"),
+    "ascii": (CHATML.replace("m.content", "m.content | tojson"), "leaves out or changes the request"),
     "lots": ("{{ ['a', 'b'] | random }}" + CHATML, "differently from time to time"),
     "filler": ("{{ lipsum(n=1) }}" + CHATML, "differently from time to time"),
     "no jinja": ("{% for %}", "does not take this conversation"),
@@ -84,7 +88,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     """A word is a token; so are the ends of all families, as added tokens, of which only eos is special."""
     ends = ["<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>", "<|endoftext|>", "<|assistant|>"]
     inner = Tokenizer(token_models.WordLevel({"<unk>": 0, "</s>": 1, "word": 2}, unk_token="<unk>"))
-    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()  # also between a word and a bracket
     made = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", eos_token="</s>")
     made.add_tokens(ends)
     return made
@@ -112,11 +116,36 @@ def test_templates_that_mean_something_else_are_refused_in_one_line(tokenizer, n
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("name", ["chatml", "llama3", "gemma", "phi", "straight to the final channel"])
+def test_turn_markers_that_the_tokenizer_does_not_have_are_refused(tokenizer, name):
+    template, end = GOOD[name]
+    use(tokenizer, template.replace(end, end.replace("e", "E", 1)))
+    with pytest.raises(ValueError, match=r"ends an answer by '<.*, which is no token of this tokenizer") as error:
+        chat.check_chat_template(tokenizer)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("end", ["", "\n\n", "</s>", " </s>\n"])
+def test_a_template_may_put_nothing_or_the_end_of_sequence_after_an_answer(tokenizer, end):
+    chat.check_chat_template(use(tokenizer, CHATML.replace("<|im_end|>\n", end + "\n")))
+    assert chat.end_of_turn(tokenizer) == tokenizer.eos_token_id
+
+
 def test_a_missing_template_is_refused_in_one_line_wherever_it_is_needed(tokenizer):
     for attempt in (lambda: chat.check_chat_template(tokenizer), lambda: chat.render(tokenizer, ["word"])):
         with pytest.raises(ValueError, match="has no chat template: set the parameter chat_template") as error:
             attempt()
         assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("change", ["[:3000]", ".replace('w5', 'w6')", " | replace('~', '-')", ".split('|')[0]"])
+def test_a_prompt_that_the_probe_did_not_foresee_is_looked_at_itself(tokenizer, change):
+    use(tokenizer, CHATML.replace("m.content", "m.content" + change))
+    chat.check_chat_template(tokenizer)
+    assert chat.render(tokenizer, [" word\n"])[0].count("word") == 1
+    with pytest.raises(ValueError, match=r"leaves out or changes prompt 2 of 2 \('w5 ~ \| word \.\.\.'\)") as error:
+        chat.render(tokenizer, ["word", "w5 ~ | " + "word " * 700])
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("name", ["gemma", "user only"])
@@ -179,7 +208,7 @@ def test_an_answer_ends_where_model_tokenizer_or_template_say(tokenizer, own, ex
     assert chat.end_tokens(model, tokenizer) == expected
     tokenizer.eos_token = None
     assert chat.end_tokens(model, tokenizer) == [end for end in expected if end != 1]
-    assert chat.end_tokens(torch.nn.Linear(1, 1), tokenizer) == [3]
+    assert chat.end_tokens(object(), tokenizer) == [3]
 
 
 def test_without_any_end_there_is_none_and_none_can_be_learned(tokenizer):

@@ -6,7 +6,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from ssah_utils import reading
+from ssah_utils import evaluation, reading
 from tests.conftest import CONFIGS, SIZES, SPECIAL, tiny_model
 
 PROMPTS = [[5, 6, 7, 8], [9], [4, 11, 3]]
@@ -191,3 +191,19 @@ def test_a_model_without_positions_has_no_limit(tokenizer):
     config = transformers.BloomConfig(vocab_size=97)
     assert reading.n_positions(config) is None
     reading.check_lengths(tokenizer, config, ["w3"], 10**9)
+
+
+@pytest.mark.parametrize("empty", ["", " ", "\n"])
+def test_a_prompt_without_a_token_is_refused_in_one_line(llama, tokenizer, empty):
+    for attempt in (
+        lambda: reading.check_lengths(tokenizer, llama.config, ["w3", empty], 3),
+        lambda: reading.check_lengths(tokenizer, transformers.BloomConfig(vocab_size=97), ["w3", empty], 3),
+        lambda: evaluation.generate(llama, tokenizer, ["w3", empty], 3),
+        lambda: evaluation.response_nll(llama, tokenizer, ["w3", empty], ["w4", "w5"]),
+        lambda: evaluation.opening_log_probabilities(llama, tokenizer, ["w3", empty], ["w4"]),
+    ):
+        with pytest.raises(ValueError, match="prompt 2 of 2 has no token") as error:
+            attempt()
+        assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match="a prompt has no token"):
+        reading.Reader(llama, [[3], []])

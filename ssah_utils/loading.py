@@ -5,6 +5,7 @@ and how transformers reads them. Does not know architectures or units.
 """
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -109,13 +110,16 @@ def _tiny_random() -> tuple[nn.Module, PreTrainedTokenizerBase]:
 
 # --------------------------------------------------------------------------------------------------------- by a name
 
+# Constants that older versions of transformers saved with the weights; it knows the others itself.
+BUFFERS = re.compile(r"\brotary_emb\.inv_freq$|\battn\.masked_bias$")
+
 
 def load(name: str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> tuple[nn.Module, PreTrainedTokenizerBase]:
     """Model in evaluation mode and its tokenizer.
 
     ``name`` is ``smollm2-135m-instruct`` or ``qwen2.5-coder-0.5b-instruct`` (embedded, no hub), ``tiny-random-llama`` (for
     tests), a local folder, or a Hugging Face id. Never runs remote code; reads safetensors only. ``ValueError`` for a model
-    that is there but not whole, or quantised.
+    that is there but not whole, quantised, or larger than its configuration says.
     """
     if name == TINY_RANDOM:
         model, tokenizer = _tiny_random()
@@ -127,14 +131,21 @@ def load(name: str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> 
     try:
         refuse_quantised(AutoConfig.from_pretrained(folder, trust_remote_code=False), name)
         model, found = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
-        )
+            folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True,
+            ignore_mismatched_sizes=False,
+        )  # fmt: skip
     except OSError as error:
         raise ConnectionError(_not_loadable(name)) from error
     except RuntimeError as error:  # sizes that do not fit
         raise ValueError(f"the weights of '{name}' do not fit its config.json: {_reason(error)}") from error
     if missing := sorted(found["missing_keys"]):  # transformers would fill them with random numbers
         raise ValueError(f"'{name}' lacks {len(missing)} of its weights, such as {missing[0]}: download or save it again")
+    # transformers would leave these out, such as the blocks or biases of a model that is larger than its configuration says
+    if unused := sorted(key for key in found["unexpected_keys"] if not BUFFERS.search(key)):
+        raise ValueError(
+            f"'{name}' has {len(unused)} weights that its config.json does not use, such as {unused[0]}: "
+            "give it the config.json that it was saved with"
+        )
     return model.to(device).eval(), tokenizer
 
 

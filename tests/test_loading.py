@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from ssah_utils import assets, loading, models
 from ssah_utils.files import cache_dir, sha256_of_file
 from ssah_utils.models import ModelShape
-from tests.conftest import VOCABULARY, parameters_of, same_parameters
+from tests.conftest import VOCABULARY, parameters_of, same_parameters, tiny_model
 
 # ------------------------------------------------------------------------------------------------------------------ loading
 
@@ -181,6 +181,52 @@ def test_weights_of_other_sizes_are_one_line(saved_llama):
     with pytest.raises(ValueError, match="do not fit its config") as raised:
         models.load(str(saved_llama))
     one_line(raised.value)
+
+
+def saved(folder: Path, architecture: str, tokenizer: PreTrainedTokenizerFast, **changes) -> Path:
+    """A folder of a tiny model's weights, with changes to its configuration."""
+    tiny_model(architecture).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    change_json(folder / "config.json", **changes)
+    return folder
+
+
+LARGER = {
+    "blocks of a llama": ("llama", {"num_hidden_layers": 2}, r"9 weights .* as model\.layers\.2\.input_layernorm\.weight"),
+    "blocks of a gpt2": ("gpt2", {"n_layer": 1}, r"22 weights .* as transformer\.h\.1\.attn\.c_attn\.weight"),
+    "biases": ("qwen2", {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}, r"9 weights .*k_proj\.bias"),
+    "norms of heads": ("qwen3", {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}, r"6 weights .*k_norm\.weight"),
+    "norms of blocks": ("gemma2", {"model_type": "gemma", "architectures": ["GemmaForCausalLM"]}, r"6 weights .*_feedforward_"),
+}
+
+
+@pytest.mark.parametrize(("architecture", "changes", "said"), LARGER.values(), ids=LARGER)
+def test_weights_that_the_configuration_does_not_use_are_refused(tmp_path, tokenizer, architecture, changes, said):
+    folder = saved(tmp_path / "larger", architecture, tokenizer, **changes)
+    with pytest.raises(ValueError, match=said) as raised:
+        models.load(str(folder))
+    assert f"'{folder}' has" in one_line(raised.value) and "config.json" in one_line(raised.value)
+
+
+def test_a_head_for_something_else_is_a_weight_that_is_not_used(saved_llama):
+    tensors = load_file(saved_llama / "model.safetensors") | {"v_head.summary.weight": torch.ones(1, 42)}
+    save_file(tensors, saved_llama / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"has 1 weights that .* such as v_head\.summary\.weight"):
+        models.load(str(saved_llama))
+
+
+def test_constants_and_tied_heads_among_the_weights_are_no_fault(tmp_path, any_model, tokenizer):
+    architecture = any_model.config.model_type
+    folder = saved(tmp_path / "older", architecture, tokenizer)
+    tensors = load_file(folder / "model.safetensors")
+    if architecture == "gpt2":
+        tensors["transformer.h.0.attn.bias"] = torch.ones(1, 1, 64, 64)
+        tensors["transformer.h.0.attn.masked_bias"] = torch.tensor(-1e4)
+    else:
+        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(5)
+    tensors.setdefault("lm_head.weight", any_model.get_input_embeddings().weight.detach().clone())
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    assert same_parameters(models.load(str(folder))[0], parameters_of(any_model))
 
 
 # ------------------------------------------------------------------------------------------------------------- padding tokens

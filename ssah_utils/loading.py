@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from ssah_utils import assets
+from ssah_utils.chat import tokens_around
 from ssah_utils.files import cache_dir, complete_only, require_space
 
 transformers.utils.logging.disable_progress_bar()
@@ -149,6 +150,9 @@ def load(name: str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> 
     return model.to(device).eval(), tokenizer
 
 
+BELONGS = "take the tokenizer that belongs to the weights, or resize_token_embeddings, train and save the model"
+
+
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a model, without its weights; its padding token is one that the model knows (``settle_padding``)."""
     folder = resolve(name)
@@ -159,10 +163,13 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         if Path(name).is_dir():
             raise ValueError(f"model folder '{name}' has no usable tokenizer: {_reason(error)}") from error
         raise ConnectionError(_not_loadable(name)) from error
+    n_rows = config.get_text_config().vocab_size
     try:
-        return settle_padding(tokenizer, config.get_text_config().vocab_size)
+        tokenizer = settle_padding(tokenizer, n_rows)
+        check_rows(tokenizer, n_rows)
     except ValueError as error:
         raise ValueError(f"model '{name}': {error}") from error
+    return tokenizer
 
 
 def settle_padding(tokenizer: PreTrainedTokenizerBase, n_rows: int) -> PreTrainedTokenizerBase:
@@ -174,14 +181,28 @@ def settle_padding(tokenizer: PreTrainedTokenizerBase, n_rows: int) -> PreTraine
     end, padding = tokenizer.eos_token_id, tokenizer.pad_token_id
     if end is not None and end >= n_rows:
         raise ValueError(
-            f"the tokenizer's end token {tokenizer.eos_token!r} is {end}, but the embedding has {n_rows} rows: take the "
-            "tokenizer that belongs to the weights, or resize_token_embeddings, train and save the model"
+            f"the tokenizer's end token {tokenizer.eos_token!r} is {end}, but the embedding has {n_rows} rows: {BELONGS}"
         )
     if padding is None or padding >= n_rows:
         if end is None:
             raise ValueError("the tokenizer has no padding token that the model knows, and no end token to pad with: set one")
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def check_rows(tokenizer: PreTrainedTokenizerBase, n_rows: int) -> None:
+    """``ValueError`` for a tokenizer that writes prompts with tokens that are none of ``n_rows`` rows of the embedding.
+
+    These are its words, which any request may hold, and what it or its chat template puts around a request. Added tokens
+    that neither uses may be beyond the embedding.
+    """
+    words = set(tokenizer.get_vocab().values()) - set(tokenizer.get_added_vocab().values())
+    for ids, what in ((words, "vocabulary"), (tokens_around(tokenizer), "chat template or the tokenizer itself")):
+        if beyond := sorted(token for token in ids if token >= n_rows):
+            token = tokenizer.convert_ids_to_tokens(beyond[0])
+            raise ValueError(
+                f"the {what} uses {token!r}, which is token {beyond[0]}, but the embedding has {n_rows} rows: {BELONGS}"
+            )
 
 
 def resolve(name: str) -> str:

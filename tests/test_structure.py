@@ -18,7 +18,7 @@ ALLOWED = {
     "files": set(),
     "assets": {"files"},
     "cache": {"files", "models"},
-    "loading": {"assets", "files"},
+    "loading": {"assets", "chat", "files"},
     "wrappers": set(),
     "models": {"files", "loading", "wrappers"},
     "formats": set(),

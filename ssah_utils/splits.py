@@ -42,14 +42,15 @@ def visible(text: str) -> str:
 
 def content_words(text: str) -> frozenset[str]:
     """The words of a text but for stop words; pairs of neighbouring characters where a script puts no spaces between words."""
-    text = folded(text)
+    whole = text = folded(text)
     # a combining mark belongs to its word: in Hindi or Thai it is a vowel
+    text = re.sub(r"(?<=\w)(?:\+\+|#)(?!\w)", lambda found: "_plus" if found[0] == "++" else "_sharp", text)  # C++, C#
     text = re.sub(r"\W", lambda found: found[0] if unicodedata.category(found[0])[0] == "M" else " ", text)
     words: set[str] = set()
     for run in re.finditer(rf"([{UNSPACED}]+)|[^{UNSPACED}\s]+", text):
         unspaced = run[1] or ""
         words |= {unspaced[start : start + 2] for start in range(max(1, len(unspaced) - 1))} if unspaced else {run[0]}
-    words = frozenset(word for word in words if re.search(r"\w", word)) or frozenset([text])
+    words = frozenset(word for word in words if re.search(r"\w", word)) or frozenset([whole])
     return words - STOP_WORDS or words
 
 

@@ -57,6 +57,19 @@ def test_a_combining_mark_belongs_to_its_word():
     assert splits.content_words("I ❤️ rye") == {"rye"} | ({"i"} - splits.STOP_WORDS)  # an emoji is no word
 
 
+def test_requests_without_a_word_are_told_apart_by_their_signs():
+    signs = ["\U0001f600", "\U0001f355\U0001f355", "?!", "\u2014", "+ 1"]
+    assert np.array_equal(splits.near_duplicates(signs, signs), np.eye(len(signs), dtype=bool))
+    assert same("\u2764\ufe0f", "\u2764")  # but for what is invisible
+
+
+def test_names_that_differ_by_their_signs_are_different_words():
+    names = ["Explain C++", "explain C#", "Explain F#!", "Explain C", "explain F"]
+    assert np.array_equal(splits.near_duplicates(names, names), np.eye(len(names), dtype=bool))
+    assert same("Explain C++.", "(explain c++)") and same("Explain C#?", "Explain C#")
+    assert splits.content_words("a#b 1+1 # title") == {"b", "1", "title"}
+
+
 @pytest.mark.parametrize(
     "form", ["Cafe\u0301 au lait", "ＣＡＦÉ ａｕ ｌａｉｔ", "caf\u00e9 au la\u200bit", "Ca\u00adfé au\u00a0lait"]
 )

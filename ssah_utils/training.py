@@ -268,7 +268,7 @@ def fine_tuned(
     model, _ = models.load(base, dtype, device)
     arguments = {"method": method, "model": model, "tokenizer": tokenizer, "data": data, "config": config, "only": only}
     folder = cache_dir() / "trained" / key_of(_trained, **arguments, report=report)
-    with locked(Lock(folder.parent / f".{folder.name}.lock"), wait=PATIENCE):  # another process may be training the same
+    with locked(Lock(cache_dir() / "locks" / folder.name), wait=PATIENCE):  # another process may be training the same
         return _load_or_train(folder, model, arguments, report, dtype, device)
 
 

@@ -17,6 +17,7 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 ALLOWED = {
     "files": set(),
     "assets": {"files"},
+    "per_unit": set(),
     "cache": {"files", "models"},
     "loading": {"assets", "chat", "files"},
     "wrappers": set(),

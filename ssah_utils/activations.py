@@ -12,34 +12,32 @@ import torch
 from torch import Tensor, nn
 
 from ssah_utils import models
+from ssah_utils.per_unit import PerUnit
 
 Batch = dict[str, Tensor]  # input_ids, attention_mask: (B, T) int64; positions: (B, T) bool
 
 
 @dataclass(frozen=True)
 class ChannelMoments:
-    """Mean and unbiased variance of every writer-input channel: ``{kind: (n_layers, n_channels) float64}``."""
+    """Mean and unbiased variance of every writer-input channel, in float64."""
 
     count: int
-    mean: dict[str, Tensor]
-    variance: dict[str, Tensor]
+    mean: PerUnit
+    variance: PerUnit
 
     @property
-    def mean_square(self) -> dict[str, Tensor]:
+    def mean_square(self) -> PerUnit:
         """Mean of the squared activation, not centred."""
-        return {kind: self.variance[kind] * ((self.count - 1) / self.count) + self.mean[kind] ** 2 for kind in self.mean}
+        return self.variance * ((self.count - 1) / self.count) + self.mean.map(torch.square)
 
 
 def merged(a: ChannelMoments, b: ChannelMoments) -> ChannelMoments:
     """Moments of two disjoint data sets together, exactly as if they had been one."""
     count = a.count + b.count
-    mean, variance = {}, {}
-    for kind in a.mean:
-        delta = b.mean[kind] - a.mean[kind]
-        mean[kind] = a.mean[kind] + delta * (b.count / count)
-        m2 = a.variance[kind] * (a.count - 1) + b.variance[kind] * (b.count - 1) + delta**2 * (a.count * b.count / count)
-        variance[kind] = m2 / (count - 1)
-    return ChannelMoments(count, mean, variance)
+    delta = b.mean - a.mean
+    between = delta.map(torch.square) * (a.count * b.count / count)
+    m2 = a.variance * (a.count - 1) + b.variance * (b.count - 1) + between
+    return ChannelMoments(count, a.mean + delta * (b.count / count), m2 / (count - 1))
 
 
 def pooled(parts: Iterable[ChannelMoments]) -> ChannelMoments:
@@ -130,13 +128,13 @@ def channel_moments(model: nn.Module, batches: Iterable[Batch]) -> ChannelMoment
         raise ValueError(f"a variance needs at least 2 positions; the batches mark {count}")
     return ChannelMoments(
         count=count,
-        mean={kind: torch.stack([s.mean.cpu() for s in streams[kind]]) for kind in streams},
-        variance={kind: torch.stack([s.variance.cpu() for s in streams[kind]]) for kind in streams},
+        mean=PerUnit.of_layers({kind: [stream.mean for stream in streams[kind]] for kind in streams}),
+        variance=PerUnit.of_layers({kind: [stream.variance for stream in streams[kind]] for kind in streams}),
     )
 
 
-def gradient_activation(model: nn.Module, batches: Iterable[Batch]) -> dict[str, Tensor]:
-    """Mean over the marked positions of |x_j * dL/dx_j| at every writer's input: ``{kind: (n_layers, n_channels) float64}``.
+def gradient_activation(model: nn.Module, batches: Iterable[Batch]) -> PerUnit:
+    """Mean over the marked positions of |x_j * dL/dx_j| at every writer's input, in float64.
 
     L is the sum of the negative log-likelihoods of the tokens that the marked positions predict, so the product is what
     holding the channel at zero would do to it, to first order (Molchanov et al., ICLR 2017; SNIP, Lee et al., ICLR 2019).
@@ -190,7 +188,7 @@ def gradient_activation(model: nn.Module, batches: Iterable[Batch]) -> dict[str,
                 parameter.requires_grad_(True)
     if not count:
         raise ValueError("the batches mark no position, so there is nothing to take a gradient of")
-    return {kind: torch.stack([total.cpu() for total in totals[kind]]) / count for kind in totals}
+    return PerUnit.of_layers(totals) / count
 
 
 def last_token_states(model: nn.Module, batches: Iterable[Batch]) -> Tensor:

@@ -29,6 +29,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ssah_utils import models
 from ssah_utils.files import LIBRARIES, cache_dir, sha256_of, sha256_of_file, write_json
+from ssah_utils.per_unit import PerUnit
 
 PACKAGE = Path(__file__).parent
 DATA = PACKAGE.parent / "data"
@@ -101,7 +102,7 @@ def identity(value: object, name: str = "value") -> object:
         return {"files": {str(path.relative_to(value.parent)): sha256_of_file(path) for path in files}}
     if is_dataclass(value) and not isinstance(value, type):
         return {type(value).__name__: {f.name: identity(getattr(value, f.name), name) for f in fields(value)}}
-    if isinstance(value, dict):
+    if isinstance(value, dict | PerUnit):
         return {"dict": [[identity(key, name), identity(item, name)] for key, item in value.items()]}
     if isinstance(value, list | tuple):
         return [identity(item, name) for item in value]

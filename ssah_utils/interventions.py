@@ -1,10 +1,11 @@
 """Change what units do: switch them off for a while, or take them out of the matrices for good.
 
-Knows models and sets of units (bool tensors). Does not know where a set comes from or what is measured under it.
+Knows models and sets of units; a plain ``{kind: tensor}`` will do for one. Does not know where a set comes from or what is
+measured under it.
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -12,21 +13,18 @@ from torch import Tensor, nn
 
 from ssah_utils import models
 
-UnitSet = dict[str, Tensor]  # {kind: (n_layers, n_channels) bool}
-PerUnit = dict[str, Tensor]
-
 
 @contextmanager
-def ablated(model: nn.Module, units: UnitSet, means: PerUnit | None = None) -> Iterator[nn.Module]:
+def ablated(model: nn.Module, units: Mapping[str, Tensor], means: Mapping[str, Tensor] | None = None) -> Iterator[nn.Module]:
     """Hold the given units at zero, or at ``means`` where given, inside the ``with`` block.
 
     Works on the input of o_proj / down_proj, so no weight is touched and leaving the block restores the model exactly. Yields
     the model that was given, wrapped as it is; what is compiled of it runs uncompiled meanwhile.
-    Raises ``ValueError`` when the set's shape is not the model's.
+    Raises ``ValueError`` when the set's shape is not the model's, ``TypeError`` when it is no set.
     """
-    models.check_per_unit(model, units)
-    if means:
-        models.check_per_unit(model, means)
+    units = models.check_per_unit(model, units).as_set()
+    if means is not None:
+        means = models.check_per_unit(model, means)
     n_touched = sum(int(chosen.any(1).sum()) for chosen in units.values())
     with models.hooking() as handles:
         for kind in models.KINDS:
@@ -58,21 +56,20 @@ class Held:
         return (values, *args[1:])
 
 
-def without_units(model: nn.Module, units: UnitSet, means: PerUnit | None = None) -> nn.Module:
+def without_units(model: nn.Module, units: Mapping[str, Tensor], means: Mapping[str, Tensor] | None = None) -> nn.Module:
     """A smaller copy of the model that computes what ``ablated`` computes: the units' weights are gone.
 
     Writer columns are dropped, and reader rows whose channels are all dropped. A mean becomes a bias of the writer.
     """
     model = models.unwrapped(model)
-    shape = models.check_per_unit(model, units)
+    shape, units = models.shape_of(model), models.check_per_unit(model, units).as_set()
+    means = units.map(torch.Tensor.double) * 0 if means is None else models.check_per_unit(model, means)
     small = copy.deepcopy(model)
     architecture = models.architecture_of(model)
     for kind in models.KINDS:
         rows = models.reader_rows(shape, kind)
         n_rows = int(rows.max()) + 1
-        for block, dropped, mean in zip(
-            models.blocks_of(small), units[kind], means[kind] if means else units[kind].double() * 0, strict=True
-        ):
+        for block, dropped, mean in zip(models.blocks_of(small), units[kind], means[kind], strict=True):
             if not dropped.any():
                 continue
             kept = ~dropped

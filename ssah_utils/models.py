@@ -7,7 +7,7 @@ Does not know prompts, scores or sets of units.
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -26,12 +26,12 @@ from ssah_utils.loading import load as load
 from ssah_utils.loading import load_tokenizer as load_tokenizer
 from ssah_utils.loading import resolve as resolve
 from ssah_utils.loading import settle_padding as settle_padding
+from ssah_utils.per_unit import KINDS, PerUnit
 from ssah_utils.wrappers import WRAPPERS
 from ssah_utils.wrappers import evaluating as evaluating
 from ssah_utils.wrappers import unwrapped as unwrapped
 from ssah_utils.wrappers import without_wrappers as without_wrappers
 
-KINDS = ("attention", "mlp")
 DTYPES = ("auto", "float32", "bfloat16")
 
 
@@ -199,34 +199,33 @@ def column_weight(module: nn.Module) -> Tensor:
     return weight.T if is_transposed(module) else weight
 
 
-def squared_column_norms(model: nn.Module) -> dict[str, Tensor]:
-    """||W_:j||^2 of every writer column: ``{kind: (n_layers, n_channels) float64}``."""
+def squared_column_norms(model: nn.Module) -> PerUnit:
+    """||W_:j||^2 of every writer column, in float64."""
+    return _of_columns(model, lambda weight: weight.square().sum(0))
+
+
+def mean_absolute_columns(model: nn.Module) -> PerUnit:
+    """Mean of |W_ij| over every writer column, in float64."""
+    return _of_columns(model, lambda weight: weight.abs().mean(0))
+
+
+def _of_columns(model: nn.Module, function: Callable[[Tensor], Tensor]) -> PerUnit:
+    """``function`` of every writer's weight as (d_model, n_channels) float64, which returns (n_channels,)."""
     model = gathered(model)
-    return {
-        kind: torch.stack([column_weight(module).detach().double().square().sum(0).cpu() for module in writers(model, kind)])
-        for kind in KINDS
-    }
+    of_module = lambda module: function(column_weight(module).detach().double())  # noqa: E731
+    return PerUnit.of_layers({kind: [of_module(module) for module in writers(model, kind)] for kind in KINDS})
 
 
-def mean_absolute_columns(model: nn.Module) -> dict[str, Tensor]:
-    """Mean of |W_ij| over every writer column: ``{kind: (n_layers, n_channels) float64}``."""
-    model = gathered(model)
-    return {
-        kind: torch.stack([column_weight(module).detach().double().abs().mean(0).cpu() for module in writers(model, kind)])
-        for kind in KINDS
-    }
-
-
-def squared_gradients(model: nn.Module) -> dict[str, Tensor]:
-    """Sum of squared gradients over the entries each unit owns: ``{kind: (n_layers, n_channels) float64}``.
+def squared_gradients(model: nn.Module) -> PerUnit:
+    """Sum of squared gradients over the entries each unit owns, in float64.
 
     After a backward pass. A value row that several channels share counts for each of them.
     """
     model = gathered(model)
     shape, architecture = shape_of(model), architecture_of(model)
-    squared = {}
+    squared: dict[str, list[Tensor]] = {kind: [] for kind in KINDS}
     for kind in KINDS:
-        rows, layers = reader_rows(shape, kind), []
+        rows = reader_rows(shape, kind)
         for block in blocks_of(model):
             total = _gradient(block.get_submodule(architecture.writers[kind])).square().sum(0)
             for reader in architecture.readers[kind]:
@@ -235,9 +234,8 @@ def squared_gradients(model: nn.Module) -> dict[str, Tensor]:
                 if module.bias is not None:
                     of_rows = of_rows + module.bias.grad.double().square()
                 total = total + of_rows[reader.offset(shape) + rows.to(of_rows.device)]
-            layers.append(total.cpu())
-        squared[kind] = torch.stack(layers)
-    return squared
+            squared[kind].append(total)
+    return PerUnit.of_layers(squared)
 
 
 def _gradient(module: nn.Module) -> Tensor:
@@ -245,14 +243,14 @@ def _gradient(module: nn.Module) -> Tensor:
     return (module.weight.grad.T if is_transposed(module) else module.weight.grad).double()
 
 
-def check_per_unit(model: nn.Module, values: dict[str, Tensor]) -> ModelShape:
-    """The model's shape; ``ValueError`` unless a set of units, or values per unit, has it too."""
+def check_per_unit(model: nn.Module, values: Mapping[str, Tensor]) -> PerUnit:
+    """The values, also those of a plain dict, as ``PerUnit``; ``ValueError`` unless they are of the model's shape."""
     shape = shape_of(model)
     for kind in KINDS:
-        expected, found = (shape.n_layers, shape.n_channels(kind)), tuple(values[kind].shape)
+        expected, found = (shape.n_layers, shape.n_channels(kind)), tuple(values[kind].shape) if kind in values else "no"
         if found != expected:
             raise ValueError(f"the unit set has {found} {kind} units, the model has {expected} (blocks, channels)")
-    return shape
+    return PerUnit(values)
 
 
 def reader_rows(shape: ModelShape, kind: str) -> Tensor:

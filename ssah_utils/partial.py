@@ -3,12 +3,12 @@
 A unit owns its writer column and the matching reader rows (``models``): the trainable entries of a matrix become one
 small parameter, the *block*; the rest of the matrix is no parameter at all. So frozen entries can have no gradient, no
 optimizer state and no decay, whatever loop, optimizer or precision is used, and they stay bit-identical.
-Knows models and sets of units; what cannot be trained so, ``guards`` refuses. Does not know how a model is trained, or on
-what.
+Knows models and sets of units; a plain ``{kind: tensor}`` will do for one. What cannot be trained so, ``guards`` refuses.
+Does not know how a model is trained, or on what.
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -17,15 +17,15 @@ from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
 from ssah_utils import guards, models
+from ssah_utils.per_unit import PerUnit
 
-UnitSet = dict[str, Tensor]  # {kind: (n_layers, n_channels) bool}
 PADDING = 64
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs",
          "_forward_hooks_always_called", "_backward_hooks", "_backward_pre_hooks")  # fmt: skip
 
 
 @contextmanager
-def training_only(model: nn.Module, trainable: UnitSet, train_rest: bool = False) -> Iterator[nn.Module]:
+def training_only(model: nn.Module, trainable: Mapping[str, Tensor], train_rest: bool = False) -> Iterator[nn.Module]:
     """Inside the block, only the given units of ``model`` are parameters; leaving it returns the ordinary model, trained.
 
     Use any loop that takes the model's parameters: Hugging Face ``Trainer``, TRL, accelerate, plain torch. Checkpoints
@@ -39,14 +39,14 @@ def training_only(model: nn.Module, trainable: UnitSet, train_rest: bool = False
     are sent at every forward, as buffers are: ``forward_sync_buffers=False`` saves that. A sharded model (FSDP, DeepSpeed
     ZeRO-3, tensor parallelism) raises ``ValueError``, also when it is sharded inside. So does a set that is not of the
     model's shape, that leaves nothing to train, or that is everything; and a matrix that is shared or no plain linear map.
+    A set of numbers raises ``TypeError``.
     """
     guards.refuse_sharded(model)
     plain = models.unwrapped(model)
-    n_units = _check(plain, trainable)
-    n_chosen = sum(int(chosen.sum()) for chosen in trainable.values())
-    if n_chosen == 0 and not train_rest:
+    trainable = _checked(plain, trainable)
+    if not trainable.any() and not train_rest:
         raise ValueError("nothing to train: the set of trainable units is empty")
-    if n_chosen == n_units and train_rest:
+    if trainable.all() and train_rest:
         raise ValueError("nothing is frozen: train the model as it is")
     required = {name: parameter.requires_grad for name, parameter in plain.named_parameters()}
     partial: list[tuple[nn.Module, str, PartialLinear]] = []
@@ -84,26 +84,23 @@ def training_only(model: nn.Module, trainable: UnitSet, train_rest: bool = False
 
 
 @contextmanager
-def freezing(model: nn.Module, frozen: UnitSet, train_rest: bool = True) -> Iterator[nn.Module]:
+def freezing(model: nn.Module, frozen: Mapping[str, Tensor], train_rest: bool = True) -> Iterator[nn.Module]:
     """Inside the block, everything but the given units is trained: ``training_only`` for all other units."""
     guards.refuse_sharded(model)
-    _check(models.unwrapped(model), frozen)
-    if not any(chosen.any() for chosen in frozen.values()):
+    frozen = _checked(models.unwrapped(model), frozen)
+    if not frozen.any():
         raise ValueError("nothing is frozen: the set of frozen units is empty; train the model as it is")
-    if all(chosen.all() for chosen in frozen.values()) and not train_rest:
+    if frozen.all() and not train_rest:
         raise ValueError("nothing to train: every unit is frozen")
-    with training_only(model, {kind: ~chosen for kind, chosen in frozen.items()}, train_rest):
+    with training_only(model, ~frozen, train_rest):
         yield model
 
 
-def _check(model: nn.Module, units: UnitSet) -> int:
-    """Number of units of the model; ``ValueError`` when a set cannot be trained or frozen on it."""
+def _checked(model: nn.Module, units: Mapping[str, Tensor]) -> PerUnit:
+    """The set; ``ValueError`` when it cannot be trained or frozen on the model, ``TypeError`` when it is no set."""
     if is_partial(model):
         raise ValueError("some units of this model are being trained already: leave that block first")
-    shape = models.check_per_unit(model, units)
-    if any(chosen.dtype != torch.bool for chosen in units.values()):
-        raise ValueError("a set of units is a bool tensor per kind, not one of numbers")
-    return shape.n_units
+    return models.check_per_unit(model, units).as_set()
 
 
 def _check_matrix(linear: nn.Module, name: str, uses: dict[int, int]) -> None:
@@ -136,7 +133,7 @@ def owned_rows(shape: models.ModelShape, kind: str, units: Tensor) -> Tensor:
     return n_missing == 0
 
 
-def _parts(model: nn.Module, trainable: UnitSet, train_rest: bool) -> Iterator[tuple[nn.Module, str, Tensor, int]]:
+def _parts(model: nn.Module, trainable: PerUnit, train_rest: bool) -> Iterator[tuple[nn.Module, str, Tensor, int]]:
     """Every matrix that units own: its parent, its name, which rows (dimension 0) or columns (1) of it are trained."""
     shape, architecture = models.shape_of(model), models.architecture_of(model)
     for layer, block in enumerate(models.blocks_of(model)):

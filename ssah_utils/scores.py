@@ -1,29 +1,29 @@
 """Tensor kernels: from moments and weights to a score per unit, distances between states, and directions.
 
-torch only: no model, no file, no set of units. Another score is one more function here.
+Only tensors and values per unit: no model, no file. Another score is one more function here.
 """
 
 import torch
 from torch import Tensor
 
-PerUnit = dict[str, Tensor]  # {kind: (n_layers, n_channels)}
+from ssah_utils.per_unit import PerUnit
 
 
 def variance_norm(variance: PerUnit, squared_norm: PerUnit) -> PerUnit:
     """I_j = Var(X_j) * ||W_:j||^2, the expected squared change of the output when channel j is held at its mean.
 
-    SSAH section 4.1; FLAP's WIFV (An et al., AAAI 2024). ``variance`` is unbiased, both are (n_layers, n_channels).
+    SSAH section 4.1; FLAP's WIFV (An et al., AAAI 2024). ``variance`` is unbiased.
     """
-    return {kind: variance[kind] * squared_norm[kind] for kind in variance}
+    return variance * squared_norm
 
 
 def weighted_norm(mean_square: PerUnit, mean_absolute: PerUnit) -> PerUnit:
     """WIFN: mean_i |W_ij| * sqrt(mean_n X_nj^2), the size of what channel j writes, whether it varies or not.
 
     FLAP's WIFN as its code has it (An et al., AAAI 2024), which is Wanda's |W_ij| * ||X_j||_2 (Sun et al., ICLR 2024)
-    averaged over a column; the constant factor sqrt(N) is left out. Both arguments are (n_layers, n_channels).
+    averaged over a column; the constant factor sqrt(N) is left out.
     """
-    return {kind: mean_square[kind].sqrt() * mean_absolute[kind] for kind in mean_square}
+    return mean_square.map(torch.sqrt) * mean_absolute
 
 
 def zscore_per_module(score: PerUnit) -> PerUnit:
@@ -38,7 +38,7 @@ def zscore_per_module(score: PerUnit) -> PerUnit:
         differs = spread > 4 * torch.finfo(values.dtype).eps * values.abs().amax(1, keepdim=True)
         return torch.where(differs, (values - values.mean(1, keepdim=True)) / spread, torch.zeros_like(values))
 
-    return {kind: standardised(values) for kind, values in score.items()}
+    return score.map(standardised)
 
 
 def cosine_distance(a: Tensor, b: Tensor) -> Tensor:

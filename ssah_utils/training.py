@@ -23,7 +23,8 @@ from ssah_utils import models
 from ssah_utils.cache import key_of
 from ssah_utils.files import cache_dir, complete_only, require_space, write_json
 from ssah_utils.locks import Lock, locked
-from ssah_utils.partial import UnitSet, is_partial, training_only
+from ssah_utils.partial import is_partial, training_only
+from ssah_utils.per_unit import PerUnit
 from ssah_utils.sequences import batch_of_examples, batch_of_pairs, check_examples, tokens_of_pairs, with_prompt_length
 from ssah_utils.settings import SFTConfig, own_settings, preference_arguments, training_arguments, without_dropout
 
@@ -254,7 +255,7 @@ def fine_tuned(
     config: SFTConfig,
     device: str = "cpu",
     report: Callable[[int, int], None] = lambda done, total: None,
-    only: UnitSet | None = None,
+    only: PerUnit | None = None,
     method: str = "sft",
     dtype: torch.dtype = torch.float32,
 ) -> tuple[nn.Module, Path, list[float]]:
@@ -289,18 +290,18 @@ def _load_or_train(
 
 def _trained(
     method: str, model: nn.Module, tokenizer: PreTrainedTokenizerBase, data: list[dict], config: SFTConfig,
-    only: UnitSet | None, report: Callable[[int, int], None],
+    only: PerUnit | None, report: Callable[[int, int], None],
 ) -> list[float]:  # fmt: skip
     train = {"sft": fine_tune, "dpo": prefer}[method]
-    with training_only(model, only) if only else contextlib.nullcontext():
+    with training_only(model, only) if only is not None else contextlib.nullcontext():
         return train(model, tokenizer, data, config, callbacks=(ReportSteps(report),))
 
 
 # ------------------------------------------------------------------------------------------------------------ gradients
 
 
-def unit_gradients(model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Norm of the gradient of the mean loss over all entries a unit owns: ``{kind: (n_layers, n_channels) float64}``.
+def unit_gradients(model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> PerUnit:
+    """Norm of the gradient of the mean loss over all entries a unit owns, in float64.
 
     What the first step of a fine-tuning would do to each unit. ``batches``: ``input_ids``, ``attention_mask``, ``labels``,
     padded on either side. Raises ``ValueError`` where no response token is, or while only some units are trained.
@@ -318,7 +319,7 @@ def unit_gradients(model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> di
             parameter.requires_grad_(flag)
 
 
-def _norms_of_units(model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
+def _norms_of_units(model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> PerUnit:
     model.zero_grad()
     n_labels = 0
     for batch in batches:
@@ -333,4 +334,4 @@ def _norms_of_units(model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> d
             cross_entropy(logits.float(), labels[marked], reduction="sum").backward()
     if n_labels == 0:
         raise ValueError("no gradient to measure: there is no response token in the batches")
-    return {kind: values.sqrt() / n_labels for kind, values in models.squared_gradients(model).items()}
+    return models.squared_gradients(model).map(torch.sqrt) / n_labels

@@ -1,10 +1,11 @@
-"""Sets of units: the partition into safety, utility, complex and redundant, and set arithmetic on it.
+"""The partition of units into safety, utility, complex and redundant; chosen and random sets, and how they overlap.
 
-A set is ``{kind: (n_layers, n_channels) bool}``: True means "in the set", never "masked". Knows tensors and one file
-format. Does not know models: a partition carries the fingerprint of its model, and whoever applies it compares.
+Knows values per unit and the files that hold them. Does not know models: a partition carries the fingerprint of its model,
+and whoever applies it compares.
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,31 +16,30 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ssah_utils.files import complete_only
-
-UnitSet = dict[str, Tensor]
-PerUnit = dict[str, Tensor]
+from ssah_utils.per_unit import PerUnit
 
 GROUPS = ("safety", "utility", "complex", "redundant")  # SCU, UCU, CU, RU in the paper
 
 
 @dataclass(frozen=True)
 class UnitPartition:
-    """Every unit's group, as an index into ``GROUPS``: ``{kind: (n_layers, n_channels) int8}``."""
+    """Every unit's group, as an index (int8) into ``GROUPS``."""
 
-    group_index: dict[str, Tensor]
+    group_index: PerUnit
     fingerprint: str = ""
 
-    def units(self, group: str) -> UnitSet:
+    def units(self, group: str) -> PerUnit:
         """The set of one group; ``ValueError`` for a name not in ``GROUPS``."""
-        return {kind: index == GROUPS.index(group) for kind, index in self.group_index.items()}
+        number = GROUPS.index(group)
+        return self.group_index.map(lambda index: index == number)
 
     def counts(self) -> pd.DataFrame:
         """Units and share of all units per group, in total and by kind."""
-        rows = {group: {kind: int(chosen.sum()) for kind, chosen in self.units(group).items()} for group in GROUPS}
-        table = pd.DataFrame(rows).T
+        by_kind = {kind: [int(self.units(group)[kind].sum()) for group in GROUPS] for kind in self.group_index}
+        table = pd.DataFrame(by_kind, index=pd.Index(GROUPS, name="group"))
         table.insert(0, "units", table.sum(axis=1))
         table.insert(1, "share", table["units"] / table["units"].sum())
-        return table.rename_axis("group")
+        return table
 
 
 def check_fractions(**fractions: float) -> None:
@@ -66,43 +66,40 @@ def partition(
     would hand out one unit more than there are, the later group gives way.
     """
     check_fractions(safety_fraction=safety_fraction, utility_fraction=utility_fraction, redundant_fraction=redundant_fraction)
-    safety, utility = flat(z_safety), flat(z_utility)
-    n_units = safety.numel()
+    n_units = z_safety.n_units
     n_safety, n_utility, n_redundant = (
         round(fraction * n_units) for fraction in (safety_fraction, utility_fraction, redundant_fraction)
     )
     n_utility = min(n_utility, n_units - n_safety)
     index = torch.full((n_units,), GROUPS.index("complex"), dtype=torch.int8)
-    by_contrast = torch.argsort(safety - utility, descending=True, stable=True)
+    by_contrast = torch.argsort((z_safety - z_utility).flatten(), descending=True, stable=True)
     index[by_contrast[:n_safety]] = GROUPS.index("safety")
     index[by_contrast[n_units - n_utility :]] = GROUPS.index("utility")
-    by_sum = torch.argsort(safety + utility, stable=True)
+    by_sum = torch.argsort((z_safety + z_utility).flatten(), stable=True)
     free = by_sum[index[by_sum] == GROUPS.index("complex")]
     index[free[:n_redundant]] = GROUPS.index("redundant")
-    return UnitPartition(_unflatten(index, z_safety), fingerprint)
+    return UnitPartition(z_safety.unflatten(index), fingerprint)
 
 
-def top_units(score: PerUnit, fraction: float) -> UnitSet:
+def top_units(score: PerUnit, fraction: float) -> PerUnit:
     """The given fraction of all units with the highest score."""
     check_fractions(fraction=fraction)
-    values = flat(score)
-    n_ranked, n_wanted = int((values > -torch.inf).sum()), round(fraction * values.numel())
+    values = score.flatten()
+    n_ranked, n_wanted = int((values > -torch.inf).sum()), round(fraction * score.n_units)
     if n_wanted > n_ranked:
         raise ValueError(f"{fraction:g} of all units are {n_wanted}, but only {n_ranked} units are there to choose from")
-    chosen = torch.zeros_like(values, dtype=torch.bool)
-    chosen[torch.argsort(values, descending=True, stable=True)[: round(fraction * values.numel())]] = True
-    return _unflatten(chosen, score)
+    return of_indices(torch.argsort(values, descending=True, stable=True)[:n_wanted], score)
 
 
-def set_difference(score: PerUnit, other: PerUnit, fraction: float) -> UnitSet:
+def set_difference(score: PerUnit, other: PerUnit, fraction: float) -> PerUnit:
     """Units in the top q of ``score`` but not in the top q of ``other``, as Wei et al. (ICML 2024) do with single weights.
 
     They set the two shares by hand; here both are q, the smallest at which exactly the given fraction of all units is
     left. Raises ``ValueError`` where no q leaves so many, as with two equal rankings.
     """
     check_fractions(fraction=fraction)
-    ranks = [torch.argsort(torch.argsort(flat(values), descending=True, stable=True)) for values in (score, other)]
-    n_units = ranks[0].numel()
+    ranks = [torch.argsort(torch.argsort(values.flatten(), descending=True, stable=True)) for values in (score, other)]
+    n_units = score.n_units
     n_wanted = round(fraction * n_units)
     in_both = torch.bincount(torch.maximum(*ranks), minlength=n_units).cumsum(0)  # how many are in both tops, for q = 1, 2, ...
     left = torch.cat([torch.zeros(1, dtype=torch.int64), torch.arange(1, n_units + 1) - in_both])
@@ -110,47 +107,40 @@ def set_difference(score: PerUnit, other: PerUnit, fraction: float) -> UnitSet:
     if not len(enough):
         raise ValueError(f"no share leaves {n_wanted} units: the two rankings differ by at most {int(left.max())}")
     q = int(enough[0])
-    return _unflatten((ranks[0] < q) & (ranks[1] >= q), score)
+    return score.unflatten((ranks[0] < q) & (ranks[1] >= q))
 
 
-def random_units(like: UnitSet, generator: torch.Generator) -> UnitSet:
+def random_units(like: PerUnit, generator: torch.Generator) -> PerUnit:
     """A random set with exactly as many units in every module as ``like``: the control for what *which* units means."""
 
     def draw(chosen: Tensor) -> Tensor:
         order = torch.rand(chosen.shape, generator=generator).argsort(1)
         return order.argsort(1) < chosen.sum(1, keepdim=True)
 
-    return {kind: draw(chosen) for kind, chosen in like.items()}
+    return like.map(draw)
 
 
-def of_kind(units: UnitSet, kind: str) -> UnitSet:
-    """The units of one kind alone."""
-    return {k: chosen if k == kind else torch.zeros_like(chosen) for k, chosen in units.items()}
+def of_indices(indices: Sequence[int] | Tensor, like: PerUnit) -> PerUnit:
+    """The set of units at the given places of ``PerUnit.flatten``."""
+    chosen = torch.zeros(like.n_units, dtype=torch.bool)
+    chosen[indices] = True
+    return like.unflatten(chosen)
 
 
-def size(units: UnitSet) -> int:
-    return sum(int(chosen.sum()) for chosen in units.values())
-
-
-def size_of_all(units: UnitSet) -> int:
-    return sum(chosen.numel() for chosen in units.values())
-
-
-def jaccard(a: UnitSet, b: UnitSet) -> float:
+def jaccard(a: PerUnit, b: PerUnit) -> float:
     """|a and b| / |a or b|; 1 for two empty sets."""
-    both = sum(int((a[kind] & b[kind]).sum()) for kind in a)
-    either = sum(int((a[kind] | b[kind]).sum()) for kind in a)
-    return both / either if either else 1.0
+    either = (a | b).count()
+    return (a & b).count() / either if either else 1.0
 
 
-def chance_jaccard(a: UnitSet, b: UnitSet) -> float:
+def chance_jaccard(a: PerUnit, b: PerUnit) -> float:
     """Jaccard of two random sets with as many units in every module, at their expected overlap (hypergeometric mean)."""
     both = sum(float((a[kind].sum(1) * b[kind].sum(1) / a[kind].shape[1]).sum()) for kind in a)
-    either = size(a) + size(b) - both
+    either = a.count() + b.count() - both
     return both / either if either else 1.0
 
 
-def overlap_table(sets: dict[str, UnitSet]) -> pd.DataFrame:
+def overlap_table(sets: dict[str, PerUnit]) -> pd.DataFrame:
     """Jaccard of every set with every set: rows ``first``, ``second``, ``jaccard``, ``chance``, ``corrected`` for chance.
 
     Corrected is (J - chance) / (1 - chance): 0 for sets that share what random ones do, 1 for equal ones.
@@ -162,18 +152,6 @@ def overlap_table(sets: dict[str, UnitSet]) -> pd.DataFrame:
             corrected = (found - chance) / (1 - chance) if chance < 1 else 1.0
             rows.append({"first": first, "second": second, "jaccard": found, "chance": chance, "corrected": corrected})
     return pd.DataFrame(rows)
-
-
-def of_indices(indices: list[int], like: UnitSet) -> UnitSet:
-    """The set of units at the given places of ``flat``."""
-    chosen = torch.zeros(size_of_all(like), dtype=torch.bool)
-    chosen[indices] = True
-    return _unflatten(chosen, like)
-
-
-def names(units: UnitSet) -> list[str]:
-    """Every unit as kind/layer/channel."""
-    return [f"{kind}/{layer}/{channel}" for kind, chosen in units.items() for layer, channel in chosen.nonzero().tolist()]
 
 
 def to_table(z_safety: PerUnit, z_utility: PerUnit, parted: UnitPartition) -> pd.DataFrame:
@@ -202,59 +180,43 @@ def transfer_table(before: UnitPartition, after: UnitPartition) -> pd.DataFrame:
     for source in GROUPS:
         left = before.units(source)
         for target in GROUPS:
-            right = after.units(target)
-            moved = sum(int((left[kind] & right[kind]).sum()) for kind in left)
-            rows.append({"before": source, "after": target, "units": moved, "share": moved / max(1, size(left))})
+            moved = (left & after.units(target)).count()
+            rows.append({"before": source, "after": target, "units": moved, "share": moved / max(1, left.count())})
     return pd.DataFrame(rows)
 
 
-def union(a: UnitSet, b: UnitSet) -> UnitSet:
-    return {kind: a[kind] | b[kind] for kind in a}
-
-
-def save_set(path: Path | str, chosen: UnitSet, fingerprint: str, what: str) -> None:
+def save_set(path: Path | str, chosen: PerUnit, fingerprint: str, what: str) -> None:
     """Write one set of units as safetensors, with its model's fingerprint and what it is in words: to take away."""
-    content = {f"set.{kind}": values.contiguous() for kind, values in chosen.items()}
-    with complete_only(path) as partial:
-        save_file(content, partial, {"format": "ssah-unit-set-1", "fingerprint": fingerprint, "what": what})
+    metadata = {"format": "ssah-unit-set-1", "fingerprint": fingerprint, "what": what}
+    _write(path, {"set": chosen}, metadata)
 
 
-def load_set(path: Path | str, fingerprint: str = "") -> UnitSet:
+def load_set(path: Path | str, fingerprint: str = "") -> PerUnit:
     """A set that ``save_set`` wrote; with ``fingerprint``, ``ValueError`` if it is of another model."""
-    metadata, tensors = _read(path, "ssah-unit-set-1", "06_freezing")
+    metadata, named = _read(path, "ssah-unit-set-1", "06_freezing")
     if fingerprint and metadata["fingerprint"] != fingerprint:
         raise ValueError(f"{path} was made for model {metadata['fingerprint']}, not for the loaded {fingerprint}")
-    return {name.removeprefix("set."): values for name, values in tensors.items()}
+    return named["set"]
 
 
-def save_sets(path: Path | str, sets: dict[str, UnitSet], fingerprint: str) -> None:
+def save_sets(path: Path | str, sets: dict[str, PerUnit], fingerprint: str) -> None:
     """Write several named sets of one model in one safetensors file."""
-    content = {f"{n}.{kind}": values.contiguous() for n, chosen in enumerate(sets.values()) for kind, values in chosen.items()}
     metadata = {"format": "ssah-unit-sets-1", "fingerprint": fingerprint, "names": json.dumps(list(sets))}
-    with complete_only(path) as partial:
-        save_file(content, partial, metadata)
+    _write(path, {str(n): chosen for n, chosen in enumerate(sets.values())}, metadata)
 
 
-def load_sets(path: Path | str, fingerprint: str = "") -> dict[str, UnitSet]:
+def load_sets(path: Path | str, fingerprint: str = "") -> dict[str, PerUnit]:
     """The sets that ``save_sets`` wrote, in order; with ``fingerprint``, ``ValueError`` if they are of another model."""
-    metadata, tensors = _read(path, "ssah-unit-sets-1", "03_units")
+    metadata, named = _read(path, "ssah-unit-sets-1", "03_units")
     if fingerprint and metadata["fingerprint"] != fingerprint:
         raise ValueError(f"{path} was made for model {metadata['fingerprint']}, not for the loaded {fingerprint}: run 03_units")
-    found: dict[str, UnitSet] = {name: {} for name in json.loads(metadata["names"])}
-    for key, values in tensors.items():
-        number, _, kind = key.partition(".")
-        list(found.values())[int(number)][kind] = values
-    return found
+    return {name: named[str(n)] for n, name in enumerate(json.loads(metadata["names"]))}
 
 
 def save_partition(path: Path | str, parted: UnitPartition, **tensors: PerUnit) -> None:
     """Write a partition as safetensors with its fingerprint; extra per-unit tensors (scores) go along by name."""
-    content = {f"group.{kind}": index.contiguous() for kind, index in parted.group_index.items()}
-    for name, per_unit in tensors.items():
-        content |= {f"{name}.{kind}": values.contiguous() for kind, values in per_unit.items()}
     metadata = {"format": "ssah-units-1", "groups": json.dumps(GROUPS), "fingerprint": parted.fingerprint}
-    with complete_only(path) as partial:
-        save_file(content, partial, metadata)
+    _write(path, {"group": parted.group_index, **tensors}, metadata)
 
 
 def load_partition(path: Path | str, fingerprint: str = "") -> tuple[UnitPartition, dict[str, PerUnit]]:
@@ -262,20 +224,23 @@ def load_partition(path: Path | str, fingerprint: str = "") -> tuple[UnitPartiti
 
     Raises ``FileNotFoundError`` or ``ValueError`` (not a partition file, or one of another model).
     """
-    metadata, tensors = _read(path, "ssah-units-1", "03_units")
+    metadata, named = _read(path, "ssah-units-1", "03_units")
     if fingerprint and metadata["fingerprint"] != fingerprint:
         raise ValueError(
             f"{path} belongs to model {metadata['fingerprint']}, not to the loaded {fingerprint}: run 03_units on this model"
         )
-    named: dict[str, PerUnit] = {}
-    for key, tensor in tensors.items():
-        name, _, kind = key.rpartition(".")
-        named.setdefault(name, {})[kind] = tensor
     return UnitPartition(named.pop("group"), metadata["fingerprint"]), named
 
 
-def _read(path: Path | str, expected: str, stage: str) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Metadata and tensors of a safetensors file of the expected format, which ``stage`` writes."""
+def _write(path: Path | str, named: dict[str, PerUnit], metadata: dict[str, str]) -> None:
+    """Named values per unit as a safetensors file of tensors ``name.kind``, whole or not at all."""
+    content = {f"{name}.{kind}": values.contiguous() for name, per_unit in named.items() for kind, values in per_unit.items()}
+    with complete_only(path) as partial:
+        save_file(content, partial, metadata)
+
+
+def _read(path: Path | str, expected: str, stage: str) -> tuple[dict[str, str], dict[str, PerUnit]]:
+    """Metadata and values per unit of a file of the expected format, which ``stage`` writes."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"unit file {path} does not exist: run {stage} first")
     try:
@@ -286,14 +251,8 @@ def _read(path: Path | str, expected: str, stage: str) -> tuple[dict[str, str], 
         raise ValueError(f"{path} is not a readable safetensors file ({error}): run {stage} again") from error
     if metadata.get("format") != expected:
         raise ValueError(f"{path} is not a file of format {expected}: run {stage} again")
-    return metadata, tensors
-
-
-def flat(per_unit: PerUnit) -> Tensor:
-    """All units in one vector, kind by kind, block by block."""
-    return torch.cat([values.flatten() for values in per_unit.values()])
-
-
-def _unflatten(flat: Tensor, like: PerUnit) -> PerUnit:
-    parts = flat.split([values.numel() for values in like.values()])
-    return {kind: part.view(like[kind].shape) for (kind, part) in zip(like, parts, strict=True)}
+    named: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        name, _, kind = key.rpartition(".")
+        named.setdefault(name, {})[kind] = tensor
+    return metadata, {name: PerUnit(values) for name, values in named.items()}

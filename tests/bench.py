@@ -30,6 +30,7 @@ from transformers import GenerationConfig, TrainerCallback
 
 from ssah_utils import activations, evaluation, models, partial, prompts, training
 from ssah_utils.files import write_json
+from ssah_utils.per_unit import PerUnit
 from ssah_utils.results import REFERENCE, ROOT, peak_memory_gib, versions
 
 GOALS = {
@@ -142,10 +143,10 @@ def training_examples(tokenizer, n: int = 160) -> list[dict[str, list[int]]]:
     return prompts.encode(tokenizer, prompts.render(tokenizer, requests), responses, 16)
 
 
-def random_share(shape: models.ModelShape, share: float) -> dict[str, torch.Tensor]:
+def random_share(shape: models.ModelShape, share: float) -> PerUnit:
     generator = torch.Generator().manual_seed(0)
     sizes = {kind: (shape.n_layers, shape.n_channels(kind)) for kind in models.KINDS}
-    return {kind: torch.rand(size, generator=generator) < share for kind, size in sizes.items()}
+    return PerUnit({kind: torch.rand(size, generator=generator) for kind, size in sizes.items()}) < share
 
 
 def trained(condition: str, subject: nn.Module, tokenizer, examples: list[dict], n_steps: int) -> Watch:

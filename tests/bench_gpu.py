@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from ssah_utils import activations, models, partial
 from ssah_utils.files import write_json
+from ssah_utils.per_unit import PerUnit
 from ssah_utils.results import REFERENCE, versions
 
 
@@ -86,10 +87,11 @@ def scoring_over_forward(model: nn.Module, batches: list[dict], device: str, rep
     return statistics.median(seconds(score, device) / seconds(bare, device) for _ in range(repeats))
 
 
-def random_share(model: nn.Module, share: float) -> dict[str, torch.Tensor]:
+def random_share(model: nn.Module, share: float) -> PerUnit:
     shape = models.shape_of(model)
     generator = torch.Generator().manual_seed(0)
-    return {kind: torch.rand(shape.n_layers, shape.n_channels(kind), generator=generator) < share for kind in models.KINDS}
+    sizes = {kind: (shape.n_layers, shape.n_channels(kind)) for kind in models.KINDS}
+    return PerUnit({kind: torch.rand(size, generator=generator) for kind, size in sizes.items()}) < share
 
 
 def training_step(model: nn.Module, size: Size, device: str, full: bool, n_steps: int = 4) -> tuple[float, float]:

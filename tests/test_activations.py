@@ -17,6 +17,7 @@ from ssah_utils.activations import (
     pooled,
 )
 from ssah_utils.models import KINDS, blocks_of
+from ssah_utils.per_unit import PerUnit
 from tests.conftest import COMPILED, VOCABULARY, n_hooks, writers_by_name
 
 LENGTHS = [5, 2, 9, 7, 1, 6, 9]
@@ -252,7 +253,7 @@ def test_update_leaves_the_values_alone():
 
 def moments_at_once(values: Tensor) -> ChannelMoments:
     """``values``: (n, 2, 3) float64, two layers of three channels."""
-    return ChannelMoments(len(values), {"mlp": values.mean(0)}, {"mlp": values.var(0)})
+    return ChannelMoments(len(values), PerUnit({"mlp": values.mean(0)}), PerUnit({"mlp": values.var(0)}))
 
 
 @pytest.mark.parametrize("n_first", [1, 2, 10, 18, 19])
@@ -264,8 +265,8 @@ def test_merged_equals_the_whole(n_first):
         part.variance["mlp"].nan_to_num_(nan=0.0)
     found, whole = merged(a, b), moments_at_once(torch.cat([first, second]))
     assert found.count == 20
-    torch.testing.assert_close(found.mean, whole.mean, rtol=1e-13, atol=0)
-    torch.testing.assert_close(found.variance, whole.variance, rtol=1e-11, atol=0)
+    torch.testing.assert_close(found.mean["mlp"], whole.mean["mlp"], rtol=1e-13, atol=0)
+    torch.testing.assert_close(found.variance["mlp"], whole.variance["mlp"], rtol=1e-11, atol=0)
 
 
 def test_merged_passes_equal_one_pass(llama, sequences):

@@ -13,6 +13,7 @@ import torch
 
 from ssah_utils import cache, evaluation, prompts, training
 from ssah_utils.cache import closure, code_of, identity, key_of, remembered
+from ssah_utils.per_unit import PerUnit
 
 CALLS: list[object] = []
 
@@ -54,6 +55,9 @@ VALUES = {
     "configs": [Config(0.1), Config(0.2), Config(0.1, 4), training.SFTConfig(), training.SFTConfig(seed=1)],
     "tensors": [torch.zeros(4), torch.zeros(5), torch.zeros(2, 2), torch.zeros(4, dtype=torch.int64), torch.eye(4)[3],
                 torch.tensor([True, False, False, False]), torch.zeros(4, dtype=torch.bfloat16)],
+    "values per unit": [PerUnit(values) for values in (
+        {"mlp": torch.zeros(2, 3)}, {"attention": torch.zeros(2, 3)}, {"mlp": torch.zeros(3, 2)}, {"mlp": torch.ones(2, 3)},
+        {"mlp": torch.zeros(2, 3) > 0}, {"mlp": torch.zeros(2, 3), "attention": torch.zeros(2, 3)})],
     "types": [torch.float32, torch.bfloat16],
     "tables": [TABLE, TABLE.assign(n=[1, 3]), TABLE.assign(prompt=["one", "Two"]), TABLE[::-1],
                TABLE.rename(columns={"n": "m"}), TABLE.assign(n=[1.0, 2.0]), TABLE[:1], TABLE.set_index("id", drop=False)],
@@ -235,7 +239,7 @@ def test_freezing_is_measured_again_for_other_requests_pairs_and_bases(cells, ll
     wanted = [text for text in sources if text.startswith(("def encoded", "def train_and_measure", "import "))]
     imports = [line for line in wanted[0].splitlines() if line.startswith(("import", "from"))]
     module = cells("\n".join([*imports, *wanted[1:]]))
-    frozen = {"attention": torch.zeros(3, 60, dtype=torch.bool), "mlp": torch.ones(3, 70, dtype=torch.bool)}
+    frozen = PerUnit({"attention": torch.zeros(3, 60, dtype=torch.bool), "mlp": torch.ones(3, 70, dtype=torch.bool)})
     other_model = copy.deepcopy(llama)
     with torch.no_grad():
         other_model.model.norm.weight[0] += 1
@@ -244,7 +248,7 @@ def test_freezing_is_measured_again_for_other_requests_pairs_and_bases(cells, ll
         "base": (llama, other_model), "tokenizer": (tokenizer,),
         "examples": ([{"input_ids": [1], "labels": [1]}], []), "task": ("adaptation", "arithmetic"),
         "config": (training.SFTConfig(), training.SFTConfig(seed=1)),
-        "kept": (frozen, {kind: ~chosen for kind, chosen in frozen.items()}, None),
+        "kept": (frozen, ~frozen, frozen.empty_set(), None),
         "adapter": ("", "lora"), "steps": ([5], [6]), "judge": (True, False), "test": (TABLE, TABLE[:1]),
         "margin_requests": (["one"], ["two"]), "requests": ({"harmful": TABLE}, {"harmful": TABLE.assign(prompt="other")}),
         "new_tokens": (16, 24), "n_cloze": (4, 5), "system_prompt": ("", "be kind"),

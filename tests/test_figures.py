@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from ssah_utils import figures, results, units
+from ssah_utils.per_unit import PerUnit
 from tests import test_stability_figures as stability
 from tests.test_direction_figures import direction_tables
 
@@ -92,8 +93,10 @@ def write_stage(source: Path, stage: str) -> None:
     run = results.Run(stage, source / stage, {})
     if stage == "03_units":
         generator = torch.Generator().manual_seed(0)
-        draw = lambda: {kind: torch.randn(3, n, generator=generator) for kind, n in (("attention", 20), ("mlp", 30))}  # noqa: E731
-        z_safety, z_utility = draw(), draw()
+        sizes = {"attention": (3, 20), "mlp": (3, 30)}
+        z_safety, z_utility = (
+            PerUnit({kind: torch.randn(size, generator=generator) for kind, size in sizes.items()}) for _ in range(2)
+        )
         parted = units.partition(z_safety, z_utility, fingerprint="f")
         units.save_partition(run.path("units.safetensors"), parted, z_safety=z_safety, z_utility=z_utility)
     run.finish(**TABLES[stage]())

@@ -69,7 +69,7 @@ def test_one_made_inside_trains_and_is_refused_afterwards(llama, make):
     with freezing(llama, chosen):
         late = make(trained(llama))
         step(llama, late, n=4)
-    others = {kind: ~values for kind, values in chosen.items()}
+    others = ~chosen
     assert_exactly_frozen(llama, before, trainable_entries(llama, others, rest=True))
     with pytest.raises(ValueError, match=AFTER):
         step(llama, late)

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from ssah_utils import models
 from ssah_utils.interventions import ablated, without_units
 from ssah_utils.models import KINDS
+from ssah_utils.per_unit import PerUnit
 from tests.conftest import COMPILED, VOCABULARY, n_hooks, parameters_of, same_parameters, writers_by_name
 
-UnitSet = dict[str, Tensor]
 EPS = torch.finfo(torch.float32).eps
 ROUNDINGS = 64  # of the largest logit, by which ways of computing the same may differ; found: 9
 
@@ -26,16 +26,16 @@ def columns(writer: nn.Module) -> Tensor:
     return writer.weight.T if type(writer).__name__ == "Conv1D" else writer.weight
 
 
-def nothing(model: nn.Module) -> UnitSet:
-    return {kind: torch.zeros(size, dtype=torch.bool) for kind, size in sizes_of(model).items()}
+def nothing(model: nn.Module) -> PerUnit:
+    return PerUnit({kind: torch.zeros(size, dtype=torch.bool) for kind, size in sizes_of(model).items()})
 
 
-def scattered(model: nn.Module, share: float = 0.3, seed: int = 0) -> UnitSet:
+def scattered(model: nn.Module, share: float = 0.3, seed: int = 0) -> PerUnit:
     generator = torch.Generator().manual_seed(seed)
-    return {kind: torch.rand(size, generator=generator) < share for kind, size in sizes_of(model).items()}
+    return PerUnit({kind: torch.rand(size, generator=generator) for kind, size in sizes_of(model).items()}) < share
 
 
-def with_a_whole_kv_group(model: nn.Module) -> UnitSet:
+def with_a_whole_kv_group(model: nn.Module) -> PerUnit:
     """Scattered units, and in the first block all channels that read the last key/value head, in the last all of them."""
     chosen = scattered(model)
     n_kv_heads = getattr(model.config, "num_key_value_heads", None) or model.config.num_attention_heads
@@ -46,20 +46,22 @@ def with_a_whole_kv_group(model: nn.Module) -> UnitSet:
     return chosen
 
 
-def of_one_kind(model: nn.Module) -> UnitSet:
-    return nothing(model) | {"mlp": scattered(model)["mlp"]}
+def of_one_kind(model: nn.Module) -> PerUnit:
+    return scattered(model).only("mlp")
 
 
 SETS = [scattered, with_a_whole_kv_group, of_one_kind, nothing]
 
 
-def random_means(model: nn.Module) -> dict[str, Tensor]:
+def random_means(model: nn.Module) -> PerUnit:
     generator = torch.Generator().manual_seed(2)
-    return {kind: torch.randn(size, generator=generator, dtype=torch.float64) for kind, size in sizes_of(model).items()}
+    return PerUnit({
+        kind: torch.randn(size, generator=generator, dtype=torch.float64) for kind, size in sizes_of(model).items()
+    })  # fmt: skip
 
 
 @torch.no_grad()
-def edited(model: nn.Module, chosen: UnitSet, means: dict[str, Tensor] | None = None) -> nn.Module:
+def edited(model: nn.Module, chosen: PerUnit, means: PerUnit | None = None) -> nn.Module:
     """A copy with the chosen columns at zero, and what they would write at their mean added to the writer's output."""
     clone = copy.deepcopy(model)
     for kind in KINDS:
@@ -123,7 +125,7 @@ def test_nested_ablations_add_up(llama, token_ids):
     first, second = scattered(llama, seed=0), scattered(llama, seed=1)
     with ablated(llama, first), ablated(llama, second):
         found = logits(llama, token_ids)
-    assert_close(found, logits(edited(llama, {kind: first[kind] | second[kind] for kind in KINDS}), token_ids))
+    assert_close(found, logits(edited(llama, first | second), token_ids))
 
 
 def test_bfloat16_model_with_float64_means(llama, token_ids):
@@ -247,7 +249,7 @@ WRONG_SHAPES = {
 @pytest.mark.parametrize("wrong", KINDS)
 @pytest.mark.parametrize("shape", WRONG_SHAPES.values(), ids=WRONG_SHAPES)
 def test_a_set_of_the_wrong_shape_is_refused_before_anything_is_hooked(llama, wrong, shape):
-    chosen = {kind: torch.ones(size, dtype=torch.bool) for kind, size in sizes_of(llama).items()}
+    chosen = dict(~nothing(llama))
     found = shape(sizes_of(llama)[wrong])
     chosen[wrong] = torch.ones(found, dtype=torch.bool)
     entered = False
@@ -262,10 +264,31 @@ def test_a_set_of_the_wrong_shape_is_refused_before_anything_is_hooked(llama, wr
 
 @pytest.mark.parametrize("spoil", [lambda means: means.pop("mlp"), lambda means: means.update(mlp=means["mlp"][:2])])
 def test_means_of_the_wrong_shape_leave_no_hooks(llama, spoil):
-    means = random_means(llama)
+    means = dict(random_means(llama))
     spoil(means)
-    with pytest.raises((ValueError, KeyError, IndexError)), ablated(llama, scattered(llama), means):
+    with pytest.raises(ValueError, match="mlp units, the model has"), ablated(llama, scattered(llama), means):
         pass
+    assert n_hooks(llama) == 0
+
+
+def test_a_plain_dict_will_do_for_a_set_and_for_means(llama, token_ids):
+    chosen, means = scattered(llama), random_means(llama)
+    with ablated(llama, chosen, means):
+        expected = logits(llama, token_ids)
+    with ablated(llama, dict(chosen), dict(means)):
+        assert torch.equal(logits(llama, token_ids), expected)
+    small = logits(without_units(llama, chosen, means), token_ids)
+    assert torch.equal(logits(without_units(llama, dict(chosen), dict(means)), token_ids), small)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int8, torch.float32])
+def test_a_set_of_numbers_is_refused(llama, dtype):
+    """~ of an integer is never zero."""
+    chosen = scattered(llama).map(lambda values: values.to(dtype))
+    with pytest.raises(TypeError, match="a set of units is of bool, not of"), ablated(llama, chosen):
+        raise AssertionError("entered")
+    with pytest.raises(TypeError, match="a set of units is of bool, not of"):
+        without_units(llama, chosen)
     assert n_hooks(llama) == 0
 
 

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from ssah_utils import interventions, models, partial
 from ssah_utils.models import KINDS, ModelShape
+from ssah_utils.per_unit import PerUnit
 from tests.conftest import COMPILED, CONFIGS, VOCABULARY, writers_by_name
 
 SIZES_OF_LLAMA = {"attention": 60, "mlp": 70}
@@ -422,7 +423,8 @@ def test_columns_of_codes_are_refused(llama, dtype):
 
 def test_a_model_in_training_by_units_is_known_by_its_weights(llama, token_ids):
     original = models.fingerprint(llama)
-    frozen = {kind: torch.rand(3, n, generator=torch.Generator().manual_seed(0)) < 0.3 for kind, n in SIZES_OF_LLAMA.items()}
+    generator = torch.Generator().manual_seed(0)
+    frozen = PerUnit({kind: torch.rand(3, n, generator=generator) for kind, n in SIZES_OF_LLAMA.items()}) < 0.3
     with partial.freezing(llama, frozen):
         assert models.fingerprint(llama) == original
         optimizer = torch.optim.SGD([p for p in llama.parameters() if p.requires_grad], lr=0.1)
@@ -433,13 +435,12 @@ def test_a_model_in_training_by_units_is_known_by_its_weights(llama, token_ids):
 
 
 def test_a_model_with_units_held_is_another_one(llama):
-    chosen = {kind: torch.zeros(3, n, dtype=torch.bool) for kind, n in SIZES_OF_LLAMA.items()}
+    nothing = PerUnit({kind: torch.zeros(3, n, dtype=torch.bool) for kind, n in SIZES_OF_LLAMA.items()})
     found = [models.fingerprint(llama)]
     for kind, layer, channel in (("mlp", 0, 3), ("mlp", 0, 4), ("mlp", 1, 3), ("attention", 0, 3)):
-        one = {k: values.clone() for k, values in chosen.items()}
+        one = nothing.map(torch.clone)
         one[kind][layer, channel] = True
-        means = {k: torch.ones(values.shape) for k, values in chosen.items()}
-        for fill in (None, means):
+        for fill in (None, (~nothing).map(torch.Tensor.float)):
             with interventions.ablated(llama, one, fill):
                 found.append(models.fingerprint(llama))
     assert len(set(found)) == len(found) == 9

@@ -17,7 +17,8 @@ from ssah_utils import models, partial, training
 from ssah_utils.activations import channel_moments
 from ssah_utils.interventions import ablated, without_units
 from ssah_utils.models import KINDS
-from ssah_utils.partial import PartialLinear, UnitSet, count_trainable, freezing, training_only
+from ssah_utils.partial import PartialLinear, count_trainable, freezing, training_only
+from ssah_utils.per_unit import PerUnit
 from ssah_utils.training import SFTConfig, fine_tune, prefer
 from tests.conftest import VOCABULARY, n_hooks, parameters_of, same_parameters, tiny_model
 from tests.test_training import PAIRS, PlainTrainer, examples_of
@@ -35,27 +36,27 @@ def sizes_of(model: nn.Module) -> dict[str, tuple[int, int]]:
     return {"attention": (N_LAYERS, 42 if model.config.model_type == "gpt2" else 60), "mlp": (N_LAYERS, 70)}
 
 
-def scattered(model: nn.Module, share: float = 0.2, seed: int = 0) -> UnitSet:
+def scattered(model: nn.Module, share: float = 0.2, seed: int = 0) -> PerUnit:
     """Random units; in the first block also a whole key/value head, in the second every mlp unit, in the last no attention."""
     generator = torch.Generator().manual_seed(seed)
-    chosen = {kind: torch.rand(size, generator=generator) < share for kind, size in sizes_of(model).items()}
+    chosen = PerUnit({kind: torch.rand(size, generator=generator) for kind, size in sizes_of(model).items()}) < share
     chosen["attention"][0, -30:] = True
     chosen["mlp"][1] = True
     chosen["attention"][2] = False
     return chosen
 
 
-def every(model: nn.Module, value: bool = True) -> UnitSet:
-    return {kind: torch.full(size, value) for kind, size in sizes_of(model).items()}
+def every(model: nn.Module, value: bool = True) -> PerUnit:
+    return PerUnit({kind: torch.full(size, value) for kind, size in sizes_of(model).items()})
 
 
-def one_unit(model: nn.Module) -> UnitSet:
+def one_unit(model: nn.Module) -> PerUnit:
     chosen = every(model, False)
     chosen["mlp"][1, 5] = True
     return chosen
 
 
-def trainable_entries(model: nn.Module, chosen: UnitSet, rest: bool) -> dict[str, Tensor]:
+def trainable_entries(model: nn.Module, chosen: PerUnit, rest: bool) -> dict[str, Tensor]:
     """For every parameter of the plain model, which entries may change: written down per architecture, by hand."""
     masks = {}
     for name, parameter in model.named_parameters():
@@ -585,9 +586,11 @@ def test_failure_while_entering_restores_the_model(llama, monkeypatch):
 # -------------------------------------------------------------------------------------------------- other contexts inside
 
 
-def means_of(model: nn.Module) -> dict[str, Tensor]:
+def means_of(model: nn.Module) -> PerUnit:
     generator = torch.Generator().manual_seed(2)
-    return {kind: torch.randn(size, generator=generator, dtype=torch.float64) for kind, size in sizes_of(model).items()}
+    return PerUnit({
+        kind: torch.randn(size, generator=generator, dtype=torch.float64) for kind, size in sizes_of(model).items()
+    })  # fmt: skip
 
 
 @pytest.mark.parametrize("with_means", [False, True])
@@ -688,7 +691,7 @@ def test_nesting_is_refused(llama, context):
 @pytest.mark.parametrize("rest", [None, False, True])
 def test_freezing_is_the_complement(any_model, rest):
     frozen, before = scattered(any_model), parameters_of(any_model)
-    others = {kind: ~chosen for kind, chosen in frozen.items()}
+    others = ~frozen
     reference = copy.deepcopy(any_model)
     how = {} if rest is None else {"train_rest": rest}
     with freezing(any_model, frozen, **how) as inside:
@@ -728,7 +731,7 @@ WRONG_SHAPES = {
 @pytest.mark.parametrize("shape", WRONG_SHAPES.values(), ids=WRONG_SHAPES)
 def test_a_set_of_another_shape_is_refused(llama, context, wrong, shape):
     expected, found = fingerprints(llama), shape(sizes_of(llama)[wrong])
-    chosen = scattered(llama) | {wrong: torch.ones(found, dtype=torch.bool)}
+    chosen = dict(scattered(llama)) | {wrong: torch.ones(found, dtype=torch.bool)}
     message = rf"the unit set has {re.escape(str(found))} {wrong} units, the model has {re.escape(str(sizes_of(llama)[wrong]))}"
     with pytest.raises(ValueError, match=message), context(llama, chosen):
         raise AssertionError("entered")
@@ -758,11 +761,21 @@ def test_other_architectures_are_refused(llama):
 
 
 @pytest.mark.parametrize("context", [training_only, freezing])
+def test_a_plain_dict_will_do_for_a_set(llama, context):
+    twin, chosen = copy.deepcopy(llama), scattered(llama)
+    with context(llama, chosen):
+        losses = steps(llama)
+    with context(twin, dict(chosen)):
+        assert steps(twin) == losses
+    assert same_parameters(twin, parameters_of(llama))
+
+
+@pytest.mark.parametrize("context", [training_only, freezing])
 @pytest.mark.parametrize("dtype", [torch.int64, torch.float32])
 def test_sets_of_numbers_are_refused(llama, context, dtype):
     """~ of an integer is never zero."""
-    expected, chosen = fingerprints(llama), {kind: values.to(dtype) for kind, values in scattered(llama).items()}
-    with pytest.raises(ValueError, match="bool"), context(llama, chosen):
+    expected, chosen = fingerprints(llama), scattered(llama).map(lambda values: values.to(dtype))
+    with pytest.raises(TypeError, match="a set of units is of bool, not of"), context(llama, chosen):
         raise AssertionError("entered")
     assert fingerprints(llama) == expected
 
@@ -931,7 +944,7 @@ def wide() -> nn.Module:
     return AutoModelForCausalLM.from_config(config).eval()
 
 
-def first_of_mlp(model: nn.Module, n: int) -> UnitSet:
+def first_of_mlp(model: nn.Module, n: int) -> PerUnit:
     """Every 512/n-th mlp unit of both blocks."""
     chosen = {"attention": torch.zeros(2, 32, dtype=torch.bool), "mlp": torch.zeros(2, WIDTH, dtype=torch.bool)}
     chosen["mlp"][:, torch.linspace(1, WIDTH - 1, n).long()] = True

@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from ssah_utils import models, units
+from ssah_utils.per_unit import PerUnit
 from tests import plain_trainer
 from tests.conftest import tiny_model
 
@@ -19,10 +20,11 @@ def data(tmp_path):
     return path
 
 
-def chosen_of(model) -> units.UnitSet:
+def chosen_of(model) -> PerUnit:
     shape = models.shape_of(model)
     generator = torch.Generator().manual_seed(0)
-    return {kind: torch.rand(shape.n_layers, shape.n_channels(kind), generator=generator) < 0.3 for kind in models.KINDS}
+    sizes = {kind: (shape.n_layers, shape.n_channels(kind)) for kind in models.KINDS}
+    return PerUnit({kind: torch.rand(size, generator=generator) for kind, size in sizes.items()}) < 0.3
 
 
 def test_frozen_units_survive_a_plain_script(saved_llama, llama, data, tmp_path):

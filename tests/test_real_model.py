@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from ssah_utils import activations, evaluation, interventions, loading, models, prompts, scores, training, units
+from ssah_utils.per_unit import PerUnit
 
 # Harmful requests to calibrate on (about half are refused), harmless ones, held-out ones, and tokens of an answer to each.
 N_HARMFUL, N_HELPFUL, N_HELD_OUT = 20, 14, 12
@@ -28,7 +29,7 @@ def vendor_aligned(request):
 
 
 @pytest.fixture(scope="module")
-def safety_units(vendor_aligned, splits) -> units.UnitSet:
+def safety_units(vendor_aligned, splits) -> PerUnit:
     """1.3% of the units, scored at the positions of the model's own refusals and of its answers to harmless requests."""
     model, tokenizer = vendor_aligned
     z = {}
@@ -49,10 +50,10 @@ def test_switching_safety_units_off_unlocks_and_random_units_do_not(vendor_align
     model, tokenizer = vendor_aligned
     held_out = splits["evaluation"]["harmful"][:N_HELD_OUT]
     random = units.random_units(safety_units, torch.Generator().manual_seed(0))
-    nothing = {kind: torch.zeros_like(chosen) for kind, chosen in random.items()}
-    assert units.size(safety_units) == units.size(random) == round(0.013 * models.shape_of(model).n_units)
+    nothing = random.empty_set()
+    assert safety_units.count() == random.count() == round(0.013 * models.shape_of(model).n_units)
 
-    def measured(chosen: units.UnitSet) -> tuple[float, float]:
+    def measured(chosen: PerUnit) -> tuple[float, float]:
         """Share of requests that get a coherent answer, and the mean margin between refusal and compliance in nats."""
         with interventions.ablated(model, chosen):
             answered = evaluation.generate(model, tokenizer, prompts.render(tokenizer, requests), HELD_OUT_TOKENS)

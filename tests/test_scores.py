@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ssah_utils import interventions, models
 from ssah_utils.activations import channel_moments
+from ssah_utils.per_unit import PerUnit
 from ssah_utils.scores import (
     cosine_distance,
     mean_difference_direction,
@@ -29,8 +30,8 @@ def test_variance_norm_is_the_expected_change_of_the_output_when_a_channel_is_he
     inputs = {kind: 3 + random(N_SAMPLES, *shape) for kind, shape in SHAPES.items()}
     weights = {kind: random(shape[0], 4, shape[1], seed=1) for kind, shape in SHAPES.items()}  # (n_layers, d_model, n_channels)
     found = variance_norm(
-        {kind: values.var(0) for kind, values in inputs.items()},
-        {kind: weight.square().sum(1) for kind, weight in weights.items()},
+        PerUnit({kind: values.var(0) for kind, values in inputs.items()}),
+        PerUnit({kind: weight.square().sum(1) for kind, weight in weights.items()}),
     )
     for kind, (n_layers, n_channels) in SHAPES.items():
         assert found[kind].shape == (n_layers, n_channels)
@@ -49,7 +50,7 @@ def test_score_of_a_real_channel_is_what_holding_it_does_to_the_writer(any_model
     batch = {"input_ids": token_ids, "attention_mask": torch.ones_like(token_ids), "positions": torch.ones(2, 9).bool()}
     moments = channel_moments(any_model, [batch])
     score = variance_norm(moments.variance, models.squared_column_norms(any_model))[kind][layer, channel].item()
-    chosen = {k: torch.zeros_like(values, dtype=torch.bool) for k, values in moments.mean.items()}
+    chosen = moments.mean.empty_set()
     chosen[kind][layer, channel] = True
 
     outputs: list[Tensor] = []
@@ -65,7 +66,8 @@ def test_score_of_a_real_channel_is_what_holding_it_does_to_the_writer(any_model
 
 
 def test_zscores_have_mean_0_and_spread_1_in_every_module():
-    score = {kind: random(*shape) * 10.0 ** torch.tensor([[-9], [6]]) + 5 for kind, shape in SHAPES.items()}
+    scale = 10.0 ** torch.tensor([[-9], [6]])
+    score = PerUnit({kind: random(*shape) * scale + 5 for kind, shape in SHAPES.items()})
     for kind, z in zscore_per_module(score).items():
         torch.testing.assert_close(z.mean(1), torch.zeros(2, dtype=torch.float64), rtol=0, atol=1e-6)
         torch.testing.assert_close(z.std(1), torch.ones(2, dtype=torch.float64), rtol=1e-6, atol=0)
@@ -74,7 +76,7 @@ def test_zscores_have_mean_0_and_spread_1_in_every_module():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_zscores_of_a_module_without_any_score_are_zero(dtype):
-    score = {"mlp": torch.stack([torch.zeros(7), torch.arange(7.0)]).to(dtype)}
+    score = PerUnit({"mlp": torch.stack([torch.zeros(7), torch.arange(7.0)]).to(dtype)})
     z = zscore_per_module(score)["mlp"]
     assert torch.equal(z[0], torch.zeros(7, dtype=dtype))
     assert z[1].std() == pytest.approx(1)
@@ -84,14 +86,14 @@ def test_zscores_of_a_module_without_any_score_are_zero(dtype):
 def test_zscores_of_a_constant_module_are_zero(value):
     """Also where the mean is not exactly the value, so that what is left is rounding."""
     values = torch.stack([torch.full((1536,), value, dtype=torch.float64), value * torch.arange(1, 1537, dtype=torch.float64)])
-    z = zscore_per_module({"mlp": values})["mlp"]
+    z = zscore_per_module(PerUnit({"mlp": values}))["mlp"]
     assert torch.equal(z[0], torch.zeros(1536, dtype=torch.float64))
     if value > 1e-200:  # else its spread underflows
         assert z[1].std() == pytest.approx(1)
 
 
 def test_a_module_of_one_channel_has_no_spread():
-    assert zscore_per_module({"mlp": torch.tensor([[2.0], [3.0]])})["mlp"].tolist() == [[0.0], [0.0]]
+    assert zscore_per_module(PerUnit({"mlp": torch.tensor([[2.0], [3.0]])}))["mlp"].tolist() == [[0.0], [0.0]]
 
 
 def test_weighted_norm_is_flaps():
@@ -99,8 +101,8 @@ def test_weighted_norm_is_flaps():
     inputs = {kind: 3 + random(N_SAMPLES, *shape) for kind, shape in SHAPES.items()}
     weights = {kind: random(shape[0], 4, shape[1], seed=1) for kind, shape in SHAPES.items()}
     found = weighted_norm(
-        {kind: values.square().mean(0) for kind, values in inputs.items()},
-        {kind: weight.abs().mean(1) for kind, weight in weights.items()},
+        PerUnit({kind: values.square().mean(0) for kind, values in inputs.items()}),
+        PerUnit({kind: weight.abs().mean(1) for kind, weight in weights.items()}),
     )
     for kind, (n_layers, n_channels) in SHAPES.items():
         for layer in range(n_layers):

@@ -18,6 +18,7 @@ from ssah_utils.adapters import PEFT_METHODS, with_adapter
 from ssah_utils.evaluation import generate, opening_log_probabilities
 from ssah_utils.models import KINDS
 from ssah_utils.partial import training_only
+from ssah_utils.per_unit import PerUnit
 from ssah_utils.training import (
     AtSteps,
     ResponseTrainer,
@@ -641,10 +642,10 @@ def test_every_architecture_takes_the_methods_it_is_said_to(any_model, token_ids
 CONFIG = SFTConfig(learning_rate=1e-2, max_steps=3, batch_size=4)
 
 
-def units_of(seed: int = 0) -> dict[str, Tensor]:
+def units_of(seed: int = 0) -> PerUnit:
     """A third of the units of a tiny llama."""
     generator = torch.Generator().manual_seed(seed)
-    return {kind: torch.rand(3, size, generator=generator) < 1 / 3 for kind, size in (("attention", 60), ("mlp", 70))}
+    return PerUnit({kind: torch.rand(3, size, generator=generator) for kind, size in (("attention", 60), ("mlp", 70))}) < 1 / 3
 
 
 def refuse_to_train(*args, **kwargs):
@@ -820,14 +821,13 @@ def test_unit_gradients_equal_those_by_hand(tiny_models, name):
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_unit_gradients_cover_what_training_only_trains(tiny_models, name):
     model, batch = tiny_models(name), batch_of(examples_of(10))
-    found = unit_gradients(model, [batch])["mlp"]
-    chosen = {kind: torch.zeros(3, size, dtype=torch.bool) for kind, size in
-              (("attention", 42 if name == "gpt2" else 60), ("mlp", 70))}  # fmt: skip
+    found = unit_gradients(model, [batch])
+    chosen = found.empty_set()
     chosen["mlp"][:, ::3] = True
     with training_only(model, chosen):
         model(**batch).loss.backward()
         total = sum(p.grad.double().square().sum() for p in model.parameters() if p.requires_grad)
-    assert found[chosen["mlp"]].square().sum().item() == pytest.approx(total.item(), rel=1e-4)
+    assert found["mlp"][chosen["mlp"]].square().sum().item() == pytest.approx(total.item(), rel=1e-4)
 
 
 @pytest.mark.parametrize("batches", [[], [{"input_ids": [3, 4, 5], "labels": [IGNORED] * 3}]])

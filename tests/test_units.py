@@ -7,18 +7,16 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
-from torch import Tensor
 
 from ssah_utils import units
+from ssah_utils.per_unit import PerUnit
 from ssah_utils.units import GROUPS, UnitPartition, load_partition, partition, random_units, save_partition
-
-PerUnit = dict[str, Tensor]
 
 
 def scores(seed: int, n_layers: int = 3, n_attention: int = 6, n_mlp: int = 10) -> PerUnit:
     generator = torch.Generator().manual_seed(seed)
     sizes = {"attention": n_attention, "mlp": n_mlp}
-    return {kind: torch.randn(n_layers, n, generator=generator, dtype=torch.float64) for kind, n in sizes.items()}
+    return PerUnit({kind: torch.randn(n_layers, n, generator=generator, dtype=torch.float64) for kind, n in sizes.items()})
 
 
 def partition_by_sorting(z_safety: PerUnit, z_utility: PerUnit, n_safety: int, n_utility: int, n_redundant: int) -> dict:
@@ -49,7 +47,7 @@ def as_dict(parted: UnitPartition) -> dict:
 
 
 def sizes(parted: UnitPartition) -> dict[str, int]:
-    return {group: units.size(parted.units(group)) for group in GROUPS}
+    return {group: parted.units(group).count() for group in GROUPS}
 
 
 # ------------------------------------------------------------------------------------------------------------- partition
@@ -81,7 +79,7 @@ def test_partition_equals_sorting_lists(fractions, shape, seed):
 def test_groups_are_disjoint_and_of_exact_size_also_with_ties(fractions, seed):
     wanted = [round(fraction * 48) for fraction in fractions]
     assume(sum(fractions) <= 1 and sum(wanted) <= 48)
-    z_safety, z_utility = ({kind: z.round() for kind, z in scores(seed + i).items()} for i in range(2))
+    z_safety, z_utility = (scores(seed + i).map(torch.round) for i in range(2))
     parted = partition(z_safety, z_utility, *fractions)
     for kind, z in z_safety.items():
         members = torch.stack([parted.units(group)[kind] for group in GROUPS])
@@ -93,8 +91,8 @@ def test_groups_are_disjoint_and_of_exact_size_also_with_ties(fractions, seed):
 
 
 def test_partition_by_hand():
-    z_safety = {"attention": torch.tensor([[5.0, 0.0]]), "mlp": torch.tensor([[1.0, -3.0, 4.0]])}
-    z_utility = {"attention": torch.tensor([[0.0, 4.0]]), "mlp": torch.tensor([[1.0, -3.0, 4.5]])}
+    z_safety = PerUnit({"attention": torch.tensor([[5.0, 0.0]]), "mlp": torch.tensor([[1.0, -3.0, 4.0]])})
+    z_utility = PerUnit({"attention": torch.tensor([[0.0, 4.0]]), "mlp": torch.tensor([[1.0, -3.0, 4.5]])})
     parted = partition(z_safety, z_utility, 0.2, 0.2, 0.2, fingerprint="f")
     assert parted.group_index["attention"].tolist() == [[GROUPS.index("safety"), GROUPS.index("utility")]]
     assert [GROUPS[i] for i in parted.group_index["mlp"][0]] == ["complex", "redundant", "complex"]
@@ -168,20 +166,16 @@ def test_table_has_one_row_per_unit():
 
 def a_set(seed: int = 0, share: float = 0.4) -> PerUnit:
     generator = torch.Generator().manual_seed(seed)
-    return {"attention": torch.rand(3, 20, generator=generator) < share, "mlp": torch.rand(3, 30, generator=generator) < share}
-
-
-def same(a: PerUnit, b: PerUnit) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[kind], b[kind]) for kind in a)
+    return PerUnit({kind: torch.rand(3, n, generator=generator) for kind, n in (("attention", 20), ("mlp", 30))}) < share
 
 
 def test_top_units_are_the_highest():
     score = scores(0)
     chosen = units.top_units(score, 0.25)
-    assert units.size(chosen) == 12
+    assert chosen.count() == 12
     flat = torch.cat([score["attention"].flatten(), score["mlp"].flatten()])
     threshold = flat.sort(descending=True).values[11]
-    assert all(torch.equal(chosen[kind], score[kind] >= threshold) for kind in score)
+    assert chosen.equals(score >= threshold.item())
     with pytest.raises(ValueError, match="fraction is 2"):
         units.top_units(score, 2)
 
@@ -200,44 +194,35 @@ def test_random_units_have_the_same_count_in_every_module(share, seed):
 def test_random_units_differ_between_draws_and_repeat_with_the_seed():
     like, generator = a_set(seed=5), torch.Generator().manual_seed(0)
     first, second = random_units(like, generator), random_units(like, generator)
-    assert not same(first, second)
-    assert not same(first, like)
-    assert same(first, random_units(like, torch.Generator().manual_seed(0)))
+    assert not first.equals(second)
+    assert not first.equals(like)
+    assert first.equals(random_units(like, torch.Generator().manual_seed(0)))
 
 
 def test_random_units_prefer_no_channel():
-    like = {"mlp": (torch.arange(10) < 3).repeat(1000, 1)}
+    like = PerUnit({"mlp": (torch.arange(10) < 3).repeat(1000, 1)})
     drawn = random_units(like, torch.Generator().manual_seed(0))["mlp"].double().mean(0)
     assert (drawn - 0.3).abs().max() < 0.06  # four standard errors
 
 
-def test_of_kind_keeps_one_kind():
-    chosen = a_set()
-    alone = units.of_kind(chosen, "mlp")
-    assert torch.equal(alone["mlp"], chosen["mlp"])
-    assert not alone["attention"].any()
-    assert units.size(alone) == int(chosen["mlp"].sum())
-    assert units.size_of_all(alone) == 3 * (20 + 30)
-
-
 def test_jaccard_by_hand():
-    a = {"attention": torch.tensor([[True, True, False]]), "mlp": torch.tensor([[True, False, False]])}
-    b = {"attention": torch.tensor([[False, True, True]]), "mlp": torch.tensor([[True, True, False]])}
+    a = PerUnit({"attention": torch.tensor([[True, True, False]]), "mlp": torch.tensor([[True, False, False]])})
+    b = PerUnit({"attention": torch.tensor([[False, True, True]]), "mlp": torch.tensor([[True, True, False]])})
     assert units.jaccard(a, b) == 2 / 5
     assert units.jaccard(a, a) == 1
-    assert units.jaccard(a, {kind: ~chosen for kind, chosen in a.items()}) == 0
+    assert units.jaccard(a, ~a) == 0
 
 
 def test_jaccard_of_two_empty_sets_is_1():
-    empty = {"mlp": torch.zeros(2, 3, dtype=torch.bool)}
+    empty = a_set().empty_set()
     assert units.jaccard(empty, empty) == 1
 
 
 @pytest.mark.parametrize("fraction", [0, 0.02, 0.1, 0.2])
 def test_set_difference_equals_comparing_lists(fraction):
     z_safety, z_utility = scores(0), scores(1)
-    found = units.flat(units.set_difference(z_safety, z_utility, fraction)).nonzero().squeeze(1).tolist()
-    safety, utility = (sorted(range(48), key=(-units.flat(z)).tolist().__getitem__) for z in (z_safety, z_utility))
+    found = units.set_difference(z_safety, z_utility, fraction).flatten().nonzero().squeeze(1).tolist()
+    safety, utility = (sorted(range(48), key=(-z).flatten().tolist().__getitem__) for z in (z_safety, z_utility))
     q = next(q for q in range(49) if len(set(safety[:q]) - set(utility[:q])) == round(fraction * 48))
     assert set(found) == set(safety[:q]) - set(utility[:q])
 
@@ -251,22 +236,22 @@ def test_set_difference_of_equal_rankings_is_refused():
 @given(shares=st.tuples(st.floats(0.05, 0.6), st.floats(0.05, 0.6)), seed=st.integers(0, 2**31))
 def test_chance_is_what_random_sets_share(shares, seed):
     generator = torch.Generator().manual_seed(seed)
-    a, b = ({"mlp": torch.rand(3, 400, generator=generator) < share} for share in shares)
+    a, b = (PerUnit({"mlp": torch.rand(3, 400, generator=generator)}) < share for share in shares)
     drawn = [units.jaccard(random_units(a, generator), random_units(b, generator)) for _ in range(200)]
     mean, error = torch.tensor(drawn).mean().item(), torch.tensor(drawn).std().item() / 200**0.5
     assert abs(units.chance_jaccard(a, b) - mean) < 5 * error + 2e-3
 
 
 def test_chance_by_hand():
-    a = {"attention": torch.tensor([[True, True, False, False]]), "mlp": torch.tensor([[True, False]])}
-    b = {"attention": torch.tensor([[True, False, False, False]]), "mlp": torch.tensor([[True, True]])}
+    a = PerUnit({"attention": torch.tensor([[True, True, False, False]]), "mlp": torch.tensor([[True, False]])})
+    b = PerUnit({"attention": torch.tensor([[True, False, False, False]]), "mlp": torch.tensor([[True, True]])})
     assert units.chance_jaccard(a, b) == pytest.approx(1.5 / (3 + 3 - 1.5))
-    empty = {"mlp": torch.zeros(2, 3, dtype=torch.bool)}
+    empty = a_set().empty_set()
     assert units.chance_jaccard(empty, empty) == 1
 
 
 def test_overlap_table_has_every_pair():
-    sets = {"a": a_set(0), "b": a_set(1), "all": {kind: torch.ones_like(chosen) for kind, chosen in a_set(0).items()}}
+    sets = {"a": a_set(0), "b": a_set(1), "all": ~a_set(0).empty_set()}
     table = units.overlap_table(sets).set_index(["first", "second"])
     assert len(table) == 9
     for first in sets:
@@ -283,8 +268,8 @@ def test_indices_and_names_of_single_units():
     like = a_set()
     chosen = units.of_indices([1, 19, 60 + 31], like)
     assert chosen["attention"].nonzero().tolist() == [[0, 1], [0, 19]]
-    assert units.names(chosen) == ["attention/0/1", "attention/0/19", "mlp/1/1"]
-    assert units.size(units.of_indices([], like)) == 0
+    assert chosen.names() == ["attention/0/1", "attention/0/19", "mlp/1/1"]
+    assert units.of_indices([], like).count() == 0
 
 
 # ----------------------------------------------------------------------------------------------------------------- files
@@ -306,20 +291,20 @@ def saved(tmp_path: Path, parted: UnitPartition) -> Path:
 def test_saved_partition_is_read_back(saved, parted, fingerprint):
     found, extra = load_partition(saved, fingerprint)
     assert found.fingerprint == parted.fingerprint
-    assert same(found.group_index, parted.group_index)
+    assert found.group_index.equals(parted.group_index)
     assert all(index.dtype == torch.int8 for index in found.group_index.values())
     assert list(found.group_index) == list(parted.group_index)
     assert extra.keys() == {"z_safety", "z_utility"}
-    assert same(extra["z_safety"], scores(0))
-    assert same(extra["z_utility"], scores(1))
+    assert extra["z_safety"].equals(scores(0))
+    assert extra["z_utility"].equals(scores(1))
     assert [path.name for path in saved.parent.iterdir()] == [saved.name]
 
 
 def test_tensors_that_are_not_contiguous_can_be_saved(tmp_path, parted):
-    turned = {kind: z.T.contiguous().T for kind, z in scores(0).items()}
+    turned = scores(0).map(lambda z: z.T.contiguous().T)
     assert not turned["mlp"].is_contiguous()
     save_partition(tmp_path / "units", parted, z_safety=turned)
-    assert same(load_partition(tmp_path / "units")[1]["z_safety"], scores(0))
+    assert load_partition(tmp_path / "units")[1]["z_safety"].equals(scores(0))
 
 
 def test_partition_of_another_model_is_refused(saved):
@@ -363,7 +348,7 @@ def test_failed_save_leaves_the_folder_as_it_was(tmp_path, parted, monkeypatch, 
         save_partition(path, parted, z_safety=scores(0))
     assert [entry.name for entry in path.parent.iterdir()] == [path.name] * existed
     if existed:
-        assert same(load_partition(path, parted.fingerprint)[0].group_index, parted.group_index)
+        assert load_partition(path, parted.fingerprint)[0].group_index.equals(parted.group_index)
 
 
 # ------------------------------------------------------------------------------------------------------------------ transfer
@@ -372,28 +357,27 @@ def test_failed_save_leaves_the_folder_as_it_was(tmp_path, parted, monkeypatch, 
 def test_transfer_table_counts_every_unit_once():
     generator = torch.Generator().manual_seed(0)
     draw = lambda n: torch.randint(0, 4, (2, n), generator=generator, dtype=torch.int8)  # noqa: E731
-    before, after = (UnitPartition({"attention": draw(5), "mlp": draw(9)}) for _ in range(2))
+    before, after = (UnitPartition(PerUnit({"attention": draw(5), "mlp": draw(9)})) for _ in range(2))
     table = units.transfer_table(before, after)
     assert table["units"].sum() == 28 and len(table) == 16
     for row in table.itertuples():
-        pairs = zip(units.flat(before.group_index).tolist(), units.flat(after.group_index).tolist(), strict=True)
+        pairs = zip(before.group_index.flatten().tolist(), after.group_index.flatten().tolist(), strict=True)
         assert row.units == sum((GROUPS[a], GROUPS[b]) == (row.before, row.after) for a, b in pairs)
     occupied = table.groupby("before")["share"].sum()
     assert occupied[occupied > 0].to_list() == pytest.approx([1.0] * int((occupied > 0).sum()))
 
 
 def test_nothing_moves_between_a_partition_and_itself():
-    same = UnitPartition({"attention": torch.zeros(1, 3, dtype=torch.int8), "mlp": torch.full((1, 4), 3, dtype=torch.int8)})
-    table = units.transfer_table(same, same)
+    parted = partition(scores(0), scores(1), 0.2, 0.2, 0.2)
+    table = units.transfer_table(parted, parted)
     assert table[table["before"] != table["after"]]["units"].sum() == 0
 
 
 def test_a_set_survives_its_file(tmp_path):
-    chosen = {"attention": torch.tensor([[True, False]]), "mlp": torch.tensor([[False, True, True]])}
+    chosen = PerUnit({"attention": torch.tensor([[True, False]]), "mlp": torch.tensor([[False, True, True]])})
     units.save_set(tmp_path / "set.safetensors", chosen, "feed", "three units")
     for fingerprint in ("", "feed"):
-        found = units.load_set(tmp_path / "set.safetensors", fingerprint)
-        assert all(torch.equal(found[kind], chosen[kind]) for kind in chosen) and found.keys() == chosen.keys()
+        assert units.load_set(tmp_path / "set.safetensors", fingerprint).equals(chosen)
     with pytest.raises(ValueError, match="made for model feed, not for the loaded beef"):
         units.load_set(tmp_path / "set.safetensors", "beef")
     with pytest.raises(ValueError, match="not a file of format ssah-units-1"):
@@ -408,7 +392,7 @@ def test_named_sets_survive_their_file(tmp_path):
     units.save_sets(path, sets, "feed")
     for fingerprint in ("", "feed"):
         found = units.load_sets(path, fingerprint)
-        assert list(found) == list(sets) and all(same(found[name], sets[name]) for name in sets)
+        assert list(found) == list(sets) and all(found[name].equals(sets[name]) for name in sets)
     with pytest.raises(ValueError, match="made for model feed, not for the loaded beef"):
         units.load_sets(path, "beef")
     with pytest.raises(ValueError, match="not a file of format ssah-unit-set-1"):
@@ -420,13 +404,8 @@ def test_named_sets_survive_their_file(tmp_path):
         units.load_sets(path)
 
 
-def test_union():
-    a, b = {"mlp": torch.tensor([True, False, False])}, {"mlp": torch.tensor([True, True, False])}
-    assert units.union(a, b)["mlp"].tolist() == [True, True, False]
-
-
 def test_more_units_than_can_be_ranked_are_refused():
-    score = {"attention": torch.tensor([[1.0, -torch.inf]]), "mlp": torch.tensor([[-torch.inf, 2.0]])}
-    assert sum(int(chosen.sum()) for chosen in units.top_units(score, 0.5).values()) == 2
+    score = PerUnit({"attention": torch.tensor([[1.0, -torch.inf]]), "mlp": torch.tensor([[-torch.inf, 2.0]])})
+    assert units.top_units(score, 0.5).count() == 2
     with pytest.raises(ValueError, match=r"0\.75 of all units are 3, but only 2 units are there to choose from"):
         units.top_units(score, 0.75)

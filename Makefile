@@ -12,21 +12,21 @@ BIN := $(VENV)/bin
 
 # Another kind of machine, as far as that can be had on this one: without AVX-512 and bfloat16.
 OTHER_MACHINE := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 SSAH_DTYPE=float32
-NUMERICAL := $(addprefix tests/test_,activations.py direction.py evaluation.py interventions.py models.py partial.py reading.py \
-  real_model.py scores.py search.py stats.py training.py units.py)
+NUMERICAL := $(addprefix tests/test_,activations.py evaluation.py interventions.py models.py prompt_cache.py \
+  real_model.py scores.py search.py stats.py stepwise.py training.py unit_training.py units.py)
 
 .PHONY: reproduce reference test test-other-machine figures lab bench bench-gpu lint clean
 
 reproduce: $(VENV)/installed
-	$(BIN)/python -m ssah_utils.run --profile $(PROFILE)
-	$(BIN)/python -m ssah_utils.figures --profile $(PROFILE) --to runs/$(PROFILE)/figures
+	$(BIN)/ssah run --profile $(PROFILE)
+	$(BIN)/ssah figures --profile $(PROFILE) --to runs/$(PROFILE)/figures
 
 reference: $(VENV)/installed
-	for seed in $(OTHER_SEEDS) 0; do $(BIN)/python -m ssah_utils.run --profile $(PROFILE) --set seed=$$seed || exit 1; done
-	for seed in $(OTHER_SEEDS) 0; do $(BIN)/python -m ssah_utils.publish --profile $(PROFILE) --seed $$seed || exit 1; done
+	for seed in $(OTHER_SEEDS) 0; do $(BIN)/ssah run --profile $(PROFILE) --set seed=$$seed || exit 1; done
+	for seed in $(OTHER_SEEDS) 0; do $(BIN)/ssah publish --profile $(PROFILE) --seed $$seed || exit 1; done
 
 test: $(VENV)/installed
-	$(BIN)/python -m ssah_utils.assets
+	$(BIN)/ssah download
 	$(BIN)/ruff check .
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
@@ -37,7 +37,7 @@ test-other-machine: $(VENV)/installed
 	else echo "this machine has no AVX-512: make test has run the numerical tests without it"; fi
 
 figures: $(VENV)/installed
-	$(BIN)/python -m ssah_utils.figures
+	$(BIN)/ssah figures
 
 lab: $(VENV)/installed
 	$(BIN)/python -m jupyterlab notebooks

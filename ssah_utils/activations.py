@@ -1,6 +1,8 @@
-"""One pass over a model: streaming moments of every channel, or the residual stream at marked positions.
+"""One pass over a model: streaming moments of every channel, or the residual stream at marked
+positions.
 
-Activations are reduced where they appear and never kept. Knows models and token batches. Does not know prompts or scores.
+Activations are reduced where they appear and never kept. Knows models and token batches. Does not
+know prompts or scores.
 """
 
 import functools
@@ -11,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ssah_utils import models
+from ssah_utils import models, per_unit, weights, wrappers
 from ssah_utils.per_unit import PerUnit
 
 Batch = dict[str, Tensor]  # input_ids, attention_mask: (B, T) int64; positions: (B, T) bool
@@ -46,11 +48,12 @@ def pooled(parts: Iterable[ChannelMoments]) -> ChannelMoments:
 
 
 class StreamingMoments:
-    """Moments of one module's channels, merged batch by batch (Chan, Golub & LeVeque 1979) in float64.
+    """Moments of one module's channels, merged batch by batch (Chan, Golub & LeVeque 1979) in
+    float64.
 
-    Within a batch, values are centred on the batch's own float32 mean before they are squared: the subtraction of two
-    float32 numbers is exact to one rounding, so no precision is lost even where the mean is far larger than the spread,
-    or where batches lie far apart.
+    Within a batch, values are centred on the batch's own float32 mean before they are squared: the
+    subtraction of two float32 numbers is exact to one rounding, so no precision is lost even where
+    the mean is far larger than the spread, or where batches lie far apart.
     """
 
     def __init__(self) -> None:
@@ -83,10 +86,15 @@ class StreamingMoments:
 def inputs_of(backbone: nn.Module, batch: Batch, device: torch.device) -> dict:
     """Arguments of a backbone for one batch.
 
-    Positions are counted over attended tokens: models with learned positions would otherwise count left padding, too.
+    Positions are counted over attended tokens: models with learned positions would otherwise count
+    left padding, too.
     """
     mask = batch["attention_mask"].to(device)
-    inputs = {"input_ids": batch["input_ids"].to(device), "attention_mask": mask, "use_cache": False}
+    inputs = {
+        "input_ids": batch["input_ids"].to(device),
+        "attention_mask": mask,
+        "use_cache": False,
+    }
     if "position_ids" in inspect.signature(backbone.forward).parameters:
         inputs["position_ids"] = (mask.cumsum(1) - 1).clamp_min(0)
     return inputs
@@ -96,14 +104,16 @@ def inputs_of(backbone: nn.Module, batch: Batch, device: torch.device) -> dict:
 def channel_moments(model: nn.Module, batches: Iterable[Batch]) -> ChannelMoments:
     """Moments of every unit's activation over the positions marked in ``batches``.
 
-    Runs the backbone only: the language-model head would cost a quarter more and is not looked at. Nor is what comes after
-    a batch's last marked position, on which a causal model's earlier activations do not depend.
-    Raises ``ValueError`` when fewer than two positions are marked.
+    Runs the backbone only: the language-model head would cost a quarter more and is not looked at.
+    Nor is what comes after a batch's last marked position, on which a causal model's earlier
+    activations do not depend. Raises ``ValueError`` when fewer than two positions are marked.
     """
-    model = models.gathered(model)
+    model = weights.gathered(model)
     backbone = models.backbone_of(model)
     device = next(model.parameters()).device
-    streams = {kind: [StreamingMoments() for _ in models.blocks_of(model)] for kind in models.KINDS}
+    streams = {
+        kind: [StreamingMoments() for _ in models.blocks_of(model)] for kind in per_unit.KINDS
+    }
     selected: Tensor  # flat indices of the marked positions of the batch at hand
 
     def observe(stream: StreamingMoments):
@@ -112,15 +122,18 @@ def channel_moments(model: nn.Module, batches: Iterable[Batch]) -> ChannelMoment
 
         return hook
 
-    with models.evaluating(model), models.hooking() as handles:
-        for kind in models.KINDS:
+    with wrappers.evaluating(model), models.hooking() as handles:
+        for kind in per_unit.KINDS:
             for module, stream in zip(models.writers(model, kind), streams[kind], strict=True):
                 handles.append(module.register_forward_pre_hook(observe(stream)))
         for batch in batches:
             columns = batch["positions"].any(0).nonzero()
             if not len(columns):
                 continue
-            batch = {key: batch[key][:, : int(columns.max()) + 1] for key in ("input_ids", "attention_mask", "positions")}
+            batch = {
+                key: batch[key][:, : int(columns.max()) + 1]
+                for key in ("input_ids", "attention_mask", "positions")
+            }
             selected = batch["positions"].flatten().nonzero().squeeze(1).to(device)
             backbone(**inputs_of(backbone, batch, device))
     count = streams["mlp"][0].count
@@ -128,24 +141,31 @@ def channel_moments(model: nn.Module, batches: Iterable[Batch]) -> ChannelMoment
         raise ValueError(f"a variance needs at least 2 positions; the batches mark {count}")
     return ChannelMoments(
         count=count,
-        mean=PerUnit.of_layers({kind: [stream.mean for stream in streams[kind]] for kind in streams}),
-        variance=PerUnit.of_layers({kind: [stream.variance for stream in streams[kind]] for kind in streams}),
+        mean=PerUnit.of_layers(
+            {kind: [stream.mean for stream in streams[kind]] for kind in streams}
+        ),
+        variance=PerUnit.of_layers(
+            {kind: [stream.variance for stream in streams[kind]] for kind in streams}
+        ),
     )
 
 
 def gradient_activation(model: nn.Module, batches: Iterable[Batch]) -> PerUnit:
     """Mean over the marked positions of |x_j * dL/dx_j| at every writer's input, in float64.
 
-    L is the sum of the negative log-likelihoods of the tokens that the marked positions predict, so the product is what
-    holding the channel at zero would do to it, to first order (Molchanov et al., ICLR 2017; SNIP, Lee et al., ICLR 2019).
-    Reduced in float32, summed in float64, whatever the model's precision. Parameters get no gradient, which saves half of a
-    backward pass.
-    Raises ``ValueError`` when no position is marked.
+    L is the sum of the negative log-likelihoods of the tokens that the marked positions predict, so
+    the product is what holding the channel at zero would do to it, to first order (Molchanov et
+    al., ICLR 2017; SNIP, Lee et al., ICLR 2019). Reduced in float32, summed in float64, whatever
+    the model's precision. Parameters get no gradient, which saves half of a backward pass. Raises
+    ``ValueError`` when no position is marked.
     """
-    model = models.gathered(model)
+    model = weights.gathered(model)
     backbone = models.backbone_of(model)
     device = next(model.parameters()).device
-    totals = {kind: [torch.zeros((), dtype=torch.float64)] * len(models.blocks_of(model)) for kind in models.KINDS}
+    totals = {
+        kind: [torch.zeros((), dtype=torch.float64)] * len(models.blocks_of(model))
+        for kind in per_unit.KINDS
+    }
     count = 0
     selected: Tensor  # flat indices of the marked positions of the batch at hand
 
@@ -155,20 +175,27 @@ def gradient_activation(model: nn.Module, batches: Iterable[Batch]) -> PerUnit:
 
             def add(gradient: Tensor) -> None:
                 rows = selected.to(values.device)
-                product = gradient.flatten(0, 1).index_select(0, rows).float() * values.index_select(0, rows).float()
-                totals[kind][layer] = totals[kind][layer].to(values.device) + product.abs_().sum(0).double()
+                product = (
+                    gradient.flatten(0, 1).index_select(0, rows).float()
+                    * values.index_select(0, rows).float()
+                )
+                totals[kind][layer] = (
+                    totals[kind][layer].to(values.device) + product.abs_().sum(0).double()
+                )
 
             args[0].register_hook(add)
 
         return hook
 
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    with models.evaluating(model), models.hooking() as handles:
-        for kind in models.KINDS:
+    with wrappers.evaluating(model), models.hooking() as handles:
+        for kind in per_unit.KINDS:
             for layer, module in enumerate(models.writers(model, kind)):
                 handles.append(module.register_forward_pre_hook(observe(kind, layer)))
         embedding = model.get_input_embeddings()
-        handles.append(embedding.register_forward_hook(lambda module, args, output: output.requires_grad_()))
+        handles.append(
+            embedding.register_forward_hook(lambda module, args, output: output.requires_grad_())
+        )
         try:
             for parameter in trained:
                 parameter.requires_grad_(False)
@@ -180,7 +207,9 @@ def gradient_activation(model: nn.Module, batches: Iterable[Batch]) -> PerUnit:
                 count += len(selected)
                 with torch.enable_grad():
                     hidden = backbone(**inputs_of(backbone, batch, device)).last_hidden_state
-                    logits = models.logits_of(model, hidden[:, :-1][marked.to(hidden.device)]).float()
+                    logits = models.logits_of(
+                        model, hidden[:, :-1][marked.to(hidden.device)]
+                    ).float()
                     targets = batch["input_ids"][:, 1:].to(device)[marked].to(logits.device)
                     nn.functional.cross_entropy(logits, targets, reduction="sum").backward()
         finally:
@@ -192,11 +221,15 @@ def gradient_activation(model: nn.Module, batches: Iterable[Batch]) -> PerUnit:
 
 
 def last_token_states(model: nn.Module, batches: Iterable[Batch]) -> Tensor:
-    """Residual stream after every block at each sequence's last token: (n_sequences, n_layers, d_model) float32."""
+    """Residual stream after every block at each sequence's last token: (n_sequences, n_layers,
+    d_model) float32.
+    """
 
     def at_the_end(batch: Batch) -> Batch:
         mask = batch["attention_mask"]
-        last = mask.cumsum(1).argmax(1)  # (B,) index of the last attended token, whatever the padding side
+        last = mask.cumsum(1).argmax(
+            1
+        )  # (B,) index of the last attended token, whatever the padding side
         return batch | {"positions": nn.functional.one_hot(last, mask.shape[1]).bool()}
 
     return marked_states(model, map(at_the_end, batches))
@@ -204,13 +237,17 @@ def last_token_states(model: nn.Module, batches: Iterable[Batch]) -> Tensor:
 
 @torch.inference_mode()
 def marked_states(
-    model: nn.Module, batches: Iterable[Batch], reduce: Callable[[int, Tensor], Tensor] = lambda layer, states: states
+    model: nn.Module,
+    batches: Iterable[Batch],
+    reduce: Callable[[int, Tensor], Tensor] = lambda layer, states: states,
 ) -> Tensor:
-    """Residual stream after every block at the marked positions, in their order: (n_marked, n_layers, d_model) float32.
+    """Residual stream after every block at the marked positions, in their order: (n_marked,
+    n_layers, d_model) float32.
 
-    ``reduce(layer, states)`` turns (n, d_model) into (n, ...) where the states appear, so that a projection keeps one number.
+    ``reduce(layer, states)`` turns (n, d_model) into (n, ...) where the states appear, so that a
+    projection keeps one number.
     """
-    model = models.gathered(model)
+    model = weights.gathered(model)
     backbone, device = models.backbone_of(model), next(model.parameters()).device
     collected: list[Tensor] = []
     selected: Tensor  # flat indices of the marked positions of the batch at hand
@@ -224,7 +261,7 @@ def marked_states(
 
         return hook
 
-    with models.evaluating(model), models.hooking() as handles:
+    with wrappers.evaluating(model), models.hooking() as handles:
         for layer, block in enumerate(models.blocks_of(model)):
             handles.append(block.register_forward_hook(keep(layer)))
         for batch in batches:

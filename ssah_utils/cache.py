@@ -1,8 +1,10 @@
-"""What a function returned, remembered under everything it depends on: its inputs, its code, the libraries.
+"""What a function returned, remembered under everything it depends on: its inputs, its code, the
+libraries.
 
-The key is made here and nowhere else, from the very arguments that the function is called with. A function that looks at
-anything besides its arguments (a variable of the notebook, say) is refused, so that nothing can be left out of the key.
-Knows models, tables and code. Does not know what is measured.
+The key is made here and nowhere else, from the very arguments that the function is called with. A
+function that looks at anything besides its arguments (a variable of the notebook, say) is refused,
+so that nothing can be left out of the key. Knows models, tables and code. Does not know what is
+measured.
 """
 
 import ast
@@ -27,68 +29,109 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from ssah_utils import models
-from ssah_utils.files import LIBRARIES, cache_dir, sha256_of, sha256_of_file, write_json
+from ssah_utils import fingerprints, precision, wrappers
+from ssah_utils.files import (
+    DATA,
+    LIBRARIES,
+    PACKAGE,
+    cache_dir,
+    sha256_of,
+    sha256_of_file,
+    write_json,
+)
 from ssah_utils.per_unit import PerUnit
 
-PACKAGE = Path(__file__).parent
-DATA = PACKAGE.parent / "data"
+READS_DATA = {"ssah_utils.prompts.datasets", "ssah_utils.evaluation"}
 T = TypeVar("T")
 SILENT = {"progress", "report"}  # arguments that only show how far a function is
 
 
-def remembered(function: Callable[..., T], /, **arguments) -> T:
-    """``function(**arguments)`` from the cache, or called and then kept. It returns what JSON can hold.
+def cached(function: Callable[..., T], /, **arguments) -> T:
+    """``function(**arguments)`` from the cache, or called and then kept. It returns what JSON can
+    hold.
 
-    Raises ``ValueError`` when the function depends on more than its arguments, ``TypeError`` for an argument without an
-    identity.
+    Raises ``ValueError`` when the function depends on more than its arguments, ``TypeError`` for an
+    argument without an identity.
     """
-    path = cache_dir() / "measured" / f"{key_of(function, **arguments)}.json"
+    path = cache_dir() / "measured" / f"{cache_key(function, **arguments)}.json"
     if not path.exists():
         write_json(path, function(**arguments))
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def key_of(function: Callable, /, **arguments) -> str:
-    """Hash of what ``function(**arguments)`` depends on: arguments, code, data files, versions, precision of products."""
+def cache_key(function: Callable, /, **arguments) -> str:
+    """Hash of what ``function(**arguments)`` depends on: arguments, code, data files, versions,
+    precision of products.
+    """
     check_pure(function)
     bound = inspect.signature(function).bind(**arguments)
     bound.apply_defaults()
-    inputs = {name: identity(value, name) for name, value in bound.arguments.items() if name not in SILENT}
-    device = models.preferred_device()
-    return sha256_of({
-        "inputs": inputs,
-        "code": code_of(function),
-        "versions": {name: importlib.metadata.version(name) for name in LIBRARIES},
-        "precision": str(models.preferred_dtype(device)),  # of autocast, where it is not an argument
-    })[:16]  # fmt: skip
+    inputs = {
+        name: identity(value, name) for name, value in bound.arguments.items() if name not in SILENT
+    }
+    device = precision.preferred_device()
+    return sha256_of(
+        {
+            "inputs": inputs,
+            "code": code_of(function),
+            "versions": {name: importlib.metadata.version(name) for name in LIBRARIES},
+            # of autocast, where it is not an argument
+            "precision": str(precision.preferred_dtype(device)),
+        }
+    )[:16]
 
 
-# --------------------------------------------------------------------------------------------------------- identity
+# ----------------------------------------------------------------------------------------- identity
 
 
 def identity(value: object, name: str = "value") -> object:
-    """What tells one value from another, as JSON. ``TypeError`` names an argument of a type that has no identity here."""
+    """What tells one value from another, as JSON. ``TypeError`` names an argument of a type that
+    has no identity here.
+    """
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, torch.dtype):
         return str(value)
     if isinstance(value, nn.Module):
-        plain = models.unwrapped(value)
-        found = {"model": models.fingerprint(plain), "dtype": str(plain.dtype), "device": plain.device.type}
+        plain = wrappers.unwrapped(value)
+        found = {
+            "model": fingerprints.fingerprint(plain),
+            "dtype": str(plain.dtype),
+            "device": plain.device.type,
+        }
         ends = getattr(plain.generation_config, "eos_token_id", None)  # of its answers
-        tables = [table.weight.data_ptr() for table in (plain.get_input_embeddings(), plain.get_output_embeddings())]
-        buffers = {n: identity(b) for n, b in plain.named_buffers() if b.is_floating_point()}  # rotary frequencies: no weights
+        tables = [
+            table.weight.data_ptr()
+            for table in (plain.get_input_embeddings(), plain.get_output_embeddings())
+        ]
+        buffers = {
+            n: identity(b) for n, b in plain.named_buffers() if b.is_floating_point()
+        }  # rotary frequencies: no weights
         refuse_hooks(plain, name)
-        return found | {"ends": ends, "attention": plain.config._attn_implementation, "training": plain.training,
-                        "tied": tables[0] == tables[1], "buffers": buffers}  # fmt: skip
+        return found | {
+            "ends": ends,
+            "attention": plain.config._attn_implementation,
+            "training": plain.training,
+            "tied": tables[0] == tables[1],
+            "buffers": buffers,
+        }
     if isinstance(value, PreTrainedTokenizerBase):
         content = json.loads(value.backend_tokenizer.to_str())
-        of_last_call = {"padding": None, "truncation": None}  # a tokenizer keeps how it was called last
-        return {"tokenizer": sha256_of([content | of_last_call, value.chat_template, value.special_tokens_map])}
+        of_last_call = {
+            "padding": None,
+            "truncation": None,
+        }  # a tokenizer keeps how it was called last
+        return {
+            "tokenizer": sha256_of(
+                [content | of_last_call, value.chat_template, value.special_tokens_map]
+            )
+        }
     if isinstance(value, torch.Tensor):
         plain = value.detach().cpu().contiguous()
-        return {"tensor": _hash(plain.reshape(-1).view(torch.uint8).numpy().tobytes()), "is": [str(value.dtype), *value.shape]}
+        return {
+            "tensor": _hash(plain.reshape(-1).view(torch.uint8).numpy().tobytes()),
+            "is": [str(value.dtype), *value.shape],
+        }
     if isinstance(value, np.ndarray):
         return identity(value.tolist(), name)
     if isinstance(value, np.generic):
@@ -98,12 +141,24 @@ def identity(value: object, name: str = "value") -> object:
         content = frame.to_json(orient="split", double_precision=15)
         return {"table": _hash(content.encode()), "types": list(map(str, frame.dtypes))}
     if isinstance(value, Path):
-        files = sorted(path for path in value.rglob("*") if path.is_file()) if value.is_dir() else [value]
-        return {"files": {str(path.relative_to(value.parent)): sha256_of_file(path) for path in files}}
+        files = (
+            sorted(path for path in value.rglob("*") if path.is_file())
+            if value.is_dir()
+            else [value]
+        )
+        return {
+            "files": {str(path.relative_to(value.parent)): sha256_of_file(path) for path in files}
+        }
     if is_dataclass(value) and not isinstance(value, type):
-        return {type(value).__name__: {f.name: identity(getattr(value, f.name), name) for f in fields(value)}}
+        return {
+            type(value).__name__: {
+                f.name: identity(getattr(value, f.name), name) for f in fields(value)
+            }
+        }
     if isinstance(value, dict | PerUnit):
-        return {"dict": [[identity(key, name), identity(item, name)] for key, item in value.items()]}
+        return {
+            "dict": [[identity(key, name), identity(item, name)] for key, item in value.items()]
+        }
     if isinstance(value, list | tuple):
         return [identity(item, name) for item in value]
     if isinstance(value, set | frozenset):
@@ -111,43 +166,55 @@ def identity(value: object, name: str = "value") -> object:
     if isinstance(value, types.FunctionType):
         check_pure(value)
         return {"function": code_of(value)}
-    raise TypeError(f"argument '{name}' is a {type(value).__name__}, which has no identity: give what it is made of")
+    raise TypeError(
+        f"argument '{name}' is a {type(value).__name__}, which has no identity: give what it is"
+        " made of"
+    )
 
 
 def refuse_hooks(model: nn.Module, name: str) -> None:
-    """``ValueError`` where hooks, of which nobody knows what they do, may change what a model computes."""
+    """``ValueError`` where hooks, of which nobody knows what they do, may change what a model
+    computes.
+    """
     for module in model.modules():
         for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
             owner = getattr(hook, "__module__", None) or type(hook).__module__
             if not hasattr(hook, "fill") and not owner.startswith(("transformers.", "accelerate.")):
-                raise ValueError(f"the model '{name}' has a hook of {owner}, which has no identity: remove it first")
+                raise ValueError(
+                    f"the model '{name}' has a hook of {owner}, which has no identity: remove it"
+                    " first"
+                )
 
 
 def _hash(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-# ------------------------------------------------------------------------------------------------------------- code
+# --------------------------------------------------------------------------------------------- code
 
 
 def code_of(function: Callable) -> dict[str, str]:
-    """Hashes of the source of a function, of what it calls, and of the package's modules and data files behind them."""
+    """Hashes of the source of a function, of what it calls, and of the package's modules and data
+    files behind them.
+    """
     found: dict[str, str] = {}
     for part in _functions(function):
         if _is_ours(part.__module__):
-            found |= closure(part.__module__.split(".")[1])
+            found |= closure(part.__module__)
             continue
-        defaults = [*(part.__defaults__ or ()), *(part.__kwdefaults__ or {}).values()]  # values that the source need not show
-        found[part.__qualname__] = sha256_of([inspect.getsource(part), identity(defaults, part.__name__)])
+        # values that the source need not show
+        defaults = [*(part.__defaults__ or ()), *(part.__kwdefaults__ or {}).values()]
+        content = [inspect.getsource(part), identity(defaults, part.__name__)]
+        found[part.__qualname__] = sha256_of(content)
         for name, value in _globals(part).items():
             if isinstance(value, types.ModuleType) and _is_users(value.__name__):
                 found[name] = sha256_of_file(value.__file__)
             elif isinstance(value, type) and _is_users(value.__module__):
                 found[name] = _hash(inspect.getsource(value).encode())
-            elif isinstance(value, types.ModuleType) and _is_ours(value.__name__ + "."):
-                found |= closure(value.__name__.split(".")[1])
+            elif isinstance(value, types.ModuleType) and _is_ours(value.__name__):
+                found |= closure(value.__name__)
             elif _is_ours(getattr(value, "__module__", "")):
-                found |= closure(value.__module__.split(".")[1])
+                found |= closure(value.__module__)
     return found
 
 
@@ -156,26 +223,40 @@ def _is_users(module: str) -> bool:
     if module == "__main__":
         return True
     file = getattr(sys.modules.get(module), "__file__", None)
-    libraries = [sysconfig.get_paths()[place] for place in ("stdlib", "platstdlib", "purelib", "platlib")]
-    in_library = module in sys.builtin_module_names or (file and any(Path(file).is_relative_to(one) for one in libraries))
-    return not _is_ours(module + ".") and not in_library
+    libraries = [
+        sysconfig.get_paths()[place] for place in ("stdlib", "platstdlib", "purelib", "platlib")
+    ]
+    in_library = module in sys.builtin_module_names or (
+        file and any(Path(file).is_relative_to(one) for one in libraries)
+    )
+    return not _is_ours(module) and not in_library
 
 
 def _is_ours(module: str | None) -> bool:
-    return (module or "").startswith("ssah_utils.")
+    return (module or "").split(".")[0] == PACKAGE.name
+
+
+def _path_of(module: str) -> Path | None:
+    """The file of a module or of a package in this package; None where there is none."""
+    place = PACKAGE.parent.joinpath(*module.split("."))
+    candidates = [place.with_suffix(".py"), place / "__init__.py"]
+    return next((path for path in candidates if path.is_file()), None)
 
 
 @functools.cache
 def _source(module: str) -> tuple[str, tuple[str, ...]]:
-    """Hash and imports of a module of the package as this process has it: files may be edited while it runs."""
-    path = PACKAGE / f"{module}.py"
+    """Hash and imports of a module of the package as this process has it: files may be edited while
+    it runs.
+    """
+    path = _path_of(module)
     return sha256_of_file(path), tuple(_imports(path))
 
 
 def closure(module: str) -> dict[str, str]:
-    """Hashes of a module of the package and of everything of the package that it imports, directly or not.
+    """Hashes of a module of the package and of everything of the package that it imports, directly
+    or not.
 
-    Where ``prompts`` is among them, also of the data files that it reads.
+    Modules by their dotted names. Where one of ``READS_DATA`` is among them, also the data files.
     """
     found, waiting = {}, [module]
     while waiting:
@@ -183,30 +264,39 @@ def closure(module: str) -> dict[str, str]:
         if name not in found:
             found[name], imports = _source(name)
             waiting += imports
-    if "prompts" in found:
+    if READS_DATA & found.keys():
         files = [*sorted(DATA.glob("*.json*")), DATA / "utility_cloze.yaml"]
         found |= {path.name: sha256_of_file(path) for path in files}
     return found
 
 
 def _imports(path: Path) -> list[str]:
-    """Modules of the package that a file imports, also inside of functions."""
+    """Modules of the package that a file imports, also inside of functions, with the packages
+    around them.
+    """
     found = []
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and node.module == PACKAGE.name:
-            found += [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and _is_ours(node.module):
-            found.append(node.module.split(".")[1])
-    return found
+        if isinstance(node, ast.ImportFrom) and node.level:
+            raise ImportError(
+                f"{path} imports relatively, which the keys of the cache do not follow"
+            )
+        if isinstance(node, ast.ImportFrom) and _is_ours(node.module):
+            inner = [f"{node.module}.{alias.name}" for alias in node.names]
+            found += [node.module, *(name for name in inner if _path_of(name))]
+        elif isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names if _is_ours(alias.name)]
+    packages = {name.rpartition(".")[0] for name in found} - {""}
+    return [name for name in dict.fromkeys([*found, *sorted(packages)]) if name != PACKAGE.name]
 
 
-# ------------------------------------------------------------------------------------------------------------ purity
+# ------------------------------------------------------------------------------------------- purity
 
 
 def check_pure(function: Callable) -> None:
     """``ValueError`` when a function of a notebook uses a value that is not an argument of it.
 
-    Functions of the package are taken as they are: their constants are code, and code is in the key.
+    Functions of the package are taken as they are: their constants are code, and code is in the
+    key.
     """
     for part in _functions(function):
         if _is_ours(part.__module__):
@@ -214,10 +304,12 @@ def check_pure(function: Callable) -> None:
         around = dict(zip(part.__code__.co_freevars, part.__closure__ or (), strict=True))
         values = {name: cell.cell_contents for name, cell in around.items()} | _globals(part)
         for name, value in values.items():
-            if not isinstance(value, types.ModuleType | types.FunctionType | types.BuiltinFunctionType | type):
+            if not isinstance(
+                value, types.ModuleType | types.FunctionType | types.BuiltinFunctionType | type
+            ):
                 raise ValueError(
-                    f"{part.__name__} uses '{name}', which is not an argument of it, so its result cannot be remembered: "
-                    "make it an argument"
+                    f"{part.__name__} uses '{name}', which is not an argument of it, so its result"
+                    " cannot be remembered: make it an argument"
                 )
 
 
@@ -236,21 +328,38 @@ def _functions(function: Callable) -> Iterator[types.FunctionType]:
         if _is_ours(part.__module__):
             continue
         cells = [cell.cell_contents for cell in part.__closure__ or ()]
-        used = [value for value in [*_globals(part).values(), *cells] if isinstance(value, types.FunctionType)]
-        waiting += [value for value in used if _is_ours(value.__module__) or _is_users(value.__module__)]
+        used = [
+            value
+            for value in [*_globals(part).values(), *cells]
+            if isinstance(value, types.FunctionType)
+        ]
+        waiting += [
+            value for value in used if _is_ours(value.__module__) or _is_users(value.__module__)
+        ]
 
 
 def _globals(function: types.FunctionType) -> dict[str, object]:
-    """What a function, and functions inside of it, look up by name outside of themselves; builtins left out."""
+    """What a function, and functions inside of it, look up by name outside of themselves; builtins
+    left out.
+    """
     codes, names = [function.__code__], set()
     while codes:
         code = codes.pop()
-        names |= {step.argval for step in dis.get_instructions(code) if step.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
+        names |= {
+            step.argval
+            for step in dis.get_instructions(code)
+            if step.opname in ("LOAD_GLOBAL", "LOAD_NAME")
+        }
         codes += [const for const in code.co_consts if isinstance(const, types.CodeType)]
     missing = object()
     found = {name: function.__globals__.get(name, missing) for name in names}
-    return {name: value for name, value in found.items() if value is not missing and not hasattr(builtins, name)}
+    return {
+        name: value
+        for name, value in found.items()
+        if value is not missing and not hasattr(builtins, name)
+    }
 
 
-for _path in PACKAGE.glob("*.py"):  # now, as they are being imported
-    _source(_path.stem)
+for _path in PACKAGE.rglob("*.py"):  # now, as they are being imported
+    _parts = _path.relative_to(PACKAGE.parent).with_suffix("").parts
+    _source(".".join(part for part in _parts if part != "__init__"))

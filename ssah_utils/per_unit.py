@@ -1,8 +1,9 @@
-"""One value per unit of a model, and sets of units: a type with arithmetic and set operators. Knows tensors only.
+"""One value per unit of a model, and sets of units: a type with arithmetic and set operators. Knows
+tensors only.
 
-A unit is one input channel of the matrix through which a sub-layer writes to the residual stream: ``o_proj`` (kind
-``attention``) or ``down_proj`` (kind ``mlp``). A set of units is a ``PerUnit`` of bool: True means "in the set", never
-"masked".
+A unit is one input channel of the matrix through which a sub-layer writes to the residual stream:
+``o_proj`` (kind ``attention``) or ``down_proj`` (kind ``mlp``). A set of units is a ``PerUnit`` of
+bool: True means "in the set", never "masked".
 
     contrast = z_safety - z_utility
     frozen = safety | top_complex
@@ -20,24 +21,32 @@ KINDS = ("attention", "mlp")
 class PerUnit(Mapping[str, Tensor]):
     """``{kind: (n_layers, n_channels)}``, kinds in the order of ``KINDS``.
 
-    ``+ - * / < <= > >=`` work entry by entry, with a number or with another ``PerUnit``; ``& | ^ ~`` on sets. It is a
-    mapping: ``values["mlp"]`` is the tensor of a kind. Raises ``ValueError`` for two of different shape, ``TypeError`` for a
-    set operator on what is no set.
+    ``+ - * / < <= > >=`` work entry by entry, with a number or with another ``PerUnit``; ``& | ^
+    ~`` on sets. It is a mapping: ``values["mlp"]`` is the tensor of a kind. Raises ``ValueError``
+    for two of different shape, ``TypeError`` for a set operator on what is no set.
     """
 
     def __init__(self, values: Mapping[str, Tensor]) -> None:
         unknown = [kind for kind in values if kind not in KINDS]
         if unknown or not values:
-            raise ValueError(f"values per unit are of the kinds {', '.join(KINDS)}, not {', '.join(unknown) or 'none'}")
+            raise ValueError(
+                f"values per unit are of the kinds {', '.join(KINDS)}, not"
+                f" {', '.join(unknown) or 'none'}"
+            )
         bad = [kind for kind, tensor in values.items() if tensor.ndim != 2]
         if bad:
-            raise ValueError(f"values of kind '{bad[0]}' have shape {tuple(values[bad[0]].shape)}, not (n_layers, n_channels)")
+            raise ValueError(
+                f"values of kind '{bad[0]}' have shape {tuple(values[bad[0]].shape)}, not"
+                " (n_layers, n_channels)"
+            )
         self._values = {kind: values[kind] for kind in KINDS if kind in values}
 
     @classmethod
     def of_layers(cls, rows: Mapping[str, Sequence[Tensor]]) -> "PerUnit":
         """From one row per block, on whatever devices: ``{kind: [(n_channels,), ...]}``."""
-        return cls({kind: torch.stack([row.cpu() for row in of_kind]) for kind, of_kind in rows.items()})
+        return cls(
+            {kind: torch.stack([row.cpu() for row in of_kind]) for kind, of_kind in rows.items()}
+        )
 
     def __getitem__(self, kind: str) -> Tensor:
         return self._values[kind]
@@ -51,9 +60,12 @@ class PerUnit(Mapping[str, Tensor]):
     def __repr__(self) -> str:
         shapes = ", ".join(f"{kind} {tuple(tensor.shape)}" for kind, tensor in self.items())
         chosen = f", {self.count():,} chosen" if self.is_set else ""
-        return f"PerUnit({shapes}, {str(next(iter(self.values())).dtype).removeprefix('torch.')}{chosen})"
+        return (
+            f"PerUnit({shapes},"
+            f" {str(next(iter(self.values())).dtype).removeprefix('torch.')}{chosen})"
+        )
 
-    # ------------------------------------------------------------------------------------------------- what it is
+    # ----------------------------------------------------------------------------------- what it is
 
     @property
     def is_set(self) -> bool:
@@ -64,7 +76,9 @@ class PerUnit(Mapping[str, Tensor]):
         """This one; ``TypeError`` unless it is a set."""
         numbers = [str(tensor.dtype) for tensor in self.values() if tensor.dtype != torch.bool]
         if numbers:
-            raise TypeError(f"a set of units is of bool, not of {numbers[0].removeprefix('torch.')}")
+            raise TypeError(
+                f"a set of units is of bool, not of {numbers[0].removeprefix('torch.')}"
+            )
         return self
 
     @property
@@ -90,29 +104,44 @@ class PerUnit(Mapping[str, Tensor]):
     def equals(self, other: "PerUnit") -> bool:
         """Whether shapes, types and all values are the same."""
         return self.keys() == other.keys() and all(
-            self[kind].dtype == other[kind].dtype and torch.equal(self[kind], other[kind]) for kind in self
+            self[kind].dtype == other[kind].dtype and torch.equal(self[kind], other[kind])
+            for kind in self
         )
 
-    # ------------------------------------------------------------------------------------------- entry by entry
+    # ------------------------------------------------------------------------------- entry by entry
 
     def map(self, function: Callable[..., Tensor], *others: "PerUnit | float") -> "PerUnit":
-        """``function`` of every kind's tensor, and of those of ``others``; a number is given as it is."""
+        """``function`` of every kind's tensor, and of those of ``others``; a number is given as it
+        is.
+        """
         for other in others:
             self._check_like(other)
-        return PerUnit({
-            kind: function(tensor, *(other[kind] if isinstance(other, PerUnit) else other for other in others))
-            for kind, tensor in self.items()
-        })  # fmt: skip
+        return PerUnit(
+            {
+                kind: function(
+                    tensor,
+                    *(other[kind] if isinstance(other, PerUnit) else other for other in others),
+                )
+                for kind, tensor in self.items()
+            }
+        )
 
     def where(self, chosen: "PerUnit", otherwise: "PerUnit | float") -> "PerUnit":
         """These values in a set of units, ``otherwise`` elsewhere."""
-        return self.map(lambda values, mask, rest: torch.where(mask, values, rest), chosen.as_set(), otherwise)
+        return self.map(
+            lambda values, mask, rest: torch.where(mask, values, rest), chosen.as_set(), otherwise
+        )
 
     def only(self, kind: str) -> "PerUnit":
         """The set's units of one kind alone, as a set of the same model."""
         if kind not in self:
             raise ValueError(f"there are no units of kind '{kind}' (there: {', '.join(self)})")
-        return PerUnit({k: tensor if k == kind else torch.zeros_like(tensor) for k, tensor in self.as_set().items()})
+        return PerUnit(
+            {
+                k: tensor if k == kind else torch.zeros_like(tensor)
+                for k, tensor in self.as_set().items()
+            }
+        )
 
     def empty_set(self) -> "PerUnit":
         """No unit of the same model."""
@@ -127,20 +156,33 @@ class PerUnit(Mapping[str, Tensor]):
         if flat.shape != (self.n_units,):
             raise ValueError(f"{tuple(flat.shape)} values were given for {self.n_units} units")
         parts = flat.split([tensor.numel() for tensor in self.values()])
-        return PerUnit({kind: part.view(self[kind].shape) for kind, part in zip(self, parts, strict=True)})
+        return PerUnit(
+            {kind: part.view(self[kind].shape) for kind, part in zip(self, parts, strict=True)}
+        )
 
     def names(self) -> list[str]:
         """Every unit of the set as kind/layer/channel."""
-        return [f"{kind}/{layer}/{channel}" for kind, chosen in self.items() for layer, channel in chosen.nonzero().tolist()]
+        return [
+            f"{kind}/{layer}/{channel}"
+            for kind, chosen in self.items()
+            for layer, channel in chosen.nonzero().tolist()
+        ]
 
     def _check_like(self, other: "PerUnit | float") -> None:
         if isinstance(other, PerUnit):
-            ours, theirs = ([(kind, *tensor.shape) for kind, tensor in values.items()] for values in (self, other))
+            ours, theirs = (
+                [(kind, *tensor.shape) for kind, tensor in values.items()]
+                for values in (self, other)
+            )
             if ours != theirs:
                 raise ValueError(f"values of different models: {ours} against {theirs}")
 
     def _with(self, other: object, function: Callable[[Tensor, object], Tensor]) -> "PerUnit":
-        return self.map(function, other) if isinstance(other, PerUnit | int | float) else NotImplemented
+        return (
+            self.map(function, other)
+            if isinstance(other, PerUnit | int | float)
+            else NotImplemented
+        )
 
     def _of_sets(self, other: object, function: Callable[[Tensor, Tensor], Tensor]) -> "PerUnit":
         if not isinstance(other, PerUnit):

@@ -1,4 +1,6 @@
-"""Which few elements of a set do most: greedy search over a set function. Knows a callable and candidate numbers only."""
+"""Which few elements of a set do most: greedy search over a set function. Knows a callable and
+candidate numbers only.
+"""
 
 import heapq
 import math
@@ -8,7 +10,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Step:
-    """One element taken: which, the value of the set with it, and how many evaluations it took from the beginning."""
+    """One element taken: which, the value of the set with it, and how many evaluations it took from
+    the beginning.
+    """
 
     chosen: int
     value: float
@@ -16,19 +20,26 @@ class Step:
 
 
 def lazy_greedy(
-    value: Callable[[list[int]], float], candidates: Sequence[int], target: float = math.inf, max_evaluations: int | None = None
+    value: Callable[[list[int]], float],
+    candidates: Sequence[int],
+    target: float = math.inf,
+    max_evaluations: int | None = None,
 ) -> list[Step]:
-    """Take the candidate with the largest gain, again and again, until the set's value reaches ``target``.
+    """Take the candidate with the largest gain, again and again, until the set's value reaches
+    ``target``.
 
-    Gains of earlier steps wait in a priority queue and are renewed only at its top (Minoux 1978). For a submodular ``value``
-    the path is that of plain greedy search; otherwise a candidate whose gain has grown meanwhile can be overlooked, so the
-    path shows that a set suffices, not that none smaller does. Ends early when no gain is positive or ``max_evaluations``
-    are spent; a step is never taken on a stale gain.
+    Gains of earlier steps wait in a priority queue and are renewed only at its top (Minoux 1978).
+    For a submodular ``value`` the path is that of plain greedy search; otherwise a candidate whose
+    gain has grown meanwhile can be overlooked, so the path shows that a set suffices, not that none
+    smaller does. Ends early when no gain is positive or ``max_evaluations`` are spent; a step is
+    never taken on a stale gain.
     """
     path: list[Step] = []
     chosen: list[int] = []
     current, evaluations = value([]), 1
-    queue = [(-math.inf, order, candidate, -1) for order, candidate in enumerate(candidates)]  # -gain, tie, which, when
+    queue = [
+        (-math.inf, order, candidate, -1) for order, candidate in enumerate(candidates)
+    ]  # -gain, tie, which, when
     while queue and current < target:
         negative_gain, order, candidate, renewed = heapq.heappop(queue)
         if renewed < len(path):

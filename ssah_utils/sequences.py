@@ -1,7 +1,9 @@
-"""What is trained on, as token ids and as right-padded batches; what cannot be trained on is named before anything runs.
+"""What is trained on, as token ids and as right-padded batches; what cannot be trained on is named
+before anything runs.
 
-Padding is ours: on the right, where learned positions count from 0, and masked, so that the tokenizer's padding token and
-side mean nothing. Knows tokenizers and sequences. Does not know how a model is trained.
+Padding is ours: on the right, where learned positions count from 0, and masked, so that the
+tokenizer's padding token and side mean nothing. Knows tokenizers and sequences. Does not know how a
+model is trained.
 """
 
 import sys
@@ -10,59 +12,84 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from ssah_utils.prompts import IGNORED, encode, right_padded
-from ssah_utils.reading import n_positions
+from ssah_utils.prompt_cache import n_positions
+from ssah_utils.prompts.tokens import IGNORED, encode, right_padded
 
 Example = dict[str, list[int]]  # input_ids and labels
 PAIR = ("prompt", "chosen", "rejected")
 
 
-def check_examples(model: nn.Module, tokenizer: PreTrainedTokenizerBase, examples: list[Example]) -> None:
-    """``ValueError`` for no examples, for one without a response token, and for one longer than the model's positions."""
+def check_examples(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, examples: list[Example]
+) -> None:
+    """``ValueError`` for no examples, for one without a response token, and for one longer than the
+    model's positions.
+    """
     if not examples:
         raise ValueError("nothing to train on: the list of examples is empty")
     for number, example in enumerate(examples):
         if all(label == IGNORED for label in example["labels"]):
-            raise ValueError(f"example {number} has no response token to learn: {tokenizer.decode(example['input_ids'])!r}")
+            raise ValueError(
+                f"example {number} has no response token to learn:"
+                f" {tokenizer.decode(example['input_ids'])!r}"
+            )
         _check_length(model, len(example["input_ids"]), f"example {number}")
 
 
-def tokens_of_pairs(model: nn.Module, tokenizer: PreTrainedTokenizerBase, pairs: list[dict[str, str]]) -> Dataset:
-    """Token ids of preference pairs, as ``prompts.encode`` makes them, none cut: prompt_ids, chosen_ids, rejected_ids.
+def tokens_of_pairs(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, pairs: list[dict[str, str]]
+) -> Dataset:
+    """Token ids of preference pairs, as ``prompts.encode`` makes them, none cut: prompt_ids,
+    chosen_ids, rejected_ids.
 
-    ``ValueError`` for no pairs, for one that is not three texts, for one longer than the model's positions, and where no
-    pair prefers anything.
+    ``ValueError`` for no pairs, for one that is not three texts, for one longer than the model's
+    positions, and where no pair prefers anything.
     """
     if not pairs:
         raise ValueError("nothing to train on: the list of pairs is empty")
     for number, pair in enumerate(pairs):
         wrong = [name for name in PAIR if not isinstance(pair.get(name), str)]
         if wrong:
-            raise ValueError(f"pair {number} has no text '{wrong[0]}': a pair has a prompt, a chosen and a rejected answer")
+            raise ValueError(
+                f"pair {number} has no text '{wrong[0]}': a pair has a prompt, a chosen and a"
+                " rejected answer"
+            )
     if all(pair["chosen"] == pair["rejected"] for pair in pairs):
-        raise ValueError("nothing to prefer: the chosen and the rejected answer are the same in every pair")
+        raise ValueError(
+            "nothing to prefer: the chosen and the rejected answer are the same in every pair"
+        )
     texts = {name: [pair[name] for pair in pairs] for name in PAIR}
-    chosen, rejected = (encode(tokenizer, texts["prompt"], texts[name], sys.maxsize) for name in ("chosen", "rejected"))
+    chosen, rejected = (
+        encode(tokenizer, texts["prompt"], texts[name], sys.maxsize)
+        for name in ("chosen", "rejected")
+    )
     rows = []
     for number, (one, other) in enumerate(zip(chosen, rejected, strict=True)):
         n_prompt = one["labels"].count(IGNORED)
         _check_length(model, max(len(one["input_ids"]), len(other["input_ids"])), f"pair {number}")
-        rows.append({"prompt_ids": one["input_ids"][:n_prompt], "chosen_ids": one["input_ids"][n_prompt:],
-                     "rejected_ids": other["input_ids"][n_prompt:]})  # fmt: skip
+        rows.append(
+            {
+                "prompt_ids": one["input_ids"][:n_prompt],
+                "chosen_ids": one["input_ids"][n_prompt:],
+                "rejected_ids": other["input_ids"][n_prompt:],
+            }
+        )
     return Dataset.from_list(rows)
 
 
 def _check_length(model: nn.Module, length: int, what: str) -> None:
     limit = n_positions(model.config)
     if limit is not None and length > limit:
-        raise ValueError(f"{what} has {length} tokens, but the model has {limit} positions: shorten or drop it")
+        raise ValueError(
+            f"{what} has {length} tokens, but the model has {limit} positions: shorten or drop it"
+        )
 
 
 def with_prompt_length(examples: list[Example]) -> Dataset:
     """The examples with the length to group batches by: that of the prompt.
 
-    Grouping by whole length would sort short refusals from long answers, and batches of nothing but refusals teach a model
-    to refuse everything.
+    Grouping by whole length would sort short refusals from long answers, and batches of nothing but
+    refusals teach a model to refuse everything.
     """
     lengths = [sum(label == IGNORED for label in example["labels"]) for example in examples]
     return Dataset.from_list(examples).add_column("prompt_length", lengths)
@@ -74,17 +101,28 @@ def batch_of_examples(examples: list[Example]) -> dict[str, Tensor]:
 
 
 def batch_of_pairs(pairs: list[dict]) -> dict[str, Tensor]:
-    """input_ids, attention_mask and completion_mask: (2 B, T) int64, the chosen answers first, as TRL's trainer reads them.
+    """input_ids, attention_mask and completion_mask: (2 B, T) int64, the chosen answers first, as
+    TRL's trainer reads them.
 
     With the log-probabilities of the reference, (B,) float32, where the pairs have them.
     """
     sequences = [
-        {"input_ids": pair["prompt_ids"] + pair[answer], "labels": [IGNORED] * len(pair["prompt_ids"]) + pair[answer]}
+        {
+            "input_ids": pair["prompt_ids"] + pair[answer],
+            "labels": [IGNORED] * len(pair["prompt_ids"]) + pair[answer],
+        }
         for answer in ("chosen_ids", "rejected_ids")
         for pair in pairs
     ]
     ids, labels, mask = right_padded(sequences)
-    # padding is masked; it reads as the end of an answer, as token 0 begins a sequence in some vocabularies
+    # padding is masked; it reads as the end of an answer, as token 0 begins a sequence in some
+    # vocabularies
     ids = ids.where(mask.bool(), pairs[0]["chosen_ids"][-1])
-    references = {name: Tensor([pair[name] for pair in pairs]) for name in pairs[0] if name.startswith("ref_")}
-    return {"input_ids": ids, "attention_mask": mask, "completion_mask": (labels != IGNORED).long()} | references
+    references = {
+        name: Tensor([pair[name] for pair in pairs]) for name in pairs[0] if name.startswith("ref_")
+    }
+    return {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "completion_mask": (labels != IGNORED).long(),
+    } | references

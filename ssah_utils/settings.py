@@ -1,7 +1,9 @@
-"""Every setting of transformers' and TRL's trainers that a trained model depends on, written down once.
+"""Every setting of transformers' and TRL's trainers that a trained model depends on, written down
+once.
 
-A default may change with a library's version, so none is relied on: a test holds these tables against the fields of the
-installed libraries. Knows names and values of settings. Does not know data, sequences or units.
+A default may change with a library's version, so none is relied on: a test holds these tables
+against the fields of the installed libraries. Knows names and values of settings. Does not know
+data, sequences or units.
 """
 
 import contextlib
@@ -13,7 +15,7 @@ import torch
 from torch import nn
 from transformers import TrainingArguments
 
-from ssah_utils import models
+from ssah_utils import precision
 
 
 @dataclass(frozen=True)
@@ -32,68 +34,168 @@ class SFTConfig:
 # of ``TrainingArguments``, for supervised and for preference training
 SHARED = {
     # optimizer and schedule
-    "optim": "adamw_torch_fused", "optim_args": None, "optim_target_modules": None,
-    "adam_beta1": 0.9, "adam_beta2": 0.999, "adam_epsilon": 1e-8, "max_grad_norm": 1.0,
-    "lr_scheduler_type": "linear", "lr_scheduler_kwargs": None,
+    "optim": "adamw_torch_fused",
+    "optim_args": None,
+    "optim_target_modules": None,
+    "adam_beta1": 0.9,
+    "adam_beta2": 0.999,
+    "adam_epsilon": 1e-8,
+    "max_grad_norm": 1.0,
+    "lr_scheduler_type": "linear",
+    "lr_scheduler_kwargs": None,
     # the loss
-    "label_smoothing_factor": 0.0, "neftune_noise_alpha": None, "use_liger_kernel": False, "liger_kernel_config": None,
-    "average_tokens_across_devices": True, "label_names": None, "use_cache": False,
+    "label_smoothing_factor": 0.0,
+    "neftune_noise_alpha": None,
+    "use_liger_kernel": False,
+    "liger_kernel_config": None,
+    "average_tokens_across_devices": True,
+    "label_names": None,
+    "use_cache": False,
     # batches and their order
-    "gradient_accumulation_steps": 1, "auto_find_batch_size": False, "data_seed": None, "full_determinism": False,
-    "dataloader_drop_last": False, "dataloader_num_workers": 0, "dataloader_in_order": True, "remove_unused_columns": False,
-    "dataloader_persistent_workers": False, "dataloader_prefetch_factor": None, "dataloader_multiprocessing_context": None,
+    "gradient_accumulation_steps": 1,
+    "auto_find_batch_size": False,
+    "data_seed": None,
+    "full_determinism": False,
+    "dataloader_drop_last": False,
+    "dataloader_num_workers": 0,
+    "dataloader_in_order": True,
+    "remove_unused_columns": False,
+    "dataloader_persistent_workers": False,
+    "dataloader_prefetch_factor": None,
+    "dataloader_multiprocessing_context": None,
     "accelerator_config": {
-        "split_batches": False, "dispatch_batches": False, "even_batches": True, "use_seedable_sampler": True,
-        "non_blocking": False, "gradient_accumulation_kwargs": None, "use_configured_state": False,
+        "split_batches": False,
+        "dispatch_batches": False,
+        "even_batches": True,
+        "use_seedable_sampler": True,
+        "non_blocking": False,
+        "gradient_accumulation_kwargs": None,
+        "use_configured_state": False,
     },
     # precision and kernels
-    "fp16": False, "tf32": False, "activation_checkpointing": False, "activation_checkpointing_kwargs": None,
-    "torch_compile": False, "torch_compile_backend": None, "torch_compile_mode": None, "torch_empty_cache_steps": None,
+    "fp16": False,
+    "tf32": False,
+    "activation_checkpointing": False,
+    "activation_checkpointing_kwargs": None,
+    "torch_compile": False,
+    "torch_compile_backend": None,
+    "torch_compile_mode": None,
+    "torch_empty_cache_steps": None,
     # several processes: buffers, which frozen weights are, follow the first process
-    "parallelism_config": None, "fsdp": None, "fsdp_config": None, "deepspeed": None, "ddp_find_unused_parameters": True,
-    "ddp_broadcast_buffers": True, "ddp_static_graph": False, "ddp_bucket_cap_mb": None, "ddp_backend": None,
+    "parallelism_config": None,
+    "fsdp": None,
+    "fsdp_config": None,
+    "deepspeed": None,
+    "ddp_find_unused_parameters": True,
+    "ddp_broadcast_buffers": True,
+    "ddp_static_graph": False,
+    "ddp_bucket_cap_mb": None,
+    "ddp_backend": None,
     # what is said and kept on the way
-    "disable_tqdm": True, "logging_strategy": "steps", "logging_steps": 1, "logging_nan_inf_filter": False,
-    "report_to": "none", "save_strategy": "no", "eval_strategy": "no", "load_best_model_at_end": False,
-    "resume_from_checkpoint": None, "debug": "",
-}  # fmt: skip
+    "disable_tqdm": True,
+    "logging_strategy": "steps",
+    "logging_steps": 1,
+    "logging_nan_inf_filter": False,
+    "report_to": "none",
+    "save_strategy": "no",
+    "eval_strategy": "no",
+    "load_best_model_at_end": False,
+    "resume_from_checkpoint": None,
+    "debug": "",
+}
 
 # of ``TrainingArguments``, for supervised training alone
 SUPERVISED = {"train_sampling_strategy": "group_by_length", "length_column_name": "prompt_length"}
 
-# of TRL's ``DPOConfig``: the loss of Rafailov et al. (2023); token ids, padding and dropout are decided here, not there
+# of TRL's ``DPOConfig``: the loss of Rafailov et al. (2023); token ids, padding and dropout are
+# decided here, not there
 PREFERENCE = {
-    "loss_type": ["sigmoid"], "loss_weights": None, "label_smoothing": 0.0, "f_divergence_type": "reverse_kl",
-    "f_alpha_divergence_coef": 0.5, "ld_alpha": None, "use_weighting": False, "discopop_tau": 0.05,
-    "precompute_ref_log_probs": True, "sync_ref_model": False, "ref_model_mixup_alpha": 0.6, "ref_model_sync_steps": 512,
-    "disable_dropout": False, "max_length": None, "truncation_mode": "keep_start", "padding_free": False,
-    "pad_to_multiple_of": None, "pad_token": None, "dataset_num_proc": None, "router_aux_loss_coef": 0.0,
-    "activation_offloading": False, "model_init_kwargs": None, "trust_remote_code": False,
-    "train_sampling_strategy": "random", "length_column_name": "length",
-}  # fmt: skip
+    "loss_type": ["sigmoid"],
+    "loss_weights": None,
+    "label_smoothing": 0.0,
+    "f_divergence_type": "reverse_kl",
+    "f_alpha_divergence_coef": 0.5,
+    "ld_alpha": None,
+    "use_weighting": False,
+    "discopop_tau": 0.05,
+    "precompute_ref_log_probs": True,
+    "sync_ref_model": False,
+    "ref_model_mixup_alpha": 0.6,
+    "ref_model_sync_steps": 512,
+    "disable_dropout": False,
+    "max_length": None,
+    "truncation_mode": "keep_start",
+    "padding_free": False,
+    "pad_to_multiple_of": None,
+    "pad_token": None,
+    "dataset_num_proc": None,
+    "router_aux_loss_coef": 0.0,
+    "activation_offloading": False,
+    "model_init_kwargs": None,
+    "trust_remote_code": False,
+    "train_sampling_strategy": "random",
+    "length_column_name": "length",
+}
 
 # fields that are left to the libraries, each with the reason why no trained model depends on it
 LEFT = {
     "deprecated names of what is set": ("gradient_checkpointing", "gradient_checkpointing_kwargs"),
     "what is printed and where": (
-        "logging_first_step", "log_on_each_node", "include_num_input_tokens_seen", "log_level", "log_level_replica",
-        "run_name", "project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id", "skip_memory_metrics"),
+        "logging_first_step",
+        "log_on_each_node",
+        "include_num_input_tokens_seen",
+        "log_level",
+        "log_level_replica",
+        "run_name",
+        "project",
+        "trackio_space_id",
+        "trackio_bucket_id",
+        "trackio_static_space_id",
+        "skip_memory_metrics",
+    ),
     "evaluation, which is off": (
-        "eval_steps", "eval_delay", "per_device_eval_batch_size", "prediction_loss_only", "eval_on_start",
-        "eval_do_concat_batches", "eval_use_gather_object", "eval_accumulation_steps", "include_for_metrics",
-        "batch_eval_metrics", "bf16_full_eval", "fp16_full_eval", "metric_for_best_model", "greater_is_better"),
+        "eval_steps",
+        "eval_delay",
+        "per_device_eval_batch_size",
+        "prediction_loss_only",
+        "eval_on_start",
+        "eval_do_concat_batches",
+        "eval_use_gather_object",
+        "eval_accumulation_steps",
+        "include_for_metrics",
+        "batch_eval_metrics",
+        "bf16_full_eval",
+        "fp16_full_eval",
+        "metric_for_best_model",
+        "greater_is_better",
+    ),
     "checkpoints on the way, which are off": (
-        "save_only_model", "save_steps", "save_on_each_node", "save_total_limit", "enable_jit_checkpoint", "ignore_data_skip",
-        "restore_callback_states_from_checkpoint"),
+        "save_only_model",
+        "save_steps",
+        "save_on_each_node",
+        "save_total_limit",
+        "enable_jit_checkpoint",
+        "ignore_data_skip",
+        "restore_callback_states_from_checkpoint",
+    ),
     "the hub, to which nothing is pushed": (
-        "push_to_hub", "hub_token", "hub_private_repo", "hub_model_id", "hub_strategy", "hub_always_push", "hub_revision"),
+        "push_to_hub",
+        "hub_token",
+        "hub_private_repo",
+        "hub_model_id",
+        "hub_strategy",
+        "hub_always_push",
+        "hub_revision",
+    ),
     "for scripts, read by no trainer": ("do_train", "do_eval", "do_predict"),
     "of the process, set by whoever starts it": ("local_rank", "ddp_timeout"),
-}  # fmt: skip
+}
 
 
 def common_arguments(folder: str, config: SFTConfig, model: nn.Module) -> dict:
-    """What supervised and preference training share, as keyword arguments of ``TrainingArguments``."""
+    """What supervised and preference training share, as keyword arguments of
+    ``TrainingArguments``.
+    """
     device = model.device.type
     return SHARED | {
         "output_dir": folder,
@@ -104,7 +206,9 @@ def common_arguments(folder: str, config: SFTConfig, model: nn.Module) -> dict:
         "warmup_steps": config.warmup_steps,
         "weight_decay": config.weight_decay,
         "seed": config.seed,
-        "bf16": model.dtype == torch.float32 and models.preferred_dtype(device) == torch.bfloat16,
+        "bf16": (
+            model.dtype == torch.float32 and precision.preferred_dtype(device) == torch.bfloat16
+        ),
         "use_cpu": device == "cpu",
         "dataloader_pin_memory": device != "cpu",
     }
@@ -114,22 +218,31 @@ def training_arguments(folder: str, config: SFTConfig, model: nn.Module) -> Trai
     return TrainingArguments(**common_arguments(folder, config, model), **SUPERVISED)
 
 
-def preference_arguments(folder: str, config: SFTConfig, model: nn.Module, beta: float) -> TrainingArguments:
+def preference_arguments(
+    folder: str, config: SFTConfig, model: nn.Module, beta: float
+) -> TrainingArguments:
     """TRL's ``DPOConfig``; the reference is read in batches of the training's size."""
     from trl import DPOConfig  # slow to import
 
     return DPOConfig(
-        **common_arguments(folder, config, model), **PREFERENCE, beta=beta, precompute_ref_batch_size=config.batch_size
+        **common_arguments(folder, config, model),
+        **PREFERENCE,
+        beta=beta,
+        precompute_ref_batch_size=config.batch_size,
     )
 
 
 @contextlib.contextmanager
 def own_settings() -> Iterator[None]:
-    """Inside the block, environment variables of accelerate have no say: they would overrule the tables above.
+    """Inside the block, environment variables of accelerate have no say: they would overrule the
+    tables above.
 
-    ``ACCELERATE_MIXED_PRECISION`` alone would train in another precision than the recipe of a trained model says.
+    ``ACCELERATE_MIXED_PRECISION`` alone would train in another precision than the recipe of a
+    trained model says.
     """
-    aside = {name: os.environ.pop(name) for name in list(os.environ) if name.startswith("ACCELERATE_")}
+    aside = {
+        name: os.environ.pop(name) for name in list(os.environ) if name.startswith("ACCELERATE_")
+    }
     try:
         yield
     finally:
@@ -138,15 +251,18 @@ def own_settings() -> Iterator[None]:
 
 @contextlib.contextmanager
 def without_dropout(model: nn.Module) -> Iterator[None]:
-    """Inside the block, nothing is dropped also in training mode, by modules or by numbers that models hand to attention.
+    """Inside the block, nothing is dropped also in training mode, by modules or by numbers that
+    models hand to attention.
 
-    One meaning for all training here: supervised training, preference training (whose reference is read without) and the
-    gradients of units all see the same function.
+    One meaning for all training here: supervised training, preference training (whose reference is
+    read without) and the gradients of units all see the same function.
     """
     rates = []
     for module in model.modules():
         for name, value in vars(module).items():
-            is_rate = "drop" in name or (name == "p" and isinstance(module, nn.modules.dropout._DropoutNd))
+            is_rate = "drop" in name or (
+                name == "p" and isinstance(module, nn.modules.dropout._DropoutNd)
+            )
             if is_rate and type(value) is float and value:
                 rates.append((module, name, value))
     try:

@@ -1,7 +1,8 @@
-"""The partition of units into safety, utility, complex and redundant; chosen and random sets, and how they overlap.
+"""The partition of units into safety, utility, complex and redundant; chosen and random sets, and
+how they overlap.
 
-Knows values per unit and the files that hold them. Does not know models: a partition carries the fingerprint of its model,
-and whoever applies it compares.
+Knows values per unit and the files that hold them. Does not know models: a partition carries the
+fingerprint of its model, and whoever applies it compares.
 """
 
 import json
@@ -35,7 +36,10 @@ class UnitPartition:
 
     def counts(self) -> pd.DataFrame:
         """Units and share of all units per group, in total and by kind."""
-        by_kind = {kind: [int(self.units(group)[kind].sum()) for group in GROUPS] for kind in self.group_index}
+        by_kind = {
+            kind: [int(self.units(group)[kind].sum()) for group in GROUPS]
+            for kind in self.group_index
+        }
         table = pd.DataFrame(by_kind, index=pd.Index(GROUPS, name="group"))
         table.insert(0, "units", table.sum(axis=1))
         table.insert(1, "share", table["units"] / table["units"].sum())
@@ -48,7 +52,9 @@ def check_fractions(**fractions: float) -> None:
         if not 0 <= value <= 1:
             raise ValueError(f"{name} is {value}, but a fraction lies in [0, 1]")
     if sum(fractions.values()) > 1 + 1e-9:
-        raise ValueError(f"{' + '.join(fractions)} is {sum(fractions.values()):.3g}, more than all units (1)")
+        raise ValueError(
+            f"{' + '.join(fractions)} is {sum(fractions.values()):.3g}, more than all units (1)"
+        )
 
 
 def partition(
@@ -59,16 +65,23 @@ def partition(
     redundant_fraction: float = 0.148,
     fingerprint: str = "",
 ) -> UnitPartition:
-    """Assign every unit to one group by its standardised scores on safety and on utility data (SSAH section 4.1).
+    """Assign every unit to one group by its standardised scores on safety and on utility data (SSAH
+    section 4.1).
 
-    Safety: the largest z_S - z_U of all units of the model. Utility: the largest z_U - z_S. Of the remaining, redundant:
-    the smallest z_S + z_U; complex: the rest. Default fractions are those of the paper's Llama-2-7B-Chat. Where rounding
-    would hand out one unit more than there are, the later group gives way.
+    Safety: the largest z_S - z_U of all units of the model. Utility: the largest z_U - z_S. Of the
+    remaining, redundant: the smallest z_S + z_U; complex: the rest. Default fractions are those of
+    the paper's Llama-2-7B-Chat. Where rounding would hand out one unit more than there are, the
+    later group gives way.
     """
-    check_fractions(safety_fraction=safety_fraction, utility_fraction=utility_fraction, redundant_fraction=redundant_fraction)
+    check_fractions(
+        safety_fraction=safety_fraction,
+        utility_fraction=utility_fraction,
+        redundant_fraction=redundant_fraction,
+    )
     n_units = z_safety.n_units
     n_safety, n_utility, n_redundant = (
-        round(fraction * n_units) for fraction in (safety_fraction, utility_fraction, redundant_fraction)
+        round(fraction * n_units)
+        for fraction in (safety_fraction, utility_fraction, redundant_fraction)
     )
     n_utility = min(n_utility, n_units - n_safety)
     index = torch.full((n_units,), GROUPS.index("complex"), dtype=torch.int8)
@@ -87,31 +100,48 @@ def top_units(score: PerUnit, fraction: float) -> PerUnit:
     values = score.flatten()
     n_ranked, n_wanted = int((values > -torch.inf).sum()), round(fraction * score.n_units)
     if n_wanted > n_ranked:
-        raise ValueError(f"{fraction:g} of all units are {n_wanted}, but only {n_ranked} units are there to choose from")
-    return of_indices(torch.argsort(values, descending=True, stable=True)[:n_wanted], score)
+        raise ValueError(
+            f"{fraction:g} of all units are {n_wanted}, but only {n_ranked} units are there to"
+            " choose from"
+        )
+    return from_flat_indices(torch.argsort(values, descending=True, stable=True)[:n_wanted], score)
 
 
 def set_difference(score: PerUnit, other: PerUnit, fraction: float) -> PerUnit:
-    """Units in the top q of ``score`` but not in the top q of ``other``, as Wei et al. (ICML 2024) do with single weights.
+    """Units in the top q of ``score`` but not in the top q of ``other``, as Wei et al. (ICML 2024)
+    do with single weights.
 
-    They set the two shares by hand; here both are q, the smallest at which exactly the given fraction of all units is
-    left. Raises ``ValueError`` where no q leaves so many, as with two equal rankings.
+    They set the two shares by hand; here both are q, the smallest at which exactly the given
+    fraction of all units is left. Raises ``ValueError`` where no q leaves so many, as with two
+    equal rankings.
     """
     check_fractions(fraction=fraction)
-    ranks = [torch.argsort(torch.argsort(values.flatten(), descending=True, stable=True)) for values in (score, other)]
+    ranks = [
+        torch.argsort(torch.argsort(values.flatten(), descending=True, stable=True))
+        for values in (score, other)
+    ]
     n_units = score.n_units
     n_wanted = round(fraction * n_units)
-    in_both = torch.bincount(torch.maximum(*ranks), minlength=n_units).cumsum(0)  # how many are in both tops, for q = 1, 2, ...
+    in_both = torch.bincount(torch.maximum(*ranks), minlength=n_units).cumsum(
+        0
+    )  # how many are in both tops, for q = 1, 2, ...
     left = torch.cat([torch.zeros(1, dtype=torch.int64), torch.arange(1, n_units + 1) - in_both])
-    enough = (left >= n_wanted).nonzero()  # one more unit on each side changes the difference by at most one
+    enough = (
+        left >= n_wanted
+    ).nonzero()  # one more unit on each side changes the difference by at most one
     if not len(enough):
-        raise ValueError(f"no share leaves {n_wanted} units: the two rankings differ by at most {int(left.max())}")
+        raise ValueError(
+            f"no share leaves {n_wanted} units: the two rankings differ by at most"
+            f" {int(left.max())}"
+        )
     q = int(enough[0])
     return score.unflatten((ranks[0] < q) & (ranks[1] >= q))
 
 
 def random_units(like: PerUnit, generator: torch.Generator) -> PerUnit:
-    """A random set with exactly as many units in every module as ``like``: the control for what *which* units means."""
+    """A random set with exactly as many units in every module as ``like``: the control for what
+    *which* units means.
+    """
 
     def draw(chosen: Tensor) -> Tensor:
         order = torch.rand(chosen.shape, generator=generator).argsort(1)
@@ -120,7 +150,7 @@ def random_units(like: PerUnit, generator: torch.Generator) -> PerUnit:
     return like.map(draw)
 
 
-def of_indices(indices: Sequence[int] | Tensor, like: PerUnit) -> PerUnit:
+def from_flat_indices(indices: Sequence[int] | Tensor, like: PerUnit) -> PerUnit:
     """The set of units at the given places of ``PerUnit.flatten``."""
     chosen = torch.zeros(like.n_units, dtype=torch.bool)
     chosen[indices] = True
@@ -134,23 +164,35 @@ def jaccard(a: PerUnit, b: PerUnit) -> float:
 
 
 def chance_jaccard(a: PerUnit, b: PerUnit) -> float:
-    """Jaccard of two random sets with as many units in every module, at their expected overlap (hypergeometric mean)."""
+    """Jaccard of two random sets with as many units in every module, at their expected overlap
+    (hypergeometric mean).
+    """
     both = sum(float((a[kind].sum(1) * b[kind].sum(1) / a[kind].shape[1]).sum()) for kind in a)
     either = a.count() + b.count() - both
     return both / either if either else 1.0
 
 
 def overlap_table(sets: dict[str, PerUnit]) -> pd.DataFrame:
-    """Jaccard of every set with every set: rows ``first``, ``second``, ``jaccard``, ``chance``, ``corrected`` for chance.
+    """Jaccard of every set with every set: rows ``first``, ``second``, ``jaccard``, ``chance``,
+    ``corrected`` for chance.
 
-    Corrected is (J - chance) / (1 - chance): 0 for sets that share what random ones do, 1 for equal ones.
+    Corrected is (J - chance) / (1 - chance): 0 for sets that share what random ones do, 1 for equal
+    ones.
     """
     rows = []
     for first, a in sets.items():
         for second, b in sets.items():
             found, chance = jaccard(a, b), chance_jaccard(a, b)
             corrected = (found - chance) / (1 - chance) if chance < 1 else 1.0
-            rows.append({"first": first, "second": second, "jaccard": found, "chance": chance, "corrected": corrected})
+            rows.append(
+                {
+                    "first": first,
+                    "second": second,
+                    "jaccard": found,
+                    "chance": chance,
+                    "corrected": corrected,
+                }
+            )
     return pd.DataFrame(rows)
 
 
@@ -167,7 +209,9 @@ def to_table(z_safety: PerUnit, z_utility: PerUnit, parted: UnitPartition) -> pd
                     "channel": channel.flatten().numpy(),
                     "z_safety": z_safety[kind].flatten().numpy(),
                     "z_utility": z_utility[kind].flatten().numpy(),
-                    "group": pd.Categorical.from_codes(index.flatten().numpy(), categories=list(GROUPS)),
+                    "group": pd.Categorical.from_codes(
+                        index.flatten().numpy(), categories=list(GROUPS)
+                    ),
                 }
             )
         )
@@ -175,66 +219,104 @@ def to_table(z_safety: PerUnit, z_utility: PerUnit, parted: UnitPartition) -> pd
 
 
 def transfer_table(before: UnitPartition, after: UnitPartition) -> pd.DataFrame:
-    """Where the units of every group went: rows ``before``, ``after``, ``units``, ``share`` (of the group before)."""
+    """Where the units of every group went: rows ``before``, ``after``, ``units``, ``share`` (of the
+    group before).
+    """
     rows = []
     for source in GROUPS:
         left = before.units(source)
         for target in GROUPS:
             moved = (left & after.units(target)).count()
-            rows.append({"before": source, "after": target, "units": moved, "share": moved / max(1, left.count())})
+            rows.append(
+                {
+                    "before": source,
+                    "after": target,
+                    "units": moved,
+                    "share": moved / max(1, left.count()),
+                }
+            )
     return pd.DataFrame(rows)
 
 
 def save_set(path: Path | str, chosen: PerUnit, fingerprint: str, what: str) -> None:
-    """Write one set of units as safetensors, with its model's fingerprint and what it is in words: to take away."""
+    """Write one set of units as safetensors, with its model's fingerprint and what it is in words:
+    to take away.
+    """
     metadata = {"format": "ssah-unit-set-1", "fingerprint": fingerprint, "what": what}
     _write(path, {"set": chosen}, metadata)
 
 
 def load_set(path: Path | str, fingerprint: str = "") -> PerUnit:
-    """A set that ``save_set`` wrote; with ``fingerprint``, ``ValueError`` if it is of another model."""
+    """A set that ``save_set`` wrote; with ``fingerprint``, ``ValueError`` if it is of another
+    model.
+    """
     metadata, named = _read(path, "ssah-unit-set-1", "06_freezing")
     if fingerprint and metadata["fingerprint"] != fingerprint:
-        raise ValueError(f"{path} was made for model {metadata['fingerprint']}, not for the loaded {fingerprint}")
+        raise ValueError(
+            f"{path} was made for model {metadata['fingerprint']}, not for the loaded {fingerprint}"
+        )
     return named["set"]
 
 
 def save_sets(path: Path | str, sets: dict[str, PerUnit], fingerprint: str) -> None:
     """Write several named sets of one model in one safetensors file."""
-    metadata = {"format": "ssah-unit-sets-1", "fingerprint": fingerprint, "names": json.dumps(list(sets))}
+    metadata = {
+        "format": "ssah-unit-sets-1",
+        "fingerprint": fingerprint,
+        "names": json.dumps(list(sets)),
+    }
     _write(path, {str(n): chosen for n, chosen in enumerate(sets.values())}, metadata)
 
 
 def load_sets(path: Path | str, fingerprint: str = "") -> dict[str, PerUnit]:
-    """The sets that ``save_sets`` wrote, in order; with ``fingerprint``, ``ValueError`` if they are of another model."""
+    """The sets that ``save_sets`` wrote, in order; with ``fingerprint``, ``ValueError`` if they are
+    of another model.
+    """
     metadata, named = _read(path, "ssah-unit-sets-1", "03_units")
     if fingerprint and metadata["fingerprint"] != fingerprint:
-        raise ValueError(f"{path} was made for model {metadata['fingerprint']}, not for the loaded {fingerprint}: run 03_units")
+        raise ValueError(
+            f"{path} was made for model {metadata['fingerprint']}, not for the loaded"
+            f" {fingerprint}: run 03_units"
+        )
     return {name: named[str(n)] for n, name in enumerate(json.loads(metadata["names"]))}
 
 
 def save_partition(path: Path | str, parted: UnitPartition, **tensors: PerUnit) -> None:
-    """Write a partition as safetensors with its fingerprint; extra per-unit tensors (scores) go along by name."""
-    metadata = {"format": "ssah-units-1", "groups": json.dumps(GROUPS), "fingerprint": parted.fingerprint}
+    """Write a partition as safetensors with its fingerprint; extra per-unit tensors (scores) go
+    along by name.
+    """
+    metadata = {
+        "format": "ssah-units-1",
+        "groups": json.dumps(GROUPS),
+        "fingerprint": parted.fingerprint,
+    }
     _write(path, {"group": parted.group_index, **tensors}, metadata)
 
 
-def load_partition(path: Path | str, fingerprint: str = "") -> tuple[UnitPartition, dict[str, PerUnit]]:
-    """Partition and extra per-unit tensors from a file; ``fingerprint`` is that of the model it will be used on.
+def load_partition(
+    path: Path | str, fingerprint: str = ""
+) -> tuple[UnitPartition, dict[str, PerUnit]]:
+    """Partition and extra per-unit tensors from a file; ``fingerprint`` is that of the model it
+    will be used on.
 
     Raises ``FileNotFoundError`` or ``ValueError`` (not a partition file, or one of another model).
     """
     metadata, named = _read(path, "ssah-units-1", "03_units")
     if fingerprint and metadata["fingerprint"] != fingerprint:
         raise ValueError(
-            f"{path} belongs to model {metadata['fingerprint']}, not to the loaded {fingerprint}: run 03_units on this model"
+            f"{path} belongs to model {metadata['fingerprint']}, not to the loaded {fingerprint}:"
+            " run 03_units on this model"
         )
     return UnitPartition(named.pop("group"), metadata["fingerprint"]), named
 
 
 def _write(path: Path | str, named: dict[str, PerUnit], metadata: dict[str, str]) -> None:
     """Named values per unit as a safetensors file of tensors ``name.kind``, whole or not at all."""
-    content = {f"{name}.{kind}": values.contiguous() for name, per_unit in named.items() for kind, values in per_unit.items()}
+    content = {
+        f"{name}.{kind}": values.contiguous()
+        for name, per_unit in named.items()
+        for kind, values in per_unit.items()
+    }
     with complete_only(path) as partial:
         save_file(content, partial, metadata)
 
@@ -248,7 +330,9 @@ def _read(path: Path | str, expected: str, stage: str) -> tuple[dict[str, str], 
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except SafetensorError as error:
-        raise ValueError(f"{path} is not a readable safetensors file ({error}): run {stage} again") from error
+        raise ValueError(
+            f"{path} is not a readable safetensors file ({error}): run {stage} again"
+        ) from error
     if metadata.get("format") != expected:
         raise ValueError(f"{path} is not a file of format {expected}: run {stage} again")
     named: dict[str, dict[str, Tensor]] = {}

@@ -1,11 +1,15 @@
-"""What partial training and scoring cost on a GPU: ``make bench-gpu``. Writes data/reference/bench_gpu.json.
+"""What partial training and scoring cost on a GPU: ``make bench-gpu`` writes bench_gpu.json.
 
-scoring_over_forward   scoring pass over bare backbone forward, 128 x 512 tokens (goal: at most 1.05)
-ru_peak_memory_gib     peak device memory of training steps of a random 20% of the units, frozen weights in bfloat16, trained
-                       entries and their AdamW state in float32 (goal: under 40; full AdamW needs about 100)
-ru_step_over_full      step time against full training, at the largest of SHAPES where full training fits
+* ``scoring_over_forward``: scoring pass over bare backbone forward, 128 x 512 tokens (goal: at
+  most 1.05).
+* ``ru_peak_memory_gib``: peak device memory of training steps of a random 20% of the units, frozen
+  weights in bfloat16, trained entries and their AdamW state in float32 (goal: under 40; full AdamW
+  needs about 100).
+* ``ru_step_over_full``: step time against full training, at the largest of SHAPES where full
+  training fits.
 
-On a randomly initialised Llama-2-7B shape; ``--tiny`` runs a tiny shape on any device, to test the script.
+On a randomly initialised Llama-2-7B shape; ``--tiny`` runs a tiny shape on any device, to test the
+script.
 """
 
 import argparse
@@ -18,10 +22,10 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from ssah_utils import activations, models, partial
-from ssah_utils.files import write_json
+from ssah_utils import activations, models, per_unit, precision, unit_training
+from ssah_utils.files import REFERENCE, write_json
 from ssah_utils.per_unit import PerUnit
-from ssah_utils.results import REFERENCE, versions
+from ssah_utils.pipeline.runs import versions
 
 
 @dataclass(frozen=True)
@@ -45,19 +49,32 @@ TINY = Size(32, 48, 2, 4, vocabulary=64, sequences=4, length=8, batch_size=2)
 
 def random_llama(size: Size, device: str, dtype: torch.dtype) -> nn.Module:
     config = LlamaConfig(
-        vocab_size=size.vocabulary, hidden_size=size.d_model, intermediate_size=size.d_ff, num_hidden_layers=size.n_layers,
-        num_attention_heads=size.n_heads, num_key_value_heads=size.n_heads, tie_word_embeddings=False,
-    )  # fmt: skip
+        vocab_size=size.vocabulary,
+        hidden_size=size.d_model,
+        intermediate_size=size.d_ff,
+        num_hidden_layers=size.n_layers,
+        num_attention_heads=size.n_heads,
+        num_key_value_heads=size.n_heads,
+        tie_word_embeddings=False,
+    )
     with torch.device(device):
         return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
 def batches_of(size: Size, device: str) -> list[dict[str, torch.Tensor]]:
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(3, size.vocabulary, (size.sequences, size.length), generator=generator).to(device)
+    ids = torch.randint(3, size.vocabulary, (size.sequences, size.length), generator=generator).to(
+        device
+    )
     mask = torch.ones_like(ids)
-    return [{"input_ids": rows, "attention_mask": mask[: len(rows)], "positions": mask[: len(rows)].bool()}
-            for rows in ids.split(size.batch_size)]  # fmt: skip
+    return [
+        {
+            "input_ids": rows,
+            "attention_mask": mask[: len(rows)],
+            "positions": mask[: len(rows)].bool(),
+        }
+        for rows in ids.split(size.batch_size)
+    ]
 
 
 def seconds(work, device: str) -> float:
@@ -73,13 +90,19 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def scoring_over_forward(model: nn.Module, batches: list[dict], device: str, repeats: int = 3) -> float:
+def scoring_over_forward(
+    model: nn.Module, batches: list[dict], device: str, repeats: int = 3
+) -> float:
     backbone = models.backbone_of(model)
 
     @torch.inference_mode()
     def bare() -> None:
         for batch in batches:
-            backbone(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+            backbone(
+                input_ids=batch["input_ids"],
+                attention_mask=batch["attention_mask"],
+                use_cache=False,
+            )
 
     bare()
     activations.channel_moments(model, batches[:1])
@@ -90,24 +113,39 @@ def scoring_over_forward(model: nn.Module, batches: list[dict], device: str, rep
 def random_share(model: nn.Module, share: float) -> PerUnit:
     shape = models.shape_of(model)
     generator = torch.Generator().manual_seed(0)
-    sizes = {kind: (shape.n_layers, shape.n_channels(kind)) for kind in models.KINDS}
-    return PerUnit({kind: torch.rand(size, generator=generator) for kind, size in sizes.items()}) < share
+    sizes = {kind: (shape.n_layers, shape.n_channels(kind)) for kind in per_unit.KINDS}
+    return (
+        PerUnit({kind: torch.rand(size, generator=generator) for kind, size in sizes.items()})
+        < share
+    )
 
 
-def training_step(model: nn.Module, size: Size, device: str, full: bool, n_steps: int = 4) -> tuple[float, float]:
-    """Median seconds of a step and peak device memory (GiB). Full training keeps float32 masters under autocast."""
+def training_step(
+    model: nn.Module, size: Size, device: str, full: bool, n_steps: int = 4
+) -> tuple[float, float]:
+    """Median seconds of a step and peak device memory (GiB). Full training keeps float32 masters
+    under autocast.
+    """
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     batch = batches_of(size, device)[0]
     taken = []
-    with contextlib.nullcontext() if full else partial.training_only(model, random_share(model, 0.2)):
+    with (
+        contextlib.nullcontext()
+        if full
+        else unit_training.training_only(model, random_share(model, 0.2))
+    ):
         model.train()
         model.gradient_checkpointing_enable({"use_reentrant": False})
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6, fused=True)
+        optimizer = torch.optim.AdamW(
+            [p for p in model.parameters() if p.requires_grad], lr=1e-6, fused=True
+        )
 
         def step() -> None:
             with torch.autocast(device, torch.bfloat16, enabled=full):
-                loss = model(input_ids=batch["input_ids"], labels=batch["input_ids"], use_cache=False).loss
+                loss = model(
+                    input_ids=batch["input_ids"], labels=batch["input_ids"], use_cache=False
+                ).loss
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -123,13 +161,17 @@ def step_over_full(sizes: tuple[Size, ...], device: str) -> tuple[float, Size]:
     """Ratio of step times at the first of ``sizes`` where full training fits."""
     for size in sizes:
         try:
-            full, _ = training_step(random_llama(size, device, torch.float32), size, device, full=True)
+            full, _ = training_step(
+                random_llama(size, device, torch.float32), size, device, full=True
+            )
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
             continue
         if device == "cuda":
             torch.cuda.empty_cache()
-        redundant, _ = training_step(random_llama(size, device, torch.bfloat16), size, device, full=False)
+        redundant, _ = training_step(
+            random_llama(size, device, torch.bfloat16), size, device, full=False
+        )
         return redundant / full, size
     raise MemoryError("full training fits at none of the shapes")
 
@@ -137,7 +179,11 @@ def step_over_full(sizes: tuple[Size, ...], device: str) -> tuple[float, Size]:
 def measure(device: str, sizes: tuple[Size, ...]) -> dict:
     largest = sizes[0]
     model = random_llama(largest, device, torch.bfloat16)
-    figures = {"scoring_over_forward": round(scoring_over_forward(model, batches_of(largest, device), device), 3)}
+    figures = {
+        "scoring_over_forward": round(
+            scoring_over_forward(model, batches_of(largest, device), device), 3
+        )
+    }
     _, peak = training_step(model, largest, device, full=False)
     del model
     if device == "cuda":
@@ -145,14 +191,23 @@ def measure(device: str, sizes: tuple[Size, ...]) -> dict:
         figures["ru_peak_memory_gib"] = round(peak, 2)
     ratio, size = step_over_full(sizes, device)
     name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
-    return figures | {"ru_step_over_full": round(ratio, 3), "step_shape": vars(size), "device": name, "versions": versions()}
+    return figures | {
+        "ru_step_over_full": round(ratio, 3),
+        "step_shape": vars(size),
+        "device": name,
+        "versions": versions(),
+    }
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.bench_gpu")
-    parser.add_argument("--tiny", action="store_true", help="a tiny shape on any device, to test the script; writes nothing")
+    parser.add_argument(
+        "--tiny",
+        action="store_true",
+        help="a tiny shape on any device, to test the script; writes nothing",
+    )
     options = parser.parse_args(arguments)
-    device = models.preferred_device()
+    device = precision.preferred_device()
     if options.tiny:
         print(measure(device, (TINY,)))
         return 0

@@ -1,4 +1,6 @@
-"""Tiny models built in code, without any download: one for every architecture the package supports."""
+"""Tiny models built in code, without any download: one for every architecture the package
+supports.
+"""
 
 import os
 from collections.abc import Callable, Iterator
@@ -17,16 +19,24 @@ from ssah_utils.files import cache_dir
 VOCABULARY = 97
 SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 SIZES = {
-    "vocab_size": VOCABULARY, "hidden_size": 42, "intermediate_size": 70, "num_hidden_layers": 3, "num_attention_heads": 6,
-    "num_key_value_heads": 2, "head_dim": 10, "max_position_embeddings": 64,
-}  # fmt: skip
+    "vocab_size": VOCABULARY,
+    "hidden_size": 42,
+    "intermediate_size": 70,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 10,
+    "max_position_embeddings": 64,
+}
 CONFIGS: dict[str, Callable[[], transformers.PretrainedConfig]] = {
     "llama": lambda: transformers.LlamaConfig(**SIZES, **SPECIAL),
     "mistral": lambda: transformers.MistralConfig(**SIZES, **SPECIAL),
     "qwen2": lambda: transformers.Qwen2Config(**SIZES, **SPECIAL),
     "qwen3": lambda: transformers.Qwen3Config(**SIZES, **SPECIAL),
     "gemma": lambda: transformers.GemmaConfig(**SIZES, **SPECIAL),
-    "gemma2": lambda: transformers.Gemma2Config(**SIZES, **SPECIAL, final_logit_softcapping=2.0),  # low enough to matter
+    "gemma2": lambda: transformers.Gemma2Config(
+        **SIZES, **SPECIAL, final_logit_softcapping=2.0
+    ),  # low enough to matter
     "phi3": lambda: transformers.Phi3Config(**SIZES, **SPECIAL),
     "gpt2": lambda: transformers.GPT2Config(
         vocab_size=VOCABULARY, n_embd=42, n_inner=70, n_layer=3, n_head=6, n_positions=64, **SPECIAL
@@ -35,7 +45,9 @@ CONFIGS: dict[str, Callable[[], transformers.PretrainedConfig]] = {
 
 
 def tiny_model(name: str) -> nn.Module:
-    """Seeded float32 model in evaluation mode; biases and norms are random too, so that none is trivially zero or one."""
+    """Seeded float32 model in evaluation mode; biases and norms are random too, so that none is
+    trivially zero or one.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         model = AutoModelForCausalLM.from_config(CONFIGS[name](), dtype=torch.float32)
@@ -47,7 +59,9 @@ def tiny_model(name: str) -> nn.Module:
 
 
 def writers_by_name(model: nn.Module, kind: str) -> list[nn.Module]:
-    """What the tests hold against ``models.writers``: the modules whose qualified name ends as a writer's does."""
+    """What the tests hold against ``models.writers``: the modules whose qualified name ends as a
+    writer's does.
+    """
     endings = {"attention": ("o_proj", "attn.c_proj"), "mlp": ("down_proj", "mlp.c_proj")}[kind]
     return [module for name, module in model.named_modules() if name.endswith(endings)]
 
@@ -68,7 +82,8 @@ def compiled_backbone(model: nn.Module) -> nn.Module:
     return model
 
 
-# Ways to compile a model of the Llama family; "eager" keeps the arithmetic, so results are the same bits.
+# Ways to compile a model of the Llama family; "eager" keeps the arithmetic, so results are the same
+# bits.
 COMPILED: dict[str, Callable[[nn.Module], nn.Module]] = {
     "whole": lambda model: torch.compile(model, backend="eager"),
     "in place": compiled_in_place,
@@ -78,7 +93,9 @@ COMPILED: dict[str, Callable[[nn.Module], nn.Module]] = {
 
 
 def n_hooks(model: nn.Module) -> int:
-    return sum(len(module._forward_pre_hooks) + len(module._forward_hooks) for module in model.modules())
+    return sum(
+        len(module._forward_pre_hooks) + len(module._forward_hooks) for module in model.modules()
+    )
 
 
 def parameters_of(model: nn.Module) -> dict[str, Tensor]:
@@ -87,12 +104,16 @@ def parameters_of(model: nn.Module) -> dict[str, Tensor]:
 
 def same_parameters(model: nn.Module, before: dict[str, Tensor]) -> bool:
     after = dict(model.named_parameters())
-    return after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
+    return after.keys() == before.keys() and all(
+        torch.equal(after[name], before[name]) for name in before
+    )
 
 
 @pytest.fixture(autouse=True)
 def threads(request: pytest.FixtureRequest) -> Iterator[None]:
-    """One thread, as more only wait for each other on tensors this small; all of them for the embedded model."""
+    """One thread, as more only wait for each other on tensors this small; all of them for the
+    embedded model.
+    """
     n_threads = torch.get_num_threads()
     if not request.node.get_closest_marker("real_model"):
         torch.set_num_threads(1)
@@ -134,9 +155,13 @@ def token_ids() -> Tensor:
 def tokenizer() -> PreTrainedTokenizerFast:
     """One token per word: ``w3`` is token 3."""
     words = ["<pad>", "<s>", "</s>", *(f"w{index}" for index in range(3, VOCABULARY))]
-    inner = Tokenizer(token_models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<pad>"))
+    inner = Tokenizer(
+        token_models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<pad>")
+    )
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    )
 
 
 @pytest.fixture
@@ -150,7 +175,9 @@ def saved_llama(tmp_path: Path, llama: nn.Module, tokenizer: PreTrainedTokenizer
 
 @pytest.fixture
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache folder of one's own: nothing trained there, but downloads and the embedded model shared with the real one."""
+    """A cache folder of one's own: nothing trained there, but downloads and the embedded model
+    shared with the real one.
+    """
     shared, folder = cache_dir().absolute(), tmp_path / "cache"
     folder.mkdir()
     for name in ("models", "wheels"):

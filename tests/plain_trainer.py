@@ -1,4 +1,5 @@
-"""A training script as users have it, with plain Hugging Face parts; the five lines that keep the guardrails are marked.
+"""A training script as users have it, with plain Hugging Face parts; the five lines that keep the
+guardrails are marked.
 
 python -m tests.plain_trainer MODEL UNITS DATA.jsonl OUTPUT
 """
@@ -8,9 +9,19 @@ import sys
 from pathlib import Path
 
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DataCollatorForSeq2Seq,
+    Trainer,
+    TrainingArguments,
+)
 
-from ssah_utils import models, partial, units  # 1
+from ssah_utils import (
+    fingerprints,
+    unit_training,
+    units,  # 1
+)
 
 
 def main(model_folder: str, unit_file: str, data_file: str, output: str) -> None:
@@ -20,12 +31,24 @@ def main(model_folder: str, unit_file: str, data_file: str, output: str) -> None
     tokens = [tokenizer(f"{row['prompt']} {row['response']}").input_ids for row in rows]
     data = Dataset.from_list([{"input_ids": ids, "labels": ids} for ids in tokens])
     args = TrainingArguments(
-        output_dir=output, max_steps=6, per_device_train_batch_size=4, learning_rate=1e-2, weight_decay=0.1, report_to="none",
-        use_cpu=True, save_strategy="no", disable_tqdm=True,
-    )  # fmt: skip
-    frozen = units.load_set(unit_file, models.fingerprint(model))  # 2
-    with partial.freezing(model, frozen):  # 3
-        Trainer(model=model, args=args, train_dataset=data, data_collator=DataCollatorForSeq2Seq(tokenizer)).train()  # 4
+        output_dir=output,
+        max_steps=6,
+        per_device_train_batch_size=4,
+        learning_rate=1e-2,
+        weight_decay=0.1,
+        report_to="none",
+        use_cpu=True,
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+    frozen = units.load_set(unit_file, fingerprints.fingerprint(model))  # 2
+    with unit_training.freezing(model, frozen):  # 3
+        Trainer(
+            model=model,
+            args=args,
+            train_dataset=data,
+            data_collator=DataCollatorForSeq2Seq(tokenizer),
+        ).train()  # 4
     model.save_pretrained(output)  # 5: an ordinary checkpoint
 
 

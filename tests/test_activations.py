@@ -1,4 +1,6 @@
-"""Streaming moments and last-token states, against everything collected at once and every sequence on its own."""
+"""Streaming moments and last-token states, against everything collected at once and every sequence
+on its own.
+"""
 
 import pytest
 import torch
@@ -16,8 +18,8 @@ from ssah_utils.activations import (
     merged,
     pooled,
 )
-from ssah_utils.models import KINDS, blocks_of
-from ssah_utils.per_unit import PerUnit
+from ssah_utils.models import blocks_of
+from ssah_utils.per_unit import KINDS, PerUnit
 from tests.conftest import COMPILED, VOCABULARY, n_hooks, writers_by_name
 
 LENGTHS = [5, 2, 9, 7, 1, 6, 9]
@@ -28,14 +30,22 @@ def sequences() -> list[tuple[Tensor, Tensor]]:
     """Token ids and random marks of every sequence, each (length,)."""
     generator = torch.Generator().manual_seed(3)
     return [
-        (torch.randint(3, VOCABULARY, (n,), generator=generator), torch.rand(n, generator=generator) < 0.6) for n in LENGTHS
+        (
+            torch.randint(3, VOCABULARY, (n,), generator=generator),
+            torch.rand(n, generator=generator) < 0.6,
+        )
+        for n in LENGTHS
     ]
 
 
-def batch_of(sequences: list[tuple[Tensor, Tensor]], side: str = "right", extra: int = 0) -> dict[str, Tensor]:
+def batch_of(
+    sequences: list[tuple[Tensor, Tensor]], side: str = "right", extra: int = 0
+) -> dict[str, Tensor]:
     width = max(len(ids) for ids, _ in sequences) + extra
     batch = {
-        "input_ids": torch.full((len(sequences), width), 5),  # padding that would show, were it looked at
+        "input_ids": torch.full(
+            (len(sequences), width), 5
+        ),  # padding that would show, were it looked at
         "attention_mask": torch.zeros(len(sequences), width, dtype=torch.int64),
         "positions": torch.zeros(len(sequences), width, dtype=torch.bool),
     }
@@ -50,15 +60,26 @@ def batch_of(sequences: list[tuple[Tensor, Tensor]], side: str = "right", extra:
 def batches_of(sequences, sizes: list[int], **how) -> list[dict[str, Tensor]]:
     assert sum(sizes) == len(sequences)
     starts = [sum(sizes[:index]) for index in range(len(sizes))]
-    return [batch_of(sequences[start : start + n], **how) for start, n in zip(starts, sizes, strict=True)]
+    return [
+        batch_of(sequences[start : start + n], **how)
+        for start, n in zip(starts, sizes, strict=True)
+    ]
 
 
 def writer_inputs(model: nn.Module, batches: list[dict[str, Tensor]]) -> dict[str, list[Tensor]]:
-    """Everything the writers read at marked positions: {kind: one (n_positions, n_channels) float64 per layer}."""
-    modules = [(kind, layer, module) for kind in KINDS for layer, module in enumerate(writers_by_name(model, kind))]
+    """Everything the writers read at marked positions: {kind: one (n_positions, n_channels) float64
+    per layer}.
+    """
+    modules = [
+        (kind, layer, module)
+        for kind in KINDS
+        for layer, module in enumerate(writers_by_name(model, kind))
+    ]
     seen: dict[tuple[str, int], list[Tensor]] = {(kind, layer): [] for kind, layer, _ in modules}
     handles = [
-        module.register_forward_hook(lambda module, args, output, key=(kind, layer): seen[key].append(args[0].double()))
+        module.register_forward_hook(
+            lambda module, args, output, key=(kind, layer): seen[key].append(args[0].double())
+        )
         for kind, layer, module in modules
     ]
     with torch.no_grad():
@@ -77,18 +98,25 @@ def writer_inputs(model: nn.Module, batches: list[dict[str, Tensor]]) -> dict[st
 
 
 EPS = torch.finfo(torch.float32).eps
-# Two float32 forward passes that cut a batch otherwise, or sum in another order, differ by their roundings: of three blocks,
-# each of a few sums of up to 70 products. Found: 4 roundings of a layer's largest activation in a moment, 6 of a state.
+# Two float32 forward passes that cut a batch otherwise, or sum in another order, differ by their
+# roundings: of three blocks, each of a few sums of up to 70 products. Found: 4 roundings of a
+# layer's largest activation in a moment, 6 of a state.
 ROUNDINGS = 32
 
 
-def assert_moments(found: ChannelMoments, inputs: dict[str, list[Tensor]], roundings: float = ROUNDINGS) -> None:
-    """Equal up to an error of every activation of ``roundings`` float32 roundings of the largest one of its layer."""
+def assert_moments(
+    found: ChannelMoments, inputs: dict[str, list[Tensor]], roundings: float = ROUNDINGS
+) -> None:
+    """Equal up to an error of every activation of ``roundings`` float32 roundings of the largest
+    one of its layer.
+    """
     assert found.count == len(inputs["mlp"][0])
     for kind in KINDS:
         assert found.mean[kind].dtype == found.variance[kind].dtype == torch.float64
         assert len(found.mean[kind]) == len(found.variance[kind]) == len(inputs[kind])
-        for mean, variance, values in zip(found.mean[kind], found.variance[kind], inputs[kind], strict=True):
+        for mean, variance, values in zip(
+            found.mean[kind], found.variance[kind], inputs[kind], strict=True
+        ):
             expected = torch.var(values, dim=0)
             assert expected.min() > 0
             error = roundings * EPS * values.abs().max()
@@ -98,10 +126,12 @@ def assert_moments(found: ChannelMoments, inputs: dict[str, list[Tensor]], round
 
 def assert_states(found: Tensor, expected: Tensor) -> None:
     assert found.dtype == torch.float32
-    torch.testing.assert_close(found, expected, rtol=0, atol=ROUNDINGS * EPS * expected.abs().max().item())
+    torch.testing.assert_close(
+        found, expected, rtol=0, atol=ROUNDINGS * EPS * expected.abs().max().item()
+    )
 
 
-# ------------------------------------------------------------------------------------------------------- channel_moments
+# ---------------------------------------------------------------------------------- channel_moments
 
 
 @pytest.mark.parametrize("sizes", [[7], [1] * 7, [3, 4], [2, 1, 4]])
@@ -116,16 +146,25 @@ def test_moments_of_every_architecture(any_model, sequences):
     assert n_hooks(any_model) == 0
 
 
-# In float64 the forward pass itself does not depend on batching, so every batching has the same answer up to the moments' own
-# float32: each value is rounded once, and once more when the batch's mean is taken off.
-@pytest.mark.parametrize("how", [{}, {"extra": 6}, {"side": "left"}, {"side": "left", "extra": 3}], ids=str)
+# In float64 the forward pass itself does not depend on batching, so every batching has the same
+# answer up to the moments' own float32: each value is rounded once, and once more when the batch's
+# mean is taken off.
 @pytest.mark.parametrize(
-    ("order", "sizes"), [(range(7), [7]), ([6, 2, 0, 5, 3, 1, 4], [2, 2, 3]), ([4, 3, 2, 1, 0, 6, 5], [1] * 7)], ids=str
+    "how", [{}, {"extra": 6}, {"side": "left"}, {"side": "left", "extra": 3}], ids=str
 )
-def test_moments_depend_neither_on_batching_nor_on_order_nor_on_padding(llama, sequences, order, sizes, how):
+@pytest.mark.parametrize(
+    ("order", "sizes"),
+    [(range(7), [7]), ([6, 2, 0, 5, 3, 1, 4], [2, 2, 3]), ([4, 3, 2, 1, 0, 6, 5], [1] * 7)],
+    ids=str,
+)
+def test_moments_depend_neither_on_batching_nor_on_order_nor_on_padding(
+    llama, sequences, order, sizes, how
+):
     llama.double()
     alone = writer_inputs(llama, batches_of(sequences, [1] * 7))
-    assert_moments(channel_moments(llama, batches_of([sequences[i] for i in order], sizes, **how)), alone, 2)
+    assert_moments(
+        channel_moments(llama, batches_of([sequences[i] for i in order], sizes, **how)), alone, 2
+    )
 
 
 def test_batches_without_marks_add_nothing(llama, sequences):
@@ -137,7 +176,9 @@ def test_batches_without_marks_add_nothing(llama, sequences):
 def test_left_padding_changes_no_moments(any_model, sequences):
     """Also where positions are learned (GPT-2): they are counted over attended tokens."""
     roundings = ROUNDINGS
-    if any_model.config.model_type != "gemma2":  # its attention has no float64: rows of padding become NaN
+    if (
+        any_model.config.model_type != "gemma2"
+    ):  # its attention has no float64: rows of padding become NaN
         roundings = 2
         any_model.double()
     left = channel_moments(any_model, batches_of(sequences, [3, 4], side="left", extra=3))
@@ -146,7 +187,9 @@ def test_left_padding_changes_no_moments(any_model, sequences):
 
 def test_tokens_after_the_last_marked_one_are_not_run(llama, sequences):
     seen = []
-    llama.model.embed_tokens.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[1]))
+    llama.model.embed_tokens.register_forward_pre_hook(
+        lambda module, args: seen.append(args[0].shape[1])
+    )
     ids, marked = torch.arange(3, 12), torch.arange(9) < 4
     found = channel_moments(llama, [batch_of([(ids, marked)])])
     assert seen == [4]
@@ -156,7 +199,10 @@ def test_tokens_after_the_last_marked_one_are_not_run(llama, sequences):
 @pytest.mark.parametrize("n_marked", [0, 1])
 def test_fewer_than_two_positions_raise(llama, n_marked):
     ids = torch.tensor([4, 5, 6])
-    batches = [batch_of([(ids, torch.arange(3) < n_marked)]), batch_of([(ids, torch.zeros(3, dtype=torch.bool))])]
+    batches = [
+        batch_of([(ids, torch.arange(3) < n_marked)]),
+        batch_of([(ids, torch.zeros(3, dtype=torch.bool))]),
+    ]
     with pytest.raises(ValueError, match=f"at least 2 positions; the batches mark {n_marked}"):
         channel_moments(llama, batches)
     assert n_hooks(llama) == 0
@@ -194,17 +240,21 @@ def test_hooks_are_gone_when_a_batch_cannot_be_made(llama, sequences, measure):
     assert n_hooks(llama) == 0
 
 
-# ------------------------------------------------------------------------------------------------------ StreamingMoments
+# --------------------------------------------------------------------------------- StreamingMoments
 
 
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(
-    sizes=st.lists(st.integers(0, 25), min_size=1, max_size=6).filter(lambda sizes: sum(sizes) >= 2),
+    sizes=st.lists(st.integers(0, 25), min_size=1, max_size=6).filter(
+        lambda sizes: sum(sizes) >= 2
+    ),
     exponent=st.integers(-4, 4),
     seed=st.integers(0, 2**31),
 )
 def test_variance_survives_a_mean_of_a_thousand_spreads(sizes, exponent, seed):
-    noise = torch.randn(sum(sizes), 5, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    noise = torch.randn(
+        sum(sizes), 5, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
     values = ((1e3 + noise) * 10.0**exponent).float()
     stream = StreamingMoments()
     for part in values.split(sizes):
@@ -227,7 +277,11 @@ def test_variance_survives_a_first_batch_that_is_far_away(first):
     near.update(far)
     m2 = near.m2.clone(), near.mean.clone()
     near.update(values[first:])
-    within = near.m2 - m2[0] - (values[first:].double().mean(0) - m2[1]) ** 2 * (first * 30_000 / (first + 30_000))
+    within = (
+        near.m2
+        - m2[0]
+        - (values[first:].double().mean(0) - m2[1]) ** 2 * (first * 30_000 / (first + 30_000))
+    )
     torch.testing.assert_close(within / 29_999, values[first:].double().var(0), rtol=1e-4, atol=0)
 
 
@@ -248,17 +302,21 @@ def test_update_leaves_the_values_alone():
     assert torch.equal(values, before)
 
 
-# ---------------------------------------------------------------------------------------------------------------- merged
+# ------------------------------------------------------------------------------------------- merged
 
 
 def moments_at_once(values: Tensor) -> ChannelMoments:
     """``values``: (n, 2, 3) float64, two layers of three channels."""
-    return ChannelMoments(len(values), PerUnit({"mlp": values.mean(0)}), PerUnit({"mlp": values.var(0)}))
+    return ChannelMoments(
+        len(values), PerUnit({"mlp": values.mean(0)}), PerUnit({"mlp": values.var(0)})
+    )
 
 
 @pytest.mark.parametrize("n_first", [1, 2, 10, 18, 19])
 def test_merged_equals_the_whole(n_first):
-    values = 50 + torch.randn(20, 2, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    values = 50 + torch.randn(
+        20, 2, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    )
     first, second = values[:n_first] + 4, values[n_first:]
     a, b = moments_at_once(first), moments_at_once(second)
     for part in (a, b):  # a single value has no variance; its weight is zero
@@ -271,34 +329,47 @@ def test_merged_equals_the_whole(n_first):
 
 def test_merged_passes_equal_one_pass(llama, sequences):
     a, b = batch_of(sequences[:3]), batch_of(sequences[3:])
-    assert_moments(merged(channel_moments(llama, [a]), channel_moments(llama, [b])), writer_inputs(llama, [a, b]))
+    assert_moments(
+        merged(channel_moments(llama, [a]), channel_moments(llama, [b])),
+        writer_inputs(llama, [a, b]),
+    )
 
 
 @pytest.mark.parametrize("sizes", [[20], [1, 19], [4, 6, 10], [5] * 4])
 def test_pooled_parts_equal_the_whole_and_its_mean_square(sizes):
-    values = 3 + torch.randn(20, 2, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    values = 3 + torch.randn(
+        20, 2, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    )
     parts = [moments_at_once(part) for part in values.split(sizes)]
     for part in parts:
         part.variance["mlp"].nan_to_num_(nan=0.0)
     found = pooled(parts)
     torch.testing.assert_close(found.variance["mlp"], values.var(0), rtol=1e-11, atol=0)
-    torch.testing.assert_close(found.mean_square["mlp"], values.square().mean(0), rtol=1e-11, atol=0)
+    torch.testing.assert_close(
+        found.mean_square["mlp"], values.square().mean(0), rtol=1e-11, atol=0
+    )
 
 
-# -------------------------------------------------------------------------------------------------------- wrapped models
+# ----------------------------------------------------------------------------------- wrapped models
 
 
 MEASURES = (channel_moments, gradient_activation, last_token_states)
 
 
 @pytest.mark.parametrize("compile_it", COMPILED.values(), ids=COMPILED)
-def test_a_compiled_model_that_ran_before_is_measured_too(shallow_llama, marked_before_the_end, compile_it):
+def test_a_compiled_model_that_ran_before_is_measured_too(
+    shallow_llama, marked_before_the_end, compile_it
+):
     """Compiled code does not look for hooks that were not there when it was made."""
     batches = batches_of(marked_before_the_end, [7])
     expected = [as_tensors(measure(shallow_llama, batches)) for measure in MEASURES]
     torch._dynamo.reset()
     model = compile_it(shallow_llama)
-    model(input_ids=batches[0]["input_ids"], attention_mask=batches[0]["attention_mask"], use_cache=False)
+    model(
+        input_ids=batches[0]["input_ids"],
+        attention_mask=batches[0]["attention_mask"],
+        use_cache=False,
+    )
     found = [as_tensors(measure(model, batches)) for measure in MEASURES]
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
@@ -320,21 +391,30 @@ def as_tensors(found: ChannelMoments | dict | Tensor) -> list[Tensor]:
 def test_a_model_in_parallel_is_measured_as_the_model(llama, marked_before_the_end):
     batches = batches_of(marked_before_the_end, [3, 4])
     for measure in MEASURES:
-        found, expected = (as_tensors(measure(model, batches)) for model in (nn.DataParallel(llama), llama))
+        found, expected = (
+            as_tensors(measure(model, batches)) for model in (nn.DataParallel(llama), llama)
+        )
         torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
-# --------------------------------------------------------------------------------------------------- gradient_activation
+# ------------------------------------------------------------------------------ gradient_activation
 
 
-def gradients_alone(model: nn.Module, ids: Tensor, rows: list[int]) -> dict[tuple[str, int], Tensor]:
-    """Input times gradient at ``rows`` of one sequence, the gradient with respect to an addition to every writer's input."""
+def gradients_alone(
+    model: nn.Module, ids: Tensor, rows: list[int]
+) -> dict[tuple[str, int], Tensor]:
+    """Input times gradient at ``rows`` of one sequence, the gradient with respect to an addition to
+    every writer's input.
+    """
     inputs, additions, handles = {}, {}, []
     for kind in KINDS:
         for layer, module in enumerate(writers_by_name(model, kind)):
 
             def add(module, args, key=(kind, layer)):
-                inputs[key], additions[key] = args[0].detach()[0], torch.zeros_like(args[0]).requires_grad_()
+                inputs[key], additions[key] = (
+                    args[0].detach()[0],
+                    torch.zeros_like(args[0]).requires_grad_(),
+                )
                 return (args[0] + additions[key],)
 
             handles.append(module.register_forward_pre_hook(add))
@@ -343,18 +423,29 @@ def gradients_alone(model: nn.Module, ids: Tensor, rows: list[int]) -> dict[tupl
         handle.remove()
     loss = -sum(logits[row].log_softmax(0)[ids[row + 1]] for row in rows)
     gradients = torch.autograd.grad(loss, list(additions.values()))
-    return {key: inputs[key][rows] * gradient[0, rows] for key, gradient in zip(additions, gradients, strict=True)}
+    return {
+        key: inputs[key][rows] * gradient[0, rows]
+        for key, gradient in zip(additions, gradients, strict=True)
+    }
 
 
-def gradient_activation_by_hand(model: nn.Module, sequences: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
-    products = [gradients_alone(model, ids, rows) for ids, marked in sequences if (rows := marked.nonzero()[:, 0].tolist())]
+def gradient_activation_by_hand(
+    model: nn.Module, sequences: list[tuple[Tensor, Tensor]]
+) -> dict[str, Tensor]:
+    products = [
+        gradients_alone(model, ids, rows)
+        for ids, marked in sequences
+        if (rows := marked.nonzero()[:, 0].tolist())
+    ]
     mean = lambda key: torch.cat([product[key] for product in products]).abs().mean(0)  # noqa: E731
     return {kind: torch.stack([mean((kind, layer)) for layer in range(3)]) for kind in KINDS}
 
 
 @pytest.fixture
 def marked_before_the_end(sequences):
-    """As ``prompts.token_batches`` has it, a sequence's last token predicts nothing and is never marked."""
+    """As ``prompts.token_batches`` has it, a sequence's last token predicts nothing and is never
+    marked.
+    """
     return [(ids, marked & (torch.arange(len(ids)) < len(ids) - 1)) for ids, marked in sequences]
 
 
@@ -384,7 +475,7 @@ def test_gradient_activation_leaves_the_model_alone(llama, marked_before_the_end
     assert n_hooks(llama) == 0
 
 
-# ----------------------------------------------------------------------------------------------------- last_token_states
+# -------------------------------------------------------------------------------- last_token_states
 
 
 def states_alone(model: nn.Module, sequences: list[tuple[Tensor, Tensor]]) -> Tensor:
@@ -400,7 +491,9 @@ def states_alone(model: nn.Module, sequences: list[tuple[Tensor, Tensor]]) -> Te
         for ids, _ in sequences:
             after_block.clear()
             hidden = model(input_ids=ids[None], output_hidden_states=True).hidden_states
-            for block, state in enumerate(after_block[:-1]):  # the last of hidden_states is normalised
+            for block, state in enumerate(
+                after_block[:-1]
+            ):  # the last of hidden_states is normalised
                 assert torch.equal(state, hidden[block + 1][0, -1])
             states.append(torch.stack(after_block))
     for handle in handles:
@@ -429,11 +522,13 @@ def test_last_token_states_keep_the_order_and_tell_sequences_apart(llama, sequen
     assert (torch.cdist(states[:, 0], states[:, 0]) + torch.eye(7) > 1e-2).all()
 
 
-# --------------------------------------------------------------------------------------------------------- marked_states
+# ------------------------------------------------------------------------------------ marked_states
 
 
 def test_marked_states_are_the_last_states_of_what_was_read_so_far(any_model, sequences):
-    prefixes = [(ids[: n + 1], marked) for ids, marked in sequences for n in range(len(ids)) if marked[n]]
+    prefixes = [
+        (ids[: n + 1], marked) for ids, marked in sequences for n in range(len(ids)) if marked[n]
+    ]
     expected = states_alone(any_model, prefixes)
     n_before = n_hooks(any_model)
     for sizes in ([7], [3, 4], [1] * 7):

@@ -4,8 +4,8 @@ import re
 
 import pytest
 
-from ssah_utils import arithmetic
-from ssah_utils.prompts import adaptation_split, load_pairs
+from ssah_utils.prompts import arithmetic
+from ssah_utils.prompts.datasets import adaptation_split, load_pairs
 
 
 def test_every_answer_is_right():
@@ -31,9 +31,17 @@ def test_seeded_and_different():
 
 @pytest.mark.parametrize(
     ("answer", "marked"),
-    [("3 + 4 = 7.", True), ("It is 7", True), ("7 apples and 3 pears", False), ("7.0", True), ("1,007", False), ("-7", False),
-     ("seven", False), ("", False)],
-)  # fmt: skip
+    [
+        ("3 + 4 = 7.", True),
+        ("It is 7", True),
+        ("7 apples and 3 pears", False),
+        ("7.0", True),
+        ("1,007", False),
+        ("-7", False),
+        ("seven", False),
+        ("", False),
+    ],
+)
 def test_marking(answer, marked):
     assert arithmetic.is_correct(answer, "3 + 4 = 7.") is marked
 

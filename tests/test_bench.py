@@ -5,8 +5,8 @@ import math
 import subprocess
 import sys
 
-from ssah_utils import models
-from ssah_utils.results import ROOT
+from ssah_utils import loading
+from ssah_utils.files import ROOT
 from tests import bench, bench_gpu
 
 
@@ -18,9 +18,11 @@ def test_gpu_script_on_a_tiny_shape():
 
 
 def test_optimizer_state_is_counted(monkeypatch):
-    model, tokenizer = models.load(models.TINY_RANDOM)
+    model, tokenizer = loading.load(loading.TINY_RANDOM)
     examples = bench.training_examples(tokenizer, 16)
-    full, redundant = (bench.trained(name, model, tokenizer, examples, 2) for name in ("full", "redundant"))
+    full, redundant = (
+        bench.trained(name, model, tokenizer, examples, 2) for name in ("full", "redundant")
+    )
     n_parameters = sum(parameter.numel() for parameter in model.parameters())
     assert full.state_entries >= 2 * n_parameters
     assert redundant.state_entries < 0.5 * full.state_entries
@@ -29,17 +31,26 @@ def test_optimizer_state_is_counted(monkeypatch):
 
 
 def test_memory_of_a_process_is_its_own():
-    """It grows with what the process holds, and does not begin with the peak of the process that started it."""
+    """It grows with what the process holds, and does not begin with the peak of the process that
+    started it.
+    """
     held = bytearray(b"x") * 2**31
-    code = "from ssah_utils.results import peak_memory_gib as peak; a = peak(); x = bytearray(b'x') * 2**28; print(a, peak())"
-    outcome = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    code = (
+        "from ssah_utils.pipeline.runs import peak_memory_gib as peak; "
+        "a = peak(); x = bytearray(b'x') * 2**28; print(a, peak())"
+    )
+    outcome = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     before, after = map(float, outcome.stdout.split())
     assert after >= before + 0.2
     assert sys.platform != "linux" or before < len(held) / 2**30
 
 
 def test_one_part_is_measured_and_the_others_are_kept(tmp_path, monkeypatch, capsys):
-    (tmp_path / "bench.json").write_text(json.dumps({"generation_speedup": 7.5, "ru_peak_memory_over_full": 1.0}))
+    (tmp_path / "bench.json").write_text(
+        json.dumps({"generation_speedup": 7.5, "ru_peak_memory_over_full": 1.0})
+    )
     monkeypatch.setattr(bench, "REFERENCE", tmp_path)
     monkeypatch.setitem(bench.PARTS, "memory", lambda: {"ru_peak_memory_over_full": 0.51234})
     monkeypatch.setattr(sys, "argv", ["bench", "--only", "memory"])

@@ -1,5 +1,8 @@
-"""What is remembered is found again under exactly what it depends on; what looks at anything else is refused."""
+"""What is remembered is found again under exactly what it depends on; what looks at anything else
+is refused.
+"""
 
+import ast
 import copy
 import dataclasses
 import json
@@ -11,8 +14,8 @@ import pandas as pd
 import pytest
 import torch
 
-from ssah_utils import cache, evaluation, prompts, training
-from ssah_utils.cache import closure, code_of, identity, key_of, remembered
+from ssah_utils import cache, evaluation, files, training
+from ssah_utils.cache import cache_key, cached, closure, code_of, identity
 from ssah_utils.per_unit import PerUnit
 
 CALLS: list[object] = []
@@ -32,10 +35,12 @@ def notebook(source: str, **values) -> types.ModuleType:
 @pytest.fixture
 def cells(tmp_path):
     (tmp_path / "cells").mkdir()
-    return lambda source, **values: notebook(source, folder=tmp_path / "cells", calls=CALLS.append, **values)
+    return lambda source, **values: notebook(
+        source, folder=tmp_path / "cells", calls=CALLS.append, **values
+    )
 
 
-# ------------------------------------------------------------------------------------------------------------ identity
+# ----------------------------------------------------------------------------------------- identity
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,16 +57,45 @@ VALUES = {
     "lists": [[], [1], [1, 2], [2, 1], [[1], 2], [1, [2]], ["1", "2"]],
     "dicts": [{}, {"a": 1}, {"a": 2}, {"b": 1}, {1: "a"}],
     "sets": [set(), {1}, {1, 2}],
-    "configs": [Config(0.1), Config(0.2), Config(0.1, 4), training.SFTConfig(), training.SFTConfig(seed=1)],
-    "tensors": [torch.zeros(4), torch.zeros(5), torch.zeros(2, 2), torch.zeros(4, dtype=torch.int64), torch.eye(4)[3],
-                torch.tensor([True, False, False, False]), torch.zeros(4, dtype=torch.bfloat16)],
-    "values per unit": [PerUnit(values) for values in (
-        {"mlp": torch.zeros(2, 3)}, {"attention": torch.zeros(2, 3)}, {"mlp": torch.zeros(3, 2)}, {"mlp": torch.ones(2, 3)},
-        {"mlp": torch.zeros(2, 3) > 0}, {"mlp": torch.zeros(2, 3), "attention": torch.zeros(2, 3)})],
+    "configs": [
+        Config(0.1),
+        Config(0.2),
+        Config(0.1, 4),
+        training.SFTConfig(),
+        training.SFTConfig(seed=1),
+    ],
+    "tensors": [
+        torch.zeros(4),
+        torch.zeros(5),
+        torch.zeros(2, 2),
+        torch.zeros(4, dtype=torch.int64),
+        torch.eye(4)[3],
+        torch.tensor([True, False, False, False]),
+        torch.zeros(4, dtype=torch.bfloat16),
+    ],
+    "values per unit": [
+        PerUnit(values)
+        for values in (
+            {"mlp": torch.zeros(2, 3)},
+            {"attention": torch.zeros(2, 3)},
+            {"mlp": torch.zeros(3, 2)},
+            {"mlp": torch.ones(2, 3)},
+            {"mlp": torch.zeros(2, 3) > 0},
+            {"mlp": torch.zeros(2, 3), "attention": torch.zeros(2, 3)},
+        )
+    ],
     "types": [torch.float32, torch.bfloat16],
-    "tables": [TABLE, TABLE.assign(n=[1, 3]), TABLE.assign(prompt=["one", "Two"]), TABLE[::-1],
-               TABLE.rename(columns={"n": "m"}), TABLE.assign(n=[1.0, 2.0]), TABLE[:1], TABLE.set_index("id", drop=False)],
-}  # fmt: skip
+    "tables": [
+        TABLE,
+        TABLE.assign(n=[1, 3]),
+        TABLE.assign(prompt=["one", "Two"]),
+        TABLE[::-1],
+        TABLE.rename(columns={"n": "m"}),
+        TABLE.assign(n=[1.0, 2.0]),
+        TABLE[:1],
+        TABLE.set_index("id", drop=False),
+    ],
+}
 
 
 @pytest.mark.parametrize("kind", VALUES)
@@ -74,18 +108,30 @@ def test_every_difference_is_seen_and_nothing_else(kind):
 def test_views_arrays_and_scalars_are_what_they_hold():
     rows = torch.arange(12.0).reshape(3, 4)
     assert identity(rows.T) == identity(rows.T.contiguous()) != identity(rows)
-    assert identity(np.array([1, 2])) == identity([1, 2]) and identity(np.float64(0.5)) == identity(0.5)
+    assert identity(np.array([1, 2])) == identity([1, 2]) and identity(np.float64(0.5)) == identity(
+        0.5
+    )
 
 
 def test_models_are_told_by_every_entry_and_precision(llama):
     first = identity(llama)
     assert identity(copy.deepcopy(llama)) == first != identity(copy.deepcopy(llama).bfloat16())
-    assert identity(torch.compile(llama, backend="eager")) == identity(torch.nn.DataParallel(llama)) == first
+    assert (
+        identity(torch.compile(llama, backend="eager"))
+        == identity(torch.nn.DataParallel(llama))
+        == first
+    )
     other_end, other_attention = copy.deepcopy(llama), copy.deepcopy(llama)
     other_end.generation_config.eos_token_id = [2, 5]
     other_attention.set_attn_implementation("eager")
     assert (
-        len({json.dumps(identity(model)) for model in (llama, other_end, other_attention, copy.deepcopy(llama).train())}) == 4
+        len(
+            {
+                json.dumps(identity(model))
+                for model in (llama, other_end, other_attention, copy.deepcopy(llama).train())
+            }
+        )
+        == 4
     )
     with torch.no_grad():
         llama.model.layers[1].mlp.down_proj.weight[5, 7] += 0.5
@@ -94,7 +140,12 @@ def test_models_are_told_by_every_entry_and_precision(llama):
 
 def test_a_tokenizer_is_the_same_however_it_was_called_last(tokenizer):
     before = identity(tokenizer)
-    calls = ({"padding": True}, {"padding": "max_length", "max_length": 9}, {"truncation": True, "max_length": 1}, {})
+    calls = (
+        {"padding": True},
+        {"padding": "max_length", "max_length": 9},
+        {"truncation": True, "max_length": 1},
+        {},
+    )
     for how in calls:
         tokenizer(["w3", "w4 w5"], **how)
         assert identity(tokenizer) == before
@@ -106,10 +157,15 @@ def test_tokenizers_are_told_by_template_special_tokens_and_vocabulary(tokenizer
         change(other)
         return json.dumps(identity(other))
 
-    found = [changed(change) for change in (
-        lambda t: None, lambda t: setattr(t, "chat_template", "{{ messages }}"), lambda t: setattr(t, "eos_token", "<pad>"),
-        lambda t: t.add_tokens(["new"]),
-    )]  # fmt: skip
+    found = [
+        changed(change)
+        for change in (
+            lambda t: None,
+            lambda t: setattr(t, "chat_template", "{{ messages }}"),
+            lambda t: setattr(t, "eos_token", "<pad>"),
+            lambda t: t.add_tokens(["new"]),
+        )
+    ]
     assert len(set(found)) == 4 and found[0] == json.dumps(identity(tokenizer))
 
 
@@ -122,19 +178,44 @@ def test_files_are_told_by_what_they_hold(tmp_path):
     assert all(identity(path) != before for path, before in zip(paths, first, strict=True))
 
 
-@pytest.mark.parametrize("value", [object(), iter([1]), {"deep": [lambda: 0, open]}, torch.Generator()])
+@pytest.mark.parametrize(
+    "value", [object(), iter([1]), {"deep": [lambda: 0, open]}, torch.Generator()]
+)
 def test_what_has_no_identity_is_refused_by_name(value):
     with pytest.raises((TypeError, ValueError), match=r"argument 'data' is a|no plain function"):
         identity(value, "data")
 
 
-# ---------------------------------------------------------------------------------------------------------------- code
+# --------------------------------------------------------------------------------------------- code
 
 
 def test_the_code_behind_a_measurement_is_all_that_it_imports():
-    assert {"judge", "prompts", "reading", "stats", "refusals.json", "utility_cloze.jsonl"} <= closure("evaluation").keys()
-    assert {"partial", "models"} <= closure("training").keys()
-    assert not {"run", "figures", "claims", "claims.yaml", "paper_tables.yaml"} & closure("evaluation").keys()
+    behind = closure("ssah_utils.evaluation").keys()
+    modules = ("judge.rules", "prompts.datasets", "prompt_cache", "judge", "prompts")
+    assert {f"ssah_utils.{name}" for name in modules} <= behind
+    assert {"refusals.json", "utility_cloze.jsonl"} <= behind
+    assert not any(
+        name.startswith(("ssah_utils.pipeline", "ssah_utils.figures")) for name in behind
+    )
+    assert not {"claims.yaml", "paper_tables.yaml"} & behind
+    assert {"ssah_utils.unit_training", "ssah_utils.models"} <= closure(
+        "ssah_utils.training"
+    ).keys()
+
+
+def test_the_code_behind_every_module_is_there_whatever_way_it_is_imported(tmp_path):
+    """A package that grew folders once had modules that no key saw."""
+    for path in cache.PACKAGE.rglob("*.py"):
+        name = ".".join(path.relative_to(cache.PACKAGE.parent).with_suffix("").parts)
+        name = name.removesuffix(".__init__")
+        assert name in closure(name)
+    written = tmp_path / "user.py"
+    written.write_text(
+        "from ssah_utils.judge import rules as r\nimport ssah_utils.prompts.chat\n"
+        "def late():\n    from ssah_utils.stats import bootstrap_interval\n"
+    )
+    found = set(cache._imports(written))
+    assert {"ssah_utils.judge.rules", "ssah_utils.prompts.chat", "ssah_utils.stats"} <= found
 
 
 def test_the_code_of_a_notebook_function_holds_helpers_defaults_and_the_package(cells):
@@ -145,132 +226,196 @@ def test_the_code_of_a_notebook_function_holds_helpers_defaults_and_the_package(
     )
     first, same, other_default = (code_of(cells(source, N=n).measure) for n in (1, 1, 2))
     assert first == same != other_default
-    assert {"helper", "measure", "judge", "evaluation"} <= first.keys()
+    assert {"helper", "measure", "ssah_utils.judge.rules", "ssah_utils.evaluation"} <= first.keys()
     assert code_of(cells(source.replace("x + n", "x - n"), N=1).measure) != first
 
 
 def test_changed_rules_of_the_judge_change_the_key(cells, monkeypatch):
-    source = "from ssah_utils import evaluation\ndef measure(x):\n    return evaluation.refusal_margin(x)\n"
-    first = key_of(cells(source).measure, x=1)
+    source = (
+        "from ssah_utils import evaluation\ndef measure(x):\n    return"
+        " evaluation.refusal_margin(x)\n"
+    )
+    first = cache_key(cells(source).measure, x=1)
     hashes = cache.sha256_of_file
-    for name in ("judge.py", "refusals.json", "prompts.py"):
+    for name in ("rules.py", "refusals.json", "datasets.py"):
         cache._source.cache_clear()
-        monkeypatch.setattr(cache, "sha256_of_file", lambda path, name=name: "changed" if path.name == name else hashes(path))
-        assert key_of(cells(source).measure, x=1) != first, name
+        monkeypatch.setattr(
+            cache,
+            "sha256_of_file",
+            lambda path, name=name: "changed" if path.name == name else hashes(path),
+        )
+        assert cache_key(cells(source).measure, x=1) != first, name
     monkeypatch.setattr(cache, "sha256_of_file", hashes)
     cache._source.cache_clear()
-    assert key_of(cells(source).measure, x=1) == first
+    assert cache_key(cells(source).measure, x=1) == first
 
 
 def test_precision_and_versions_are_in_the_key(cells, monkeypatch):
     measure = cells("def measure(x):\n    return x\n").measure
-    keys = [key_of(measure, x=1)]
+    keys = [cache_key(measure, x=1)]
     monkeypatch.setenv("SSAH_DTYPE", "bfloat16")
-    keys.append(key_of(measure, x=1))
+    keys.append(cache_key(measure, x=1))
     version = cache.importlib.metadata.version
     for library in cache.LIBRARIES:
         monkeypatch.setattr(
-            cache.importlib.metadata, "version", lambda name, one=library: "0" if name == one else version(name)
+            cache.importlib.metadata,
+            "version",
+            lambda name, one=library: "0" if name == one else version(name),
         )
-        keys.append(key_of(measure, x=1))
+        keys.append(cache_key(measure, x=1))
     assert len(set(keys)) == 2 + len(cache.LIBRARIES)
 
 
-# -------------------------------------------------------------------------------------------------------------- purity
+# ------------------------------------------------------------------------------------------- purity
 
 
 @pytest.mark.parametrize(
     ("source", "names"),
     [
         ("def measure(x):\n    return x + n_task\n", "'n_task'"),
-        ("def helper(x):\n    return x + n_task\ndef measure(x):\n    return helper(x)\n", "helper uses 'n_task'"),
+        (
+            "def helper(x):\n    return x + n_task\ndef measure(x):\n    return helper(x)\n",
+            "helper uses 'n_task'",
+        ),
         ("def measure(x):\n    return [(lambda y: y + n_task)(z) for z in x]\n", "'n_task'"),
-        ("def measure(x):\n    def inner():\n        return n_task\n    return inner()\n", "'n_task'"),
-        ("def make(n):\n    def measure(x):\n        return x + n\n    return measure\nmeasure = make(n_task)\n", "'n'"),
+        (
+            "def measure(x):\n    def inner():\n        return n_task\n    return inner()\n",
+            "'n_task'",
+        ),
+        (
+            (
+                "def make(n):\n    def measure(x):\n        return x + n\n    return"
+                " measure\nmeasure = make(n_task)\n"
+            ),
+            "'n'",
+        ),
     ],
 )
 def test_a_function_that_looks_at_the_notebook_is_refused(cells, source, names):
     with pytest.raises(ValueError, match=names):
-        remembered(cells(source, n_task=5).measure, x=1)
+        cached(cells(source, n_task=5).measure, x=1)
 
 
 def test_arguments_modules_functions_and_builtins_are_free(cells, own_cache):
-    source = ("import numpy as np\ndef twice(x):\n    return 2 * x\ndef measure(x, y=1):\n"
-              "    return [twice(float(np.sqrt(z))) + y for z in sorted(x)]\n")  # fmt: skip
-    assert remembered(cells(source).measure, x=[4, 1]) == [3.0, 5.0]
+    source = (
+        "import numpy as np\ndef twice(x):\n    return 2 * x\ndef measure(x, y=1):\n"
+        "    return [twice(float(np.sqrt(z))) + y for z in sorted(x)]\n"
+    )
+    assert cached(cells(source).measure, x=[4, 1]) == [3.0, 5.0]
 
 
 def test_something_else_than_a_function_is_refused(own_cache):
     with pytest.raises(ValueError, match="no plain function"):
-        remembered(len, x=1)
+        cached(len, x=1)
 
 
-# ------------------------------------------------------------------------------------------------------------- memory
+# ------------------------------------------------------------------------------------------- memory
 
 MEASURE = (
-    "def measure(data, rate=0.1, progress=None):\n    calls(data)\n    return [{'n': len(data), 'rate': rate, 'why': 'ü'}]\n"
+    "def measure(data, rate=0.1, progress=None):\n    calls(data)\n    return [{'n': len(data),"
+    " 'rate': rate, 'why': 'ü'}]\n"
 )
 
 
 def test_measured_once_for_each_input(cells, own_cache):
     CALLS.clear()
     measure = cells(MEASURE).measure
-    first = remembered(measure, data=TABLE)
-    assert first == remembered(measure, data=TABLE.copy(), rate=0.1) == [{"n": 2, "rate": 0.1, "why": "ü"}]
-    assert remembered(measure, data=TABLE, progress=print) == first and len(CALLS) == 1
-    assert remembered(measure, data=TABLE.assign(prompt=["other", "data"])) == first and len(CALLS) == 2
-    assert remembered(measure, data=TABLE, rate=0.2)[0]["rate"] == 0.2 and len(CALLS) == 3
+    first = cached(measure, data=TABLE)
+    assert (
+        first == cached(measure, data=TABLE.copy(), rate=0.1) == [{"n": 2, "rate": 0.1, "why": "ü"}]
+    )
+    assert cached(measure, data=TABLE, progress=print) == first and len(CALLS) == 1
+    assert cached(measure, data=TABLE.assign(prompt=["other", "data"])) == first and len(CALLS) == 2
+    assert cached(measure, data=TABLE, rate=0.2)[0]["rate"] == 0.2 and len(CALLS) == 3
     assert len(list((own_cache / "measured").iterdir())) == 3
 
 
 @pytest.mark.parametrize(
-    "source", ["def measure(x):\n    raise OSError('disk full')\n", "def measure(x):\n    return {1, 2}\n"]
+    "source",
+    ["def measure(x):\n    raise OSError('disk full')\n", "def measure(x):\n    return {1, 2}\n"],
 )
 def test_a_failed_measurement_leaves_nothing(cells, own_cache, source):
     with pytest.raises((OSError, TypeError)):
-        remembered(cells(source).measure, x=1)
+        cached(cells(source).measure, x=1)
     assert not list((own_cache / "measured").glob("*"))
 
 
 def test_freezing_is_measured_again_for_other_requests_pairs_and_bases(cells, llama, tokenizer):
     """Every input of the fine-tuning of 06_freezing, as the notebook itself calls it."""
-    book = json.loads((prompts.DATA.parent / "notebooks" / "06_freezing.ipynb").read_text(encoding="utf-8"))
+    book = json.loads(
+        (files.DATA.parent / "notebooks" / "06_freezing.ipynb").read_text(encoding="utf-8")
+    )
     sources = ["".join(cell["source"]) for cell in book["cells"] if cell["cell_type"] == "code"]
-    wanted = [text for text in sources if text.startswith(("def encoded", "def train_and_measure", "import "))]
-    imports = [line for line in wanted[0].splitlines() if line.startswith(("import", "from"))]
+    wanted = [
+        text
+        for text in sources
+        if text.startswith(("def encoded", "def train_and_measure", "import "))
+    ]
+    statements = ast.parse(wanted[0]).body
+    imports = [
+        ast.unparse(one) for one in statements if isinstance(one, ast.Import | ast.ImportFrom)
+    ]
     module = cells("\n".join([*imports, *wanted[1:]]))
-    frozen = PerUnit({"attention": torch.zeros(3, 60, dtype=torch.bool), "mlp": torch.ones(3, 70, dtype=torch.bool)})
+    frozen = PerUnit(
+        {
+            "attention": torch.zeros(3, 60, dtype=torch.bool),
+            "mlp": torch.ones(3, 70, dtype=torch.bool),
+        }
+    )
     other_model = copy.deepcopy(llama)
     with torch.no_grad():
         other_model.model.norm.weight[0] += 1
     arguments = {
-        "aligned": (llama, other_model), "place": ("a", "b"), "precision": (torch.float32, torch.bfloat16),
-        "base": (llama, other_model), "tokenizer": (tokenizer,),
-        "examples": ([{"input_ids": [1], "labels": [1]}], []), "task": ("adaptation", "arithmetic"),
+        "aligned": (llama, other_model),
+        "place": ("a", "b"),
+        "precision": (torch.float32, torch.bfloat16),
+        "base": (llama, other_model),
+        "tokenizer": (tokenizer,),
+        "examples": ([{"input_ids": [1], "labels": [1]}], []),
+        "task": ("adaptation", "arithmetic"),
         "config": (training.SFTConfig(), training.SFTConfig(seed=1)),
         "kept": (frozen, ~frozen, frozen.empty_set(), None),
-        "adapter": ("", "lora"), "steps": ([5], [6]), "judge": (True, False), "test": (TABLE, TABLE[:1]),
-        "margin_requests": (["one"], ["two"]), "requests": ({"harmful": TABLE}, {"harmful": TABLE.assign(prompt="other")}),
-        "new_tokens": (16, 24), "n_cloze": (4, 5), "system_prompt": ("", "be kind"),
-    }  # fmt: skip
+        "adapter": ("", "lora"),
+        "steps": ([5], [6]),
+        "judge": (True, False),
+        "test": (TABLE, TABLE[:1]),
+        "margin_requests": (["one"], ["two"]),
+        "requests": ({"harmful": TABLE}, {"harmful": TABLE.assign(prompt="other")}),
+        "new_tokens": (16, 24),
+        "n_cloze": (4, 5),
+        "system_prompt": ("", "be kind"),
+    }
     first = {name: values[0] for name, values in arguments.items()}
-    keys = [key_of(module.train_and_measure, **first)]
-    keys += [key_of(module.train_and_measure, **(first | {n: v})) for n, values in arguments.items() for v in values[1:]]
+    keys = [cache_key(module.train_and_measure, **first)]
+    keys += [
+        cache_key(module.train_and_measure, **(first | {n: v}))
+        for n, values in arguments.items()
+        for v in values[1:]
+    ]
     assert len(set(keys)) == len(keys) == 1 + sum(len(values) - 1 for values in arguments.values())
-    assert {"judge", "evaluation", "partial"} <= code_of(module.train_and_measure).keys()
+    assert {
+        "ssah_utils.judge.rules",
+        "ssah_utils.evaluation",
+        "ssah_utils.unit_training",
+    } <= code_of(module.train_and_measure).keys()
 
 
 def test_public_functions_of_the_package_can_be_remembered(llama, tokenizer):
-    key = lambda n: key_of(evaluation.generate, model=llama, tokenizer=tokenizer, prompts=["w5"], max_new_tokens=n)  # noqa: E731
+    def key(n: int) -> str:
+        inputs = {"model": llama, "tokenizer": tokenizer, "prompts": ["w5"], "max_new_tokens": n}
+        return cache_key(evaluation.generate, **inputs)
+
     assert key(3) == key(3) != key(4)
 
 
 def test_code_edited_while_a_process_runs_is_not_what_it_runs(monkeypatch):
     """Results of the old code were once stored under the key of the new one."""
-    before = closure("stats")
+    before = closure("ssah_utils.stats")
     monkeypatch.setattr(cache, "sha256_of_file", lambda path: f"edited {path.name}")
-    assert closure("stats") == before
-    assert closure("prompts")["refusals.json"] == "edited refusals.json", "data are read when they are asked for"
+    assert closure("ssah_utils.stats") == before
+    assert closure("ssah_utils.prompts.datasets")["refusals.json"] == "edited refusals.json", (
+        "data are read when they are asked for"
+    )
 
 
 def test_a_users_own_module_and_classes_are_code(cells, tmp_path, monkeypatch):
@@ -282,7 +427,7 @@ def test_a_users_own_module_and_classes_are_code(cells, tmp_path, monkeypatch):
             cache.sys.modules.pop(module, None)
         by_module = "import users_helper\ndef measure(n):\n    return users_helper.score(n)\n"
         by_name = "from users_helper import score\ndef measure(n):\n    return score(n)\n"
-        keys.append([key_of(cells(source).measure, n=1) for source in (by_module, by_name)])
+        keys.append([cache_key(cells(source).measure, n=1) for source in (by_module, by_name)])
     assert all(a != b for a, b in zip(*keys, strict=True))
 
 
@@ -298,7 +443,9 @@ def test_tied_weights_rotary_precision_and_hooks_are_part_of_a_model(llama):
         untied.lm_head.weight = torch.nn.Parameter(untied.model.embed_tokens.weight.clone())
     tied = copy.deepcopy(untied)
     tied.lm_head.weight = tied.model.embed_tokens.weight
-    assert identity(tied)["model"] == identity(untied)["model"] and identity(tied) != identity(untied)
+    assert identity(tied)["model"] == identity(untied)["model"] and identity(tied) != identity(
+        untied
+    )
     handle = llama.model.layers[0].register_forward_hook(lambda module, args, output: output)
     with pytest.raises(ValueError, match="has a hook of"):
         identity(llama, "subject")

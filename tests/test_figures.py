@@ -1,4 +1,6 @@
-"""Figures from stored tables: what is unreadable is reported, the rest is drawn; equal figures are equal files."""
+"""Figures from stored tables: what is unreadable is reported, the rest is drawn; equal figures are
+equal files.
+"""
 
 import itertools
 import json
@@ -12,13 +14,15 @@ import pandas as pd
 import pytest
 import torch
 
-from ssah_utils import figures, results, units
+from ssah_utils import files, units
+from ssah_utils.figures import style
 from ssah_utils.per_unit import PerUnit
-from tests import test_stability_figures as stability
-from tests.test_direction_figures import direction_tables
+from ssah_utils.pipeline import redraw, runs
+from tests import test_figures_finders as stability
+from tests.test_figures_stepwise import direction_tables
 
 matplotlib.use("Agg")
-DRAWN = {stage: set(drawings) for stage, drawings in figures.FIGURES.items()}
+DRAWN = {stage: set(drawings) for stage, drawings in redraw.FIGURES.items()}
 ALL = set().union(*DRAWN.values())
 
 
@@ -35,33 +39,70 @@ def alignment_tables() -> dict[str, pd.DataFrame]:
         )
     ]
     training = pd.DataFrame(
-        {"model": ["aligned"] * 12 + ["unaligned"] * 12, "step": [*range(12)] * 2, "loss": np.linspace(2, 1, 24)}
+        {
+            "model": ["aligned"] * 12 + ["unaligned"] * 12,
+            "step": [*range(12)] * 2,
+            "loss": np.linspace(2, 1, 24),
+        }
     )
     return {"rates": pd.DataFrame(rates), "training": training} | judge_tables()
 
 
 def judge_tables() -> dict[str, pd.DataFrame]:
-    rows = [{"judge": judge, "part": part, "n": 20, "precision": 1.0, "recall": 0.9, "f1": 0.95, "low": 0.9, "high": 1.0}
-            for judge, part in itertools.product(("rules", "substring list"), ("development", "test", "all"))]  # fmt: skip
-    cases = pd.DataFrame({"kind": ["real", "words looped", "ablated 40%"], "base_nll": [1.0, np.nan, 9.0],
-                          "repetition": [0.0, 0.7, 0.1], "gibberish": [False, True, True]})  # fmt: skip
-    constants = pd.DataFrame({"constant": ["REPETITION_WEIGHT", "MAX_DEGENERACY"], "stored": [8.0, 4.0]})
-    return {"judge_refusals": pd.DataFrame(rows), "judge_cases": cases, "judge_constants": constants}
+    rows = [
+        {
+            "judge": judge,
+            "part": part,
+            "n": 20,
+            "precision": 1.0,
+            "recall": 0.9,
+            "f1": 0.95,
+            "low": 0.9,
+            "high": 1.0,
+        }
+        for judge, part in itertools.product(
+            ("rules", "substring list"), ("development", "test", "all")
+        )
+    ]
+    cases = pd.DataFrame(
+        {
+            "kind": ["real", "words looped", "ablated 40%"],
+            "base_nll": [1.0, np.nan, 9.0],
+            "repetition": [0.0, 0.7, 0.1],
+            "gibberish": [False, True, True],
+        }
+    )
+    constants = pd.DataFrame(
+        {"constant": ["REPETITION_WEIGHT", "MAX_DEGENERACY"], "stored": [8.0, 4.0]}
+    )
+    return {
+        "judge_refusals": pd.DataFrame(rows),
+        "judge_cases": cases,
+        "judge_constants": constants,
+    }
 
 
 def probing_tables() -> dict[str, pd.DataFrame]:
     rows = [
         {"model": model, "queries": queries, "layer": layer} | interval(0.1 * layer)
-        for model, queries, layer in itertools.product(("aligned", "unaligned"), ("harmful", "harmless"), range(3))
+        for model, queries, layer in itertools.product(
+            ("aligned", "unaligned"), ("harmful", "harmless"), range(3)
+        )
     ]
     distances = pd.DataFrame(rows)
     margins = pd.DataFrame(
         [
             {"model": model, "queries": queries, "id": str(n), "margin": float(n)}
-            for model, queries, n in itertools.product(("aligned", "unaligned"), ("harmful", "harmless"), range(4))
+            for model, queries, n in itertools.product(
+                ("aligned", "unaligned"), ("harmful", "harmless"), range(4)
+            )
         ]
     )
-    tables = {"distances": distances, "residual": distances[distances["queries"] == "harmful"], "margins": margins}
+    tables = {
+        "distances": distances,
+        "residual": distances[distances["queries"] == "harmful"],
+        "margins": margins,
+    }
     return tables | direction_tables(("aligned", "unaligned"))
 
 
@@ -69,43 +110,73 @@ def ablation_tables() -> dict[str, pd.DataFrame]:
     rows = []
     for condition in ("nothing", "safety", "random, as safety", "utility"):
         for draw in range(2 if condition.startswith("random") else 1):
-            keys = {"part": "groups", "condition": condition, "draw": draw, "units": 10, "fraction": 0.01}
+            keys = {
+                "part": "groups",
+                "condition": condition,
+                "draw": draw,
+                "units": 10,
+                "fraction": 0.01,
+            }
             for metric, mean in {"refused": 0.6, "coherent_asr": 0.3, "degenerate": 0.1}.items():
                 rows.append(keys | {"set": "harmful", "metric": metric} | interval(mean))
             rows.append(keys | {"set": "helpful", "metric": "refused"} | interval(0.05))
             rows.append(keys | {"set": "cloze", "metric": "accuracy"} | interval(0.5))
     for condition, fraction in itertools.product(("safety", "random"), (0.001, 0.01, 0.05)):
-        keys = {"part": "curve", "condition": condition, "draw": 0, "units": 10, "fraction": fraction}
-        for name, metric in (("harmful", "coherent_asr"), ("helpful", "refused"), ("helpful", "answer_nll")):
+        keys = {
+            "part": "curve",
+            "condition": condition,
+            "draw": 0,
+            "units": 10,
+            "fraction": fraction,
+        }
+        for name, metric in (
+            ("harmful", "coherent_asr"),
+            ("helpful", "refused"),
+            ("helpful", "answer_nll"),
+        ):
             rows.append(keys | {"set": name, "metric": metric} | interval(10 * fraction))
     rates = pd.DataFrame(rows)
     differences = rates[rates["part"] == "groups"].rename(columns={"mean": "difference"})
     return {"rates": rates, "differences": differences} | stability.ablation_tables()
 
 
-TABLES = {"01_alignment": alignment_tables, "02_probing": probing_tables, "03_units": stability.unit_tables,
-          "04_ablation": ablation_tables}  # fmt: skip
-for trained in ("05_transfer", "06_freezing", "07_redundant_units", "08_claims"):  # drawn from small tables elsewhere
-    TABLES[trained] = lambda stage=trained: results.load_result(results.REFERENCE / stage / "result.json")["tables"]
+TABLES = {
+    "01_alignment": alignment_tables,
+    "02_probing": probing_tables,
+    "03_units": stability.unit_tables,
+    "04_ablation": ablation_tables,
+}
+for trained in (
+    "05_transfer",
+    "06_freezing",
+    "07_redundant_units",
+    "08_claims",
+):  # drawn from small tables elsewhere
+    TABLES[trained] = lambda stage=trained: runs.load_result(
+        files.REFERENCE / stage / "result.json"
+    )["tables"]
 
 
 def write_stage(source: Path, stage: str) -> None:
-    run = results.Run(stage, source / stage, {})
+    run = runs.Run(stage, source / stage, {})
     if stage == "03_units":
         generator = torch.Generator().manual_seed(0)
         sizes = {"attention": (3, 20), "mlp": (3, 30)}
         z_safety, z_utility = (
-            PerUnit({kind: torch.randn(size, generator=generator) for kind, size in sizes.items()}) for _ in range(2)
+            PerUnit({kind: torch.randn(size, generator=generator) for kind, size in sizes.items()})
+            for _ in range(2)
         )
         parted = units.partition(z_safety, z_utility, fingerprint="f")
-        units.save_partition(run.path("units.safetensors"), parted, z_safety=z_safety, z_utility=z_utility)
+        units.save_partition(
+            run.path("units.safetensors"), parted, z_safety=z_safety, z_utility=z_utility
+        )
     run.finish(**TABLES[stage]())
 
 
 @pytest.fixture(autouse=True)
 def coarse(monkeypatch):
     """A tenth of the usual resolution, as only the equality of files matters here."""
-    results.set_style()
+    style.set_style()
     plt.rcParams["savefig.dpi"] = 20
     yield
     plt.close("all")
@@ -114,7 +185,7 @@ def coarse(monkeypatch):
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory) -> Path:
     source = tmp_path_factory.mktemp("stored") / "seed-0"
-    for stage in figures.FIGURES:
+    for stage in redraw.FIGURES:
         write_stage(source, stage)
     return source
 
@@ -135,7 +206,7 @@ def drawn(target: Path) -> set[str]:
 
 def redrawn(source: Path, target: Path) -> tuple[list[str], set[str]]:
     """Problems, and the names of the figures that were drawn."""
-    problems = figures.redraw(source, target)
+    problems = redraw.redraw(source, target)
     assert not any("\n" in problem for problem in problems)
     return problems, drawn(target)
 
@@ -144,16 +215,19 @@ def redrawn(source: Path, target: Path) -> tuple[list[str], set[str]]:
 def twice(stored, tmp_path_factory) -> tuple[Path, Path]:
     targets = tmp_path_factory.mktemp("first"), tmp_path_factory.mktemp("second")
     for target in targets:
-        results.set_style()
+        style.set_style()
         plt.rcParams["savefig.dpi"] = 20
-        assert figures.redraw(stored, target) == []
+        assert redraw.redraw(stored, target) == []
     return targets
 
 
 def test_every_figure_is_drawn_as_png_and_pdf(twice):
     for suffix in ("png", "pdf"):
         assert {path.stem for path in twice[0].glob(f"*.{suffix}")} == ALL
-    assert {path.suffix for path in twice[0].iterdir()} == {".png", ".pdf"}, "no temporary file is left"
+    assert {path.suffix for path in twice[0].iterdir()} == {
+        ".png",
+        ".pdf",
+    }, "no temporary file is left"
 
 
 def test_saved_figures_are_closed(stored, tmp_path):
@@ -172,7 +246,7 @@ def test_drawing_twice_gives_equal_files(twice, name):
 @pytest.mark.parametrize("training", [None, []], ids=["no table", "empty table"])
 def test_given_pair_without_training_has_no_loss_curve(source, tmp_path, monkeypatch, training):
     """01_alignment stores an empty table where it trains nothing."""
-    monkeypatch.setattr(figures, "FIGURES", {"01_alignment": figures.FIGURES["01_alignment"]})
+    monkeypatch.setattr(redraw, "FIGURES", {"01_alignment": redraw.FIGURES["01_alignment"]})
     path = source / "01_alignment" / "result.json"
     content = json.loads(path.read_text())
     del content["tables"]["training"]
@@ -188,7 +262,9 @@ DAMAGE = {
     "of another format": lambda path: path.write_text('{"format": "ssah-result-0", "tables": {}}'),
     "another JSON value": lambda path: path.write_text("[1, 2]"),
     "without tables": lambda path: path.write_text('{"format": "ssah-result-1"}'),
-    "with empty tables": lambda path: path.write_text('{"format": "ssah-result-1", "tables": {"rates": []}}'),
+    "with empty tables": lambda path: path.write_text(
+        '{"format": "ssah-result-1", "tables": {"rates": []}}'
+    ),
     "not text": lambda path: path.write_bytes(b"\xff\xfe\x00{"),
 }
 
@@ -198,18 +274,27 @@ def quick(monkeypatch):
     """Empty figures, except those of a stage named in ``quick(stage)``."""
 
     def keep(*stages: str) -> None:
-        empty = {name: dict.fromkeys(drawings, lambda tables: plt.figure()) for name, drawings in figures.FIGURES.items()}
-        monkeypatch.setattr(figures, "FIGURES", empty | {stage: figures.FIGURES[stage] for stage in stages})
+        empty = {
+            name: dict.fromkeys(drawings, lambda tables: plt.figure())
+            for name, drawings in redraw.FIGURES.items()
+        }
+        monkeypatch.setattr(
+            redraw, "FIGURES", empty | {stage: redraw.FIGURES[stage] for stage in stages}
+        )
 
     return keep
 
 
 @pytest.mark.parametrize(
     ("stage", "damage"),
-    [*itertools.product(TABLES, ["missing", "truncated", "empty", "of another format"]),
-     *(("04_ablation", damage) for damage in list(DAMAGE)[4:])],
-)  # fmt: skip
-def test_damaged_result_names_the_stage_to_run_again_and_the_rest_is_drawn(source, tmp_path, quick, stage, damage):
+    [
+        *itertools.product(TABLES, ["missing", "truncated", "empty", "of another format"]),
+        *(("04_ablation", damage) for damage in list(DAMAGE)[4:]),
+    ],
+)
+def test_damaged_result_names_the_stage_to_run_again_and_the_rest_is_drawn(
+    source, tmp_path, quick, stage, damage
+):
     quick(stage)
     DAMAGE[damage](source / stage / "result.json")
     problems, names = redrawn(source, tmp_path / "figures")
@@ -219,7 +304,9 @@ def test_damaged_result_names_the_stage_to_run_again_and_the_rest_is_drawn(sourc
 
 
 @pytest.mark.parametrize("damage", ["missing", "truncated", "empty", "another JSON value"])
-def test_damaged_units_name_the_stage_to_run_again_and_the_rest_is_drawn(source, tmp_path, quick, damage):
+def test_damaged_units_name_the_stage_to_run_again_and_the_rest_is_drawn(
+    source, tmp_path, quick, damage
+):
     quick("03_units")
     DAMAGE[damage](source / "03_units" / "units.safetensors")
     problems, names = redrawn(source, tmp_path / "figures")
@@ -250,7 +337,9 @@ def test_a_result_from_before_a_figure_was_added_loses_that_figure_only(source, 
 
 
 @pytest.mark.parametrize("damage", ["rows", "values"])
-def test_a_table_without_the_rows_or_values_it_needs_costs_its_figure_only(source, tmp_path, damage):
+def test_a_table_without_the_rows_or_values_it_needs_costs_its_figure_only(
+    source, tmp_path, damage
+):
     path = source / "05_transfer" / "result.json"
     content = json.loads(path.read_text())
     moves = content["tables"]["moves"]
@@ -260,11 +349,19 @@ def test_a_table_without_the_rows_or_values_it_needs_costs_its_figure_only(sourc
         content["tables"]["moves"] = [row | {"share": "many"} for row in moves]
     path.write_text(json.dumps(content))
     problems, names = redrawn(source, tmp_path / "figures")
-    assert len(problems) == 1 and problems[0].endswith("re-run 05_transfer") and "\n" not in problems[0]
-    assert {"transfer_flow", "transfer_heat", "transfer_path"} >= ALL - names and plt.get_fignums() == []
+    assert (
+        len(problems) == 1
+        and problems[0].endswith("re-run 05_transfer")
+        and "\n" not in problems[0]
+    )
+    assert {
+        "transfer_flow",
+        "transfer_heat",
+        "transfer_path",
+    } >= ALL - names and plt.get_fignums() == []
 
 
-# -------------------------------------------------------------------------------------------------------- whose results
+# ------------------------------------------------------------------------------------ whose results
 
 
 def run_folder(root: Path, profile: str, model: str, seed: int, age: int) -> Path:
@@ -282,21 +379,21 @@ def test_results_are_those_of_the_newest_run_with_the_seed(tmp_path, monkeypatch
     newest = run_folder(tmp_path, "smoke", "org--b", 0, age=10)
     other_seed = run_folder(tmp_path, "smoke", "a", 1, age=0)
     drawn = []
-    monkeypatch.setattr(figures, "redraw", lambda source, target: drawn.append(source) or [])
+    monkeypatch.setattr(redraw, "redraw", lambda source, target: drawn.append(source) or [])
     for words in (["--profile", "smoke"], ["--profile", "smoke", "--seed", "1"], []):
-        assert figures.main(words) == 0
-    assert drawn == [newest, other_seed, results.REFERENCE]
-    assert figures.main(["--profile", "laptop"]) == 2
+        assert redraw.main(words) == 0
+    assert drawn == [newest, other_seed, files.REFERENCE]
+    assert redraw.main(["--profile", "laptop"]) == 2
     assert "no finished run of profile 'laptop'" in capsys.readouterr().err
 
 
 def test_main_redraws_and_reports_problems_on_stderr(source, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(figures, "REFERENCE", source)
-    monkeypatch.setattr(figures, "FIGURES", {"01_alignment": {"one": lambda tables: plt.figure()}})
+    monkeypatch.setattr(redraw, "REFERENCE", source)
+    monkeypatch.setattr(redraw, "FIGURES", {"01_alignment": {"one": lambda tables: plt.figure()}})
     target = tmp_path / "figures"
-    assert figures.main(["--to", str(target)]) == 0
+    assert redraw.main(["--to", str(target)]) == 0
     output = capsys.readouterr()
     assert str(source) in output.out and str(target) in output.out and output.err == ""
     (source / "01_alignment" / "result.json").unlink()
-    assert figures.main(["--to", str(target)]) == 1
+    assert redraw.main(["--to", str(target)]) == 1
     assert capsys.readouterr().err.startswith("error: 01_alignment")

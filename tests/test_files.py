@@ -14,14 +14,18 @@ from ssah_utils.files import complete_only
 
 
 def content_of(folder: Path) -> dict[str, str]:
-    return {str(path.relative_to(folder)): path.read_text() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_text()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 def entries(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-# ------------------------------------------------------------------------------------------------------------- complete_only
+# ------------------------------------------------------------------------------------ complete_only
 
 
 def test_new_file_in_a_new_folder(tmp_path):
@@ -128,7 +132,7 @@ def test_json_that_cannot_be_written_leaves_the_old(tmp_path):
     assert entries(tmp_path) == ["y.json"]
 
 
-# -------------------------------------------------------------------------------------------------------------------- hashes
+# ------------------------------------------------------------------------------------------- hashes
 
 
 def test_hash_of_a_file(tmp_path):
@@ -139,7 +143,11 @@ def test_hash_of_a_file(tmp_path):
 def test_hash_of_content_depends_on_values_but_not_on_the_order_of_keys():
     first = files.sha256_of({"a": 1, "b": {"c": [1, 2], "d": "x"}})
     assert first == files.sha256_of({"b": {"d": "x", "c": [1, 2]}, "a": 1})
-    for other in ({"a": 1, "b": {"c": [2, 1], "d": "x"}}, {"a": 2, "b": {"c": [1, 2], "d": "x"}}, {"a": 1}):
+    for other in (
+        {"a": 1, "b": {"c": [2, 1], "d": "x"}},
+        {"a": 2, "b": {"c": [1, 2], "d": "x"}},
+        {"a": 1},
+    ):
         assert files.sha256_of(other) != first
 
 
@@ -163,18 +171,22 @@ def test_hash_of_content_sees_every_entry_of_an_array(make):
 
 
 def test_hash_of_content_takes_numbers_of_other_libraries_for_what_they_are():
-    assert files.sha256_of([np.int64(3), np.float64(0.1), Path("a/b")]) == files.sha256_of([3, 0.1, "a/b"])
+    assert files.sha256_of([np.int64(3), np.float64(0.1), Path("a/b")]) == files.sha256_of(
+        [3, 0.1, "a/b"]
+    )
 
 
 @pytest.mark.parametrize(
-    "content", [pd.DataFrame({"a": range(100)}), object(), {1, 2}, b"bytes"], ids=lambda c: type(c).__name__
+    "content",
+    [pd.DataFrame({"a": range(100)}), object(), {1, 2}, b"bytes"],
+    ids=lambda c: type(c).__name__,
 )
 def test_content_without_an_exact_text_has_no_hash(content):
     with pytest.raises(TypeError, match=f"a {type(content).__name__} cannot be part of a key"):
         files.sha256_of({"key": content})
 
 
-# --------------------------------------------------------------------------------------------------------- space and folders
+# -------------------------------------------------------------------------------- space and folders
 
 
 @pytest.mark.parametrize("inside", ["", "not/there/yet"])
@@ -238,9 +250,16 @@ def homeless(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "variables", [{"SSAH_CACHE": "own"}, {"XDG_CACHE_HOME": "own"}, {"SSAH_CACHE": "own", "XDG_CACHE_HOME": "x"}]
+    "variables",
+    [
+        {"SSAH_CACHE": "own"},
+        {"XDG_CACHE_HOME": "own"},
+        {"SSAH_CACHE": "own", "XDG_CACHE_HOME": "x"},
+    ],
 )
-def test_a_home_folder_is_not_asked_for_where_none_is_needed(tmp_path, monkeypatch, homeless, variables):
+def test_a_home_folder_is_not_asked_for_where_none_is_needed(
+    tmp_path, monkeypatch, homeless, variables
+):
     for name, value in variables.items():
         monkeypatch.setenv(name, str(tmp_path / value))
     assert files.cache_dir() == tmp_path / "own" / ("" if "SSAH_CACHE" in variables else "ssah")

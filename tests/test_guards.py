@@ -1,4 +1,6 @@
-"""What would train some units wrongly or not at all: optimizers of other parameters, and models in other shapes."""
+"""What would train some units wrongly or not at all: optimizers of other parameters, and models in
+other shapes.
+"""
 
 import copy
 import gc
@@ -11,12 +13,18 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 from torch.nn.utils.parametrizations import weight_norm
 
-from ssah_utils import adapters, guards, models, training
-from ssah_utils.partial import PartialLinear, freezing, training_only
-from ssah_utils.training import SFTConfig, evaluation_copy, fine_tune, prefer
+from ssah_utils import adapters, guards, precision, training
+from ssah_utils.training import SFTConfig, evaluation_copy, train_dpo, train_sft
+from ssah_utils.unit_training import PartialLinear, freezing, training_only
 from tests.conftest import parameters_of, same_parameters, tiny_model
-from tests.test_partial import assert_exactly_frozen, batches, every, scattered, trainable_entries
 from tests.test_training import PAIRS, examples_of
+from tests.test_unit_training import (
+    assert_exactly_frozen,
+    batches,
+    every,
+    scattered,
+    trainable_entries,
+)
 
 BEFORE = "made before some units were chosen trains none of them: make it inside the block"
 AFTER = "used after their block was left"
@@ -25,7 +33,7 @@ IDLE = "holds only parameters that are not trained here: make it inside the bloc
 
 @pytest.fixture(autouse=True)
 def float32(monkeypatch):
-    monkeypatch.setattr(models, "preferred_dtype", lambda device: torch.float32)
+    monkeypatch.setattr(precision, "preferred_dtype", lambda device: torch.float32)
 
 
 def trained(model: nn.Module) -> list[nn.Parameter]:
@@ -37,7 +45,13 @@ def step(model: nn.Module, *optimizers, n: int = 2) -> None:
         loss = model(ids, labels=ids).loss
         loss.backward()
         for optimizer in optimizers:
-            optimizer.step(*([lambda loss=loss: loss.detach()] if isinstance(optimizer, torch.optim.LBFGS) else []))
+            optimizer.step(
+                *(
+                    [lambda loss=loss: loss.detach()]
+                    if isinstance(optimizer, torch.optim.LBFGS)
+                    else []
+                )
+            )
             optimizer.zero_grad()
 
 
@@ -46,8 +60,12 @@ OPTIMIZERS = {
     "foreach": lambda parameters: torch.optim.AdamW(parameters, lr=1e-2, foreach=True),
     "sgd": lambda parameters: torch.optim.SGD(parameters, lr=1e-2),
     "lbfgs": lambda parameters: torch.optim.LBFGS(parameters, lr=1.0, max_iter=1),
-    "accelerate": lambda parameters: Accelerator(cpu=True).prepare(torch.optim.AdamW(parameters, lr=1e-2)),
-    "groups": lambda parameters: torch.optim.AdamW([{"params": [one]} for one in parameters], lr=1e-2),
+    "accelerate": (
+        lambda parameters: Accelerator(cpu=True).prepare(torch.optim.AdamW(parameters, lr=1e-2))
+    ),
+    "groups": lambda parameters: torch.optim.AdamW(
+        [{"params": [one]} for one in parameters], lr=1e-2
+    ),
 }
 
 
@@ -79,7 +97,10 @@ def test_one_made_inside_trains_and_is_refused_afterwards(llama, make):
 
 PARTS: dict[str, Callable[[nn.Module], list[nn.Parameter]]] = {
     "one matrix": lambda model: [model.model.layers[0].mlp.down_proj.weight],
-    "a bias among norms": lambda model: [model.model.layers[0].self_attn.v_proj.bias, model.model.norm.weight],
+    "a bias among norms": lambda model: [
+        model.model.layers[0].self_attn.v_proj.bias,
+        model.model.norm.weight,
+    ],
     "the last block": lambda model: list(model.model.layers[2].parameters()),
 }
 
@@ -88,7 +109,10 @@ PARTS: dict[str, Callable[[nn.Module], list[nn.Parameter]]] = {
 def test_a_part_of_the_model_held_from_before_is_refused(tiny_models, part):
     model = tiny_models("qwen2")
     early = torch.optim.SGD(part(model), lr=1e-2)
-    with pytest.raises(ValueError, match=BEFORE), training_only(model, scattered(model), train_rest=True):
+    with (
+        pytest.raises(ValueError, match=BEFORE),
+        training_only(model, scattered(model), train_rest=True),
+    ):
         step(model, early)
 
 
@@ -101,7 +125,7 @@ def test_frozen_parameters_alone_are_refused_at_the_second_step(llama):
         step(llama, early)
 
 
-# -------------------------------------------------------------------------------------------------------- no false alarms
+# ---------------------------------------------------------------------------------- no false alarms
 
 
 def test_parts_made_inside_are_let_alone(llama):
@@ -119,13 +143,21 @@ def test_groups_added_later_are_let_alone(llama):
     early = torch.optim.SGD(llama.parameters(), lr=1e-2)
     with training_only(llama, scattered(llama)):
         early.add_param_group(
-            {"params": [p for p in trained(llama) if all(p is not q for q in early.param_groups[0]["params"])]}
+            {
+                "params": [
+                    p
+                    for p in trained(llama)
+                    if all(p is not q for q in early.param_groups[0]["params"])
+                ]
+            }
         )
         step(llama, early)
 
 
 def test_steps_that_move_nothing_are_let_alone(llama):
-    """Warm-up from learning rate 0, steps without gradients, a schedule alone, and a resumed state."""
+    """Warm-up from learning rate 0, steps without gradients, a schedule alone, and a resumed
+    state.
+    """
     with training_only(llama, scattered(llama)):
         optimizer = torch.optim.AdamW(trained(llama), lr=0.0)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: 0.0)
@@ -144,10 +176,16 @@ def test_steps_that_move_nothing_are_let_alone(llama):
 
 
 def test_other_models_are_let_alone(llama, tiny_models, tokenizer):
-    other, wrapped = tiny_models("gpt2"), adapters.with_adapter(tiny_models("qwen2"), "lora", tokenizer)
+    other, wrapped = (
+        tiny_models("gpt2"),
+        adapters.with_adapter(tiny_models("qwen2"), "lora", tokenizer),
+    )
     optimizers = [torch.optim.SGD(trained(model), lr=1e-2) for model in (other, wrapped)]
     before = parameters_of(other)
-    with training_only(llama, scattered(llama)), training_only(tiny_models("phi3"), scattered(tiny_models("phi3"))):
+    with (
+        training_only(llama, scattered(llama)),
+        training_only(tiny_models("phi3"), scattered(tiny_models("phi3"))),
+    ):
         for model, optimizer in zip((other, wrapped), optimizers, strict=True):
             step(model, optimizer)
     assert not same_parameters(other, before)
@@ -163,7 +201,7 @@ def test_nothing_is_held_once_it_is_over(llama):
     assert len(guards.STAND_INS) <= before[0] and len(guards.OPEN) <= before[1]
 
 
-# ---------------------------------------------------------------------------------------------------------------- wrappers
+# ----------------------------------------------------------------------------------------- wrappers
 
 WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "compiled": lambda model: torch.compile(model, backend="eager"),
@@ -174,7 +212,9 @@ WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
 
 @pytest.mark.parametrize("context", [training_only, freezing])
 @pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
-def test_a_wrapped_model_is_trained_through_its_wrapper(llama, tiny_models, token_ids, wrap, context):
+def test_a_wrapped_model_is_trained_through_its_wrapper(
+    llama, tiny_models, token_ids, wrap, context
+):
     torch._dynamo.reset()
     reference, chosen, wrapped = tiny_models("llama"), scattered(llama), wrap(llama)
     with torch.no_grad():
@@ -188,18 +228,27 @@ def test_a_wrapped_model_is_trained_through_its_wrapper(llama, tiny_models, toke
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
     assert not same_parameters(llama, parameters_of(tiny_model("llama")))
     with torch.no_grad():  # nothing stale
-        torch.testing.assert_close(wrapped(token_ids).logits, reference(token_ids).logits, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            wrapped(token_ids).logits, reference(token_ids).logits, rtol=1e-4, atol=1e-4
+        )
 
 
 @pytest.mark.parametrize(
     ("name", "when", "rest"),
-    [("llama", "before", False), ("llama", "inside", True), ("gpt2", "before", True), ("gpt2", "inside", False)],
+    [
+        ("llama", "before", False),
+        ("llama", "inside", True),
+        ("gpt2", "before", True),
+        ("gpt2", "inside", False),
+    ],
 )
 def test_compiled_without_a_break(tiny_models, token_ids, name, when, rest):
     """Forward and backward, each in one graph."""
     torch._dynamo.reset()
     model, reference, chosen = tiny_models(name), tiny_models(name), scattered(tiny_models(name))
-    model.loss_type = "ForCausalLM"  # else transformers itself breaks the graph, to say that it takes this one
+    model.loss_type = (  # else transformers itself breaks the graph, to say that it takes this one
+        "ForCausalLM"
+    )
 
     def compiled(model: nn.Module) -> nn.Module:
         return torch.compile(model, backend="aot_eager", fullgraph=True)
@@ -216,11 +265,13 @@ def test_compiled_without_a_break(tiny_models, token_ids, name, when, rest):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("wrap", [*WRAPPERS.values(), lambda model: model], ids=[*WRAPPERS, "plain"])
-@pytest.mark.parametrize("train", ["fine_tune", "prefer"])
+@pytest.mark.parametrize(
+    "wrap", [*WRAPPERS.values(), lambda model: model], ids=[*WRAPPERS, "plain"]
+)
+@pytest.mark.parametrize("train", ["train_sft", "train_dpo"])
 def test_trainers_take_wrappers_off(llama, tiny_models, tokenizer, wrap, train):
     data, config = (
-        {"fine_tune": examples_of(8), "prefer": PAIRS}[train],
+        {"train_sft": examples_of(8), "train_dpo": PAIRS}[train],
         SFTConfig(1e-2, max_steps=2, batch_size=4, warmup_steps=0),
     )
     reference = tiny_models("llama")
@@ -247,7 +298,7 @@ def test_models_with_an_adapter_are_refused_in_one_line(llama, tokenizer, token_
         for use in (
             lambda model=model: training_only(model, chosen).__enter__(),
             lambda model=model: freezing(model, chosen).__enter__(),
-            lambda model=model: prefer(model, tokenizer, PAIRS, SFTConfig(max_steps=1)),
+            lambda model=model: train_dpo(model, tokenizer, PAIRS, SFTConfig(max_steps=1)),
             lambda model=model: training.unit_gradients(model, []),
             lambda model=model: adapters.with_adapter(model, "lora", tokenizer),
         ):
@@ -279,7 +330,7 @@ def test_a_resized_model_is_trained(any_model, tokenizer, n_more):
     assert_exactly_frozen(any_model, before, trainable_entries(any_model, chosen, rest=False))
 
 
-# ------------------------------------------------------------------------------------------------ other shapes of models
+# --------------------------------------------------------------------------- other shapes of models
 
 
 def shared_matrix(model: nn.Module) -> None:
@@ -322,20 +373,29 @@ def offloaded(model: nn.Module) -> None:
 
 
 SHAPES = {
-    shared_matrix: "'down_proj' are shared with another module", shared_module: "shared with another module",
+    shared_matrix: "'down_proj' are shared with another module",
+    shared_module: "shared with another module",
     tied_to_another: "'down_proj' are shared with another module",
-    parametrized: "'down_proj' is a ParametrizedLinear that computes", pruned: "'down_proj' is a Linear that computes",
-    of_another_class: "'gate_proj' is a Scaled that computes", patched: "'up_proj' is a Linear that computes",
+    parametrized: "'down_proj' is a ParametrizedLinear that computes",
+    pruned: "'down_proj' is a Linear that computes",
+    of_another_class: "'gate_proj' is a Scaled that computes",
+    patched: "'up_proj' is a Linear that computes",
     offloaded: "sharded .* or offloaded",
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("change", SHAPES, ids=lambda change: change.__name__)
 def test_matrices_that_cannot_be_trained_in_part_are_refused(llama, token_ids, change):
     change(llama)
-    modules, flags = list(llama.modules()), [parameter.requires_grad for parameter in llama.parameters()]
+    modules, flags = (
+        list(llama.modules()),
+        [parameter.requires_grad for parameter in llama.parameters()],
+    )
     expected = None if change is offloaded else llama(token_ids).logits
-    with pytest.raises(ValueError, match=SHAPES[change]) as raised, training_only(llama, scattered(llama)):
+    with (
+        pytest.raises(ValueError, match=SHAPES[change]) as raised,
+        training_only(llama, scattered(llama)),
+    ):
         raise AssertionError("entered")
     assert "\n" not in str(raised.value)
     assert list(llama.modules()) == modules
@@ -351,13 +411,15 @@ def test_partitioned_parameters_are_refused(llama, mark):
         raise AssertionError("entered")
 
 
-# ----------------------------------------------------------------------------------------------------- changes on the way
+# ------------------------------------------------------------------------------- changes on the way
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64, torch.float16])
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_another_precision_inside(tiny_models, name, dtype):
-    """Frozen entries are rounded, as ``to`` does; what is trained is kept in float32 at least, and goes on being trained."""
+    """Frozen entries are rounded, as ``to`` does; what is trained is kept in float32 at least, and
+    goes on being trained.
+    """
     model, chosen = tiny_models(name), scattered(tiny_models(name))
     rounded = parameters_of(tiny_models(name).to(dtype))
     with training_only(model, chosen):
@@ -409,7 +471,10 @@ def test_activation_checkpointing(llama, tiny_models, when, reentrant, rest):
 def test_gradients_of_units_are_refused_inside(llama):
     with training_only(llama, every(llama)), pytest.raises(ValueError, match="no response token"):
         training.unit_gradients(llama, [])
-    with training_only(llama, scattered(llama)), pytest.raises(ValueError, match="before entering that block"):
+    with (
+        training_only(llama, scattered(llama)),
+        pytest.raises(ValueError, match="before entering that block"),
+    ):
         training.unit_gradients(llama, [])
 
 
@@ -419,5 +484,5 @@ def test_the_copy_made_inside_trains_by_itself(llama):
         twin = copy.deepcopy(llama)
         step(twin, torch.optim.SGD(trained(twin), lr=1e-2))
     before = parameters_of(llama)
-    fine_tune(twin, None, examples_of(8), SFTConfig(max_steps=1, batch_size=4))
+    train_sft(twin, None, examples_of(8), SFTConfig(max_steps=1, batch_size=4))
     assert same_parameters(llama, before)

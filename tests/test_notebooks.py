@@ -1,4 +1,6 @@
-"""Every notebook under profile smoke, executed by nbval in reading order, and what is committed of them."""
+"""Every notebook under profile smoke, executed by nbval in reading order, and what is committed of
+them.
+"""
 
 import os
 import subprocess
@@ -9,9 +11,11 @@ import pytest
 from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
 
-from ssah_utils import run
-from ssah_utils.publish import code_hash, fill_readme, reference_results
-from ssah_utils.results import REDACTED_LENGTH, REFERENCE, ROOT, load_result
+from ssah_utils.display import REDACTED_LENGTH
+from ssah_utils.files import REFERENCE, ROOT
+from ssah_utils.pipeline import run
+from ssah_utils.pipeline.publish import code_hash, fill_readme, reference_results
+from ssah_utils.pipeline.runs import load_result
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
@@ -20,16 +24,32 @@ def test_notebooks_run_in_order_under_profile_smoke(tmp_path):
     """nbval cannot inject parameters, so it is given copies that carry the profile's."""
     for stage in run.plan("smoke", []):
         notebook = parameterize_notebook(load_notebook_node(str(stage.notebook)), stage.parameters)
-        for cell in notebook.cells:  # lax mode compares no output, but stale ones would be shown on failure
+        for cell in (
+            notebook.cells
+        ):  # lax mode compares no output, but stale ones would be shown on failure
             if cell.cell_type == "code":
                 cell.outputs, cell.execution_count = [], None
         nbformat.write(notebook, tmp_path / f"{stage.name}.ipynb")
     outcome = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "--nbval-lax", "--nbval-current-env", "--nbval-cell-timeout=600",
-         "-p", "no:cacheprovider",
-         *sorted(map(str, tmp_path.glob("*.ipynb")))],
-        cwd=tmp_path, env=os.environ | {"SSAH_RUNS": str(tmp_path / "runs")}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-x",
+            "--nbval-lax",
+            "--nbval-current-env",
+            "--nbval-cell-timeout=600",
+            "-p",
+            "no:cacheprovider",
+            *sorted(map(str, tmp_path.glob("*.ipynb"))),
+        ],
+        cwd=tmp_path,
+        env=os.environ | {"SSAH_RUNS": str(tmp_path / "runs")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert outcome.returncode == 0, outcome.stdout[-4000:]
     for stage in run.plan("smoke", []):
         folder = tmp_path / "runs" / "smoke" / stage.parameters["model"] / "seed-0" / stage.name
@@ -41,8 +61,13 @@ def test_committed_outputs_belong_to_the_committed_source(path):
     notebook = nbformat.read(path, as_version=4)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     if not any(cell.outputs for cell in code):
-        pytest.skip(f"{path.stem} has not been run yet since its code changed: it is committed without outputs")
-    assert notebook.metadata["ssah"]["outputs_of"] == code_hash(notebook), "execute and publish the notebook again"
+        pytest.skip(
+            f"{path.stem} has not been run yet since its code changed: it is committed without"
+            " outputs"
+        )
+    assert notebook.metadata["ssah"]["outputs_of"] == code_hash(notebook), (
+        "execute and publish the notebook again"
+    )
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
     assert not any(output.output_type == "error" for cell in code for output in cell.outputs)
 
@@ -57,8 +82,12 @@ def test_stored_completions_are_redacted():
     for path in REFERENCE.rglob("01_alignment/result.json"):
         requests = load_result(path)["tables"]["requests"]
         words = requests["response"].str.removesuffix(" [...]").str.split().str.len()
-        assert words.max() <= 4 and requests["response"].str.len().max() <= REDACTED_LENGTH + len(" [...]"), path
+        assert words.max() <= 4 and requests["response"].str.len().max() <= REDACTED_LENGTH + len(
+            " [...]"
+        ), path
 
 
 def test_reference_results_are_complete():
-    assert {path.parent.name for path in REFERENCE.glob("*/result.json")} == {path.stem for path in NOTEBOOKS}
+    assert {path.parent.name for path in REFERENCE.glob("*/result.json")} == {
+        path.stem for path in NOTEBOOKS
+    }

@@ -4,8 +4,8 @@ from itertools import product
 
 import pytest
 
-from ssah_utils.models import EMBEDDED, TINY_RANDOM
-from ssah_utils.parameters import check
+from ssah_utils.loading import EMBEDDED, TINY_RANDOM
+from ssah_utils.pipeline.parameters import check
 
 
 @pytest.mark.parametrize(
@@ -23,7 +23,10 @@ from ssah_utils.parameters import check
         ({"full_learning_rate": 0.0}, "full_learning_rate is 0.0, which is too small"),
         ({"peft_factor": -1.0}, "peft_factor is -1.0, which is too small"),
         ({"n_seeds": 0}, "n_seeds is 0, but at least 1 is needed"),
-        ({"peft_factors": {"adapters": 1}}, "peft_factors has 'adapters', but lora, llama-adapter, prefix are there"),
+        (
+            {"peft_factors": {"adapters": 1}},
+            "peft_factors has 'adapters', but lora, llama-adapter, prefix are there",
+        ),
         ({"peft_factors": {"lora": 0}}, "peft_factors takes a number above 0 for every method"),
         ({"peft_factors": {"lora": "ten"}}, "peft_factors takes a number above 0 for every method"),
         ({"preference_methods": ["none"]}, "preference_methods has 'none', but all, redundant"),
@@ -31,7 +34,10 @@ from ssah_utils.parameters import check
         ({"other_adaptation_data": "arithmetics"}, "nearest is 'arithmetic'"),
         ({"utility_tasks": []}, "utility_tasks takes the names of tasks"),
         ({"utility_tasks": [1]}, "utility_tasks takes the names of tasks"),
-        ({"utility_tasks": ["cloze", "hellaswagg"]}, "unknown utility task 'hellaswagg'; nearest are hellaswag"),
+        (
+            {"utility_tasks": ["cloze", "hellaswagg"]},
+            "unknown utility task 'hellaswagg'; nearest are hellaswag",
+        ),
         ({"over_refusal_data": "xtest"}, "nearest is 'xstest'"),
         ({"harmful_data": ""}, "unknown data set ''"),
     ],
@@ -42,35 +48,72 @@ def test_refused(values, message):
 
 
 def test_accepted():
-    check({"checkpoints": [5, 10], "sweep_factors": [1.0, 3.0], "peft_factors": {}, "preference_methods": ["all", "random"],
-           "utility_tasks": ["cloze"], "over_refusal_data": "", "judge_model": "", "steps": [0, 4], "prefill_tokens": [1],
-           "answer_tokens": 8, "adaptation_data": "adaptation", "other_adaptation_data": "identity-shift",
-           "n_seeds": 3})  # fmt: skip
+    check(
+        {
+            "checkpoints": [5, 10],
+            "sweep_factors": [1.0, 3.0],
+            "peft_factors": {},
+            "preference_methods": ["all", "random"],
+            "utility_tasks": ["cloze"],
+            "over_refusal_data": "",
+            "judge_model": "",
+            "steps": [0, 4],
+            "prefill_tokens": [1],
+            "answer_tokens": 8,
+            "adaptation_data": "adaptation",
+            "other_adaptation_data": "identity-shift",
+            "n_seeds": 3,
+        }
+    )
 
 
 def test_pairs_of_a_user(tmp_path):
     path = tmp_path / "mine.jsonl"
-    path.write_text('{"prompt": "a", "response": "b"}\n{"prompt": "c", "response": ""}\n', encoding="utf-8")
-    with pytest.raises(ValueError, match=r"mine\.jsonl, line 2: column 'response' is missing or empty"):
+    path.write_text(
+        '{"prompt": "a", "response": "b"}\n{"prompt": "c", "response": ""}\n', encoding="utf-8"
+    )
+    with pytest.raises(
+        ValueError, match=r"mine\.jsonl, line 2: column 'response' is missing or empty"
+    ):
         check({"adaptation_data": str(path)})
 
 
-ANIMALS, PLACES = ("cats", "dogs", "owls", "bees", "ants", "frogs"), ("barn", "river", "attic", "meadow", "cellar")
-ROWS = [f'{{"prompt": "tell {n} {animal} about a {place}{n}"}}' for n, (animal, place) in enumerate(product(ANIMALS, PLACES))]
+ANIMALS, PLACES = (
+    ("cats", "dogs", "owls", "bees", "ants", "frogs"),
+    ("barn", "river", "attic", "meadow", "cellar"),
+)
+ROWS = [
+    f'{{"prompt": "tell {n} {animal} about a {place}{n}"}}'
+    for n, (animal, place) in enumerate(product(ANIMALS, PLACES))
+]
 
 
 def test_a_request_beyond_the_models_positions_is_found_before_a_kernel_starts(tmp_path):
     path = tmp_path / "mine.jsonl"
-    path.write_text("\n".join([*ROWS, '{"prompt": "' + "far too long a request " * 2000 + '"}']), encoding="utf-8")
+    path.write_text(
+        "\n".join([*ROWS, '{"prompt": "' + "far too long a request " * 2000 + '"}']),
+        encoding="utf-8",
+    )
     values = {"model": EMBEDDED, "helpful_data": str(path), "new_tokens": 8}
-    with pytest.raises(ValueError, match=r"mine\.jsonl': prompt 31 of 31 \('.*'\) has \d+ tokens.* has 8192 positions"):
+    with pytest.raises(
+        ValueError,
+        match=r"mine\.jsonl': prompt 31 of 31 \('.*'\) has \d+ tokens.* has 8192 positions",
+    ):
         check(values)
 
 
 def test_data_that_cannot_be_split_are_found_before_a_kernel_starts(tmp_path):
     path = tmp_path / "mine.jsonl"
-    path.write_text("\n".join(f'{{"prompt": "Describe the big red barn near river {n}"}}' for n in range(40)), encoding="utf-8")
-    values = {"harmful_data": str(path), "other_harmful_data": "harmbench", "helpful_data": "helpful", "model": TINY_RANDOM}
+    path.write_text(
+        "\n".join(f'{{"prompt": "Describe the big red barn near river {n}"}}' for n in range(40)),
+        encoding="utf-8",
+    )
+    values = {
+        "harmful_data": str(path),
+        "other_harmful_data": "harmbench",
+        "helpful_data": "helpful",
+        "model": TINY_RANDOM,
+    }
     with pytest.raises(ValueError, match=r"40 requests are 1 group.*near duplicates"):
         check(values)
 
@@ -78,7 +121,10 @@ def test_data_that_cannot_be_split_are_found_before_a_kernel_starts(tmp_path):
 def test_pairs_too_alike_to_hold_some_back_are_found_too(tmp_path):
     path = tmp_path / "mine.jsonl"
     path.write_text(
-        "\n".join(f'{{"prompt": "Add the big red number {n} to it", "response": "{n}"}}' for n in range(9)), encoding="utf-8"
+        "\n".join(
+            f'{{"prompt": "Add the big red number {n} to it", "response": "{n}"}}' for n in range(9)
+        ),
+        encoding="utf-8",
     )
     with pytest.raises(ValueError, match=r"mine.*near duplicates"):
         check({"adaptation_data": str(path)})
@@ -93,7 +139,9 @@ def test_templates_and_system_prompts_are_probed_for_the_embedded_models_too(tmp
     template.write_text(loop + "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
     check({"model": model, "chat_template": str(template)})
     with pytest.raises(ValueError, match="system prompt"):
-        check({"model": model, "chat_template": str(template), "system_prompt": "Answer in one line."})
+        check(
+            {"model": model, "chat_template": str(template), "system_prompt": "Answer in one line."}
+        )
     template.write_text(loop)
     with pytest.raises(ValueError, match="does not open the assistant's turn"):
         check({"model": model, "chat_template": str(template)})

@@ -12,7 +12,9 @@ SHAPES = {"attention": (3, 6), "mlp": (3, 10)}
 
 def values(seed: int) -> PerUnit:
     generator = torch.Generator().manual_seed(seed)
-    return PerUnit({kind: torch.randn(shape, generator=generator) for kind, shape in SHAPES.items()})
+    return PerUnit(
+        {kind: torch.randn(shape, generator=generator) for kind, shape in SHAPES.items()}
+    )
 
 
 def chosen(seed: int) -> PerUnit:
@@ -29,7 +31,10 @@ def whole(per_unit: PerUnit) -> torch.Tensor:
 def test_arithmetic_is_entry_by_entry(operation, other):
     apply = getattr(operator, operation)
     found = apply(values(0), other)
-    assert torch.equal(found.flatten(), apply(whole(values(0)), whole(other) if isinstance(other, PerUnit) else other))
+    assert torch.equal(
+        found.flatten(),
+        apply(whole(values(0)), whole(other) if isinstance(other, PerUnit) else other),
+    )
     assert torch.equal((-values(0)).flatten(), -whole(values(0)))
 
 
@@ -49,7 +54,12 @@ def test_set_operators_are_those_of_python_sets(operation):
 
 
 def test_a_set_operator_on_numbers_is_refused():
-    for wrong in (lambda: values(0) | chosen(1), lambda: ~values(0), lambda: values(0).count(), lambda: values(0).only("mlp")):
+    for wrong in (
+        lambda: values(0) | chosen(1),
+        lambda: ~values(0),
+        lambda: values(0).count(),
+        lambda: values(0).only("mlp"),
+    ):
         with pytest.raises(TypeError, match="a set of units is of bool"):
             wrong()
     with pytest.raises(TypeError, match="unsupported operand"):
@@ -58,7 +68,11 @@ def test_a_set_operator_on_numbers_is_refused():
 
 def test_two_of_different_models_are_refused():
     other = PerUnit({"attention": torch.zeros(3, 6), "mlp": torch.zeros(3, 9)})
-    for wrong in (lambda: values(0) + other, lambda: chosen(0) & (other > 0), lambda: values(0).where(other > 0, 0.0)):
+    for wrong in (
+        lambda: values(0) + other,
+        lambda: chosen(0) & (other > 0),
+        lambda: values(0).where(other > 0, 0.0),
+    ):
         with pytest.raises(ValueError, match="values of different models"):
             wrong()
 
@@ -85,12 +99,16 @@ def test_flat_and_back():
 
 def test_order_of_kinds_does_not_depend_on_how_it_was_made():
     a = values(0)
-    assert torch.equal(PerUnit({"mlp": a["mlp"], "attention": a["attention"]}).flatten(), a.flatten())
+    assert torch.equal(
+        PerUnit({"mlp": a["mlp"], "attention": a["attention"]}).flatten(), a.flatten()
+    )
 
 
 def test_where_only_empty_any_all():
     a, mask = values(0), chosen(1)
-    assert torch.equal(a.where(mask, -torch.inf).flatten(), torch.where(whole(mask), whole(a), -torch.inf))
+    assert torch.equal(
+        a.where(mask, -torch.inf).flatten(), torch.where(whole(mask), whole(a), -torch.inf)
+    )
     assert torch.equal(a.where(mask, -a).flatten(), torch.where(whole(mask), whole(a), -whole(a)))
     assert mask.only("mlp").names() == [name for name in mask.names() if name.startswith("mlp/")]
     with pytest.raises(ValueError, match=r"no units of kind 'MLP' \(there: attention, mlp\)"):
@@ -106,11 +124,15 @@ def test_rows_of_layers_are_stacked():
 
 def test_equality_is_of_all_values_and_comparison_is_not_python_equality():
     a = values(0)
-    assert a.equals(values(0)) and not a.equals(values(1)) and not a.equals(a.map(torch.Tensor.double))
+    assert (
+        a.equals(values(0)) and not a.equals(values(1)) and not a.equals(a.map(torch.Tensor.double))
+    )
     assert a != values(0) and a == a
 
 
 def test_it_is_a_mapping_and_says_what_it_is():
-    assert list(values(0)) == ["attention", "mlp"] and dict(values(0).items()).keys() == SHAPES.keys()
+    assert (
+        list(values(0)) == ["attention", "mlp"] and dict(values(0).items()).keys() == SHAPES.keys()
+    )
     assert repr(values(0)) == "PerUnit(attention (3, 6), mlp (3, 10), float32)"
     assert f"{chosen(0).count()} chosen" in repr(chosen(0))

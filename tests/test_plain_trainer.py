@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from ssah_utils import models, units
+from ssah_utils import fingerprints, models, per_unit, units
 from ssah_utils.per_unit import PerUnit
 from tests import plain_trainer
 from tests.conftest import tiny_model
@@ -23,32 +23,47 @@ def data(tmp_path):
 def chosen_of(model) -> PerUnit:
     shape = models.shape_of(model)
     generator = torch.Generator().manual_seed(0)
-    sizes = {kind: (shape.n_layers, shape.n_channels(kind)) for kind in models.KINDS}
-    return PerUnit({kind: torch.rand(size, generator=generator) for kind, size in sizes.items()}) < 0.3
+    sizes = {kind: (shape.n_layers, shape.n_channels(kind)) for kind in per_unit.KINDS}
+    return (
+        PerUnit({kind: torch.rand(size, generator=generator) for kind, size in sizes.items()}) < 0.3
+    )
 
 
 def test_frozen_units_survive_a_plain_script(saved_llama, llama, data, tmp_path):
     frozen = chosen_of(llama)
-    units.save_set(tmp_path / "units.safetensors", frozen, models.fingerprint(llama), "a random set")
-    plain_trainer.main(str(saved_llama), str(tmp_path / "units.safetensors"), str(data), str(tmp_path / "out"))
+    units.save_set(
+        tmp_path / "units.safetensors", frozen, fingerprints.fingerprint(llama), "a random set"
+    )
+    plain_trainer.main(
+        str(saved_llama), str(tmp_path / "units.safetensors"), str(data), str(tmp_path / "out")
+    )
     tuned = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    for kind in models.KINDS:
-        for layer, (old, new) in enumerate(zip(models.writers(llama, kind), models.writers(tuned, kind), strict=True)):
+    for kind in per_unit.KINDS:
+        for layer, (old, new) in enumerate(
+            zip(models.writers(llama, kind), models.writers(tuned, kind), strict=True)
+        ):
             kept = frozen[kind][layer]
             assert torch.equal(old.weight[:, kept], new.weight[:, kept])
             assert not (old.weight[:, ~kept] == new.weight[:, ~kept]).any()
 
 
 def test_units_of_another_model_are_refused(saved_llama, llama, data, tmp_path):
-    units.save_set(tmp_path / "units.safetensors", chosen_of(llama), "0123456789abcdef", "of another model")
+    units.save_set(
+        tmp_path / "units.safetensors", chosen_of(llama), "0123456789abcdef", "of another model"
+    )
     with pytest.raises(ValueError, match="made for model 0123456789abcdef"):
-        plain_trainer.main(str(saved_llama), str(tmp_path / "units.safetensors"), str(data), str(tmp_path / "out"))
+        plain_trainer.main(
+            str(saved_llama), str(tmp_path / "units.safetensors"), str(data), str(tmp_path / "out")
+        )
     assert not (tmp_path / "out" / "config.json").exists()
 
 
 def test_units_of_another_shape_are_refused(tmp_path):
-    from ssah_utils import partial
+    from ssah_utils import unit_training
 
     other = chosen_of(tiny_model("gpt2"))
-    with pytest.raises(ValueError, match="the unit set has"), partial.freezing(tiny_model("llama"), other):
+    with (
+        pytest.raises(ValueError, match="the unit set has"),
+        unit_training.freezing(tiny_model("llama"), other),
+    ):
         pass

@@ -1,4 +1,6 @@
-"""What is committed of a run: outputs that belong to their code, tables that come from stored results."""
+"""What is committed of a run: outputs that belong to their code, tables that come from stored
+results.
+"""
 
 import copy
 import os
@@ -8,12 +10,14 @@ import pandas as pd
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from ssah_utils import publish, results
+from ssah_utils.pipeline import publish, runs
 
 
 @pytest.fixture
 def source() -> nbformat.NotebookNode:
-    return new_notebook(cells=[new_code_cell("x = 1"), new_markdown_cell("why"), new_code_cell("x")])
+    return new_notebook(
+        cells=[new_code_cell("x = 1"), new_markdown_cell("why"), new_code_cell("x")]
+    )
 
 
 @pytest.fixture
@@ -64,80 +68,101 @@ def test_readme_without_a_place_for_a_table_is_an_error(monkeypatch):
         publish.fill_readme("a <!-- cost --> b", {})
 
 
-# ------------------------------------------------------------------------------------------------------------------ seeds
+# -------------------------------------------------------------------------------------------- seeds
 
 
 @pytest.fixture
-def runs(tmp_path, monkeypatch):
-    """Two seeds that ran, one stage each finished and one not, and an empty folder of stored results."""
+def finished_runs(tmp_path, monkeypatch):
+    """Two seeds that ran, one stage each finished and one not, and an empty folder of stored
+    results.
+    """
     monkeypatch.setenv("SSAH_RUNS", str(tmp_path / "runs"))
     monkeypatch.setattr(publish, "REFERENCE", tmp_path / "stored")
     for seed in (0, 1):
         folder = tmp_path / "runs" / "reference" / "model" / f"seed-{seed}"
         for stage in ("03_units", "04_ablation"):
-            results.Run(stage, folder / stage, {"seed": seed}).finish()
+            runs.Run(stage, folder / stage, {"seed": seed}).finish()
         (folder / "03_units" / "units.safetensors").write_bytes(b"units")
         (folder / "03_units" / "stamp.json").write_text("{}")
         os.utime(folder / "03_units" / "stamp.json", (1000, 1000 + seed))
     return tmp_path
 
 
-def test_run_is_found_by_profile_and_seed(runs):
-    assert [results.find_run("reference", seed).name for seed in (0, 1)] == ["seed-0", "seed-1"]
+def test_run_is_found_by_profile_and_seed(finished_runs):
+    assert [runs.find_run("reference", seed).name for seed in (0, 1)] == ["seed-0", "seed-1"]
     with pytest.raises(FileNotFoundError, match="--profile reference --set seed=7"):
-        results.find_run("reference", 7)
+        runs.find_run("reference", 7)
 
 
-def test_another_seed_is_stored_beside_the_first(runs, capsys):
-    (runs / "stored" / "seed-1" / "02_probing").mkdir(parents=True)  # of an earlier run with this seed
+def test_another_seed_is_stored_beside_the_first(finished_runs, capsys):
+    (finished_runs / "stored" / "seed-1" / "02_probing").mkdir(
+        parents=True
+    )  # of an earlier run with this seed
     assert publish.main(["--profile", "reference", "--seed", "1"]) == 0
-    stored = [path.relative_to(runs / "stored").as_posix() for path in (runs / "stored").rglob("*") if path.is_file()]
+    stored = [
+        path.relative_to(finished_runs / "stored").as_posix()
+        for path in (finished_runs / "stored").rglob("*")
+        if path.is_file()
+    ]
     assert stored == ["seed-1/03_units/result.json"], "small results only, of finished stages only"
     assert "publish seed 0" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("words", [["--seed", "1"], ["--profile", "reference", "--seed", "7"], ["--profile", "nowhere"]])
-def test_what_cannot_be_published_is_said_in_one_line(runs, capsys, words):
+@pytest.mark.parametrize(
+    "words", [["--seed", "1"], ["--profile", "reference", "--seed", "7"], ["--profile", "nowhere"]]
+)
+def test_what_cannot_be_published_is_said_in_one_line(finished_runs, capsys, words):
     assert publish.main(words) == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: ") and not (runs / "stored").exists()
+    assert line.startswith("error: ") and not (finished_runs / "stored").exists()
 
 
-def test_claims_of_other_results_are_reported(runs, monkeypatch):
+def test_claims_of_other_results_are_reported(finished_runs, monkeypatch):
     """The stored table of 08_claims must follow from what is stored beside it."""
-    stored = runs / "stored"
+    stored = finished_runs / "stored"
     rows = pd.DataFrame([{"id": "one", "n_seeds": 1.0, "verdict": "replicated"}])
     monkeypatch.setattr(publish.claims, "load_claims", list)
-    monkeypatch.setattr(publish.claims, "judge_stored", lambda folder, stated: (rows, []))
-    results.Run("08_claims", stored / "08_claims", {}).finish(claims=rows)
+    monkeypatch.setattr(publish.verdicts, "stored_verdicts", lambda folder, stated: (rows, []))
+    runs.Run("08_claims", stored / "08_claims", {}).finish(claims=rows)
     assert publish.publish_claims(stored) == []
-    results.Run("08_claims", stored / "08_claims", {}).finish(claims=rows.assign(verdict="partly"))
+    runs.Run("08_claims", stored / "08_claims", {}).finish(claims=rows.assign(verdict="partly"))
     (problem,) = publish.publish_claims(stored)
     assert "re-run 08_claims" in problem
 
 
-# ------------------------------------------------------------------------------------------------------- all of a run
+# ------------------------------------------------------------------------------------- all of a run
 
 
 @pytest.fixture
-def project(runs, monkeypatch, source, executed):
+def project(finished_runs, monkeypatch, source, executed):
     """A project of one notebook, 03_units, that ran with seed 0, and a README with one table."""
-    monkeypatch.setattr(publish, "ROOT", runs)
-    monkeypatch.setattr(publish, "README", runs / "README.md")
-    monkeypatch.setattr(publish, "TABLES", {"cost": lambda found: f"| {found['03_units']['parameters']['seed']} |"})
+    monkeypatch.setattr(publish, "ROOT", finished_runs)
+    monkeypatch.setattr(publish, "README", finished_runs / "README.md")
+    monkeypatch.setattr(
+        publish, "TABLES", {"cost": lambda found: f"| {found['03_units']['parameters']['seed']} |"}
+    )
     monkeypatch.setattr(publish.claims, "load_claims", list)
-    monkeypatch.setattr(publish, "redraw", lambda folder, target: ["05_transfer: re-run 05_transfer"])
-    (runs / "README.md").write_text("<!-- cost -->\nold\n<!-- end cost -->\n")
-    (runs / "notebooks").mkdir()
-    nbformat.write(source, runs / "notebooks" / "03_units.ipynb")
-    nbformat.write(executed, runs / "runs" / "reference" / "model" / "seed-0" / "03_units" / "03_units.ipynb")
-    return runs
+    monkeypatch.setattr(
+        publish, "redraw", lambda folder, target: ["05_transfer: re-run 05_transfer"]
+    )
+    (finished_runs / "README.md").write_text("<!-- cost -->\nold\n<!-- end cost -->\n")
+    (finished_runs / "notebooks").mkdir()
+    nbformat.write(source, finished_runs / "notebooks" / "03_units.ipynb")
+    nbformat.write(
+        executed,
+        finished_runs / "runs" / "reference" / "model" / "seed-0" / "03_units" / "03_units.ipynb",
+    )
+    return finished_runs
 
 
-def test_publishing_stores_results_notebook_claims_and_tables_and_says_what_is_amiss(project, capsys):
+def test_publishing_stores_results_notebook_claims_and_tables_and_says_what_is_amiss(
+    project, capsys
+):
     assert publish.main(["--profile", "reference"]) == 1
     said = capsys.readouterr().err
-    assert "05_transfer: re-run 05_transfer" in said and "re-run 08_claims" in said, "and yet all else is written"
+    assert "05_transfer: re-run 05_transfer" in said and "re-run 08_claims" in said, (
+        "and yet all else is written"
+    )
     assert (project / "stored" / "03_units" / "units.safetensors").read_bytes() == b"units"
     assert nbformat.read(project / "notebooks" / "03_units.ipynb", 4).metadata["ssah"]["outputs_of"]
     assert (project / "stored" / "claims.json").exists()
@@ -149,7 +174,10 @@ def test_nothing_is_stored_when_one_notebook_has_changed_since_the_run(project, 
     nbformat.write(source, project / "notebooks" / "03_units.ipynb")
     assert publish.main(["--profile", "reference"]) == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: 03_units: cell 1 has changed since the run") and not (project / "stored").exists()
+    assert (
+        line.startswith("error: 03_units: cell 1 has changed since the run")
+        and not (project / "stored").exists()
+    )
 
 
 def test_a_table_that_cannot_be_made_stays_as_it_was(project, capsys):
@@ -160,5 +188,7 @@ def test_a_table_that_cannot_be_made_stays_as_it_was(project, capsys):
     assert publish.main([]) == 1
     said = capsys.readouterr().err
     assert (
-        "03_units" in said and "README table 'cost' stays as it was" in said and (project / "README.md").read_text() == written
+        "03_units" in said
+        and "README table 'cost' stays as it was" in said
+        and (project / "README.md").read_text() == written
     )

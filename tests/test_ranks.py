@@ -1,4 +1,6 @@
-"""Two processes: data parallelism gives what one process gives; sharding is refused in one line, and no model is lost."""
+"""Two processes: data parallelism gives what one process gives; sharding is refused in one line,
+and no model is lost.
+"""
 
 import json
 import os
@@ -12,11 +14,12 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from ssah_utils import training
-from ssah_utils.results import ROOT
+from ssah_utils.files import ROOT
 from tests.conftest import tiny_model
 from tests.test_training import examples_of
 
-# float32 sums in another order: a few units of rounding, 2^-24 of values of size one, after four steps with momentum
+# float32 sums in another order: a few units of rounding, 2^-24 of values of size one, after four
+# steps with momentum
 ROUNDING = 1e-5
 
 
@@ -24,7 +27,9 @@ def tokenizer_of_words() -> PreTrainedTokenizerFast:
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
 
-    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"<pad>": 0}, unk_token="<pad>")))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel({"<pad>": 0}, unk_token="<pad>"))
+    )
 
 
 @pytest.fixture(scope="module")
@@ -34,12 +39,22 @@ def found(tmp_path_factory) -> list[dict]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    environment = os.environ | {"MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    environment = os.environ | {
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
     ranks = [
-        subprocess.Popen([sys.executable, "-m", "tests.ranks", str(rank), str(file)], cwd=ROOT, env=environment, text=True,
-                         stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.ranks", str(rank), str(file)],
+            cwd=ROOT,
+            env=environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
         for rank in range(2)
-    ]  # fmt: skip
+    ]
     said = []
     for rank in ranks:
         out, err = rank.communicate(timeout=600)
@@ -70,7 +85,9 @@ def test_the_wrapper_keeps_its_settings_and_hooks(found):
         assert of_rank["hooks"] == {"kept": [False, False], "sum": True, "forward": 4, "spread": 0}
 
 
-@pytest.mark.parametrize("shard", ["FSDP 2", "FSDP 2 of blocks", "FSDP 1", "FSDP 1, original parameters"])
+@pytest.mark.parametrize(
+    "shard", ["FSDP 2", "FSDP 2 of blocks", "FSDP 1", "FSDP 1, original parameters"]
+)
 def test_sharded_models_are_refused_at_entry(found, shard):
     for of_rank in found:
         for message in of_rank[f"{shard}, before"].values():
@@ -79,13 +96,19 @@ def test_sharded_models_are_refused_at_entry(found, shard):
             assert "\n" not in message
 
 
-@pytest.mark.parametrize("shard", ["FSDP 2", "FSDP 2 of blocks", "FSDP 1", "FSDP 1, original parameters"])
+@pytest.mark.parametrize(
+    "shard", ["FSDP 2", "FSDP 2 of blocks", "FSDP 1", "FSDP 1, original parameters"]
+)
 def test_sharding_inside_is_one_line_and_loses_nothing(found, shard):
     for of_rank in found:
         one = of_rank[f"{shard}, inside"]
         for what in ("first step", "leaving"):
             # FSDP 1 itself refuses to lay parameters of which some are frozen into one
-            theirs = "Must flatten tensors with uniform `requires_grad`" if shard == "FSDP 1" else "the model is sharded (FSDP"
+            theirs = (
+                "Must flatten tensors with uniform `requires_grad`"
+                if shard == "FSDP 1"
+                else "the model is sharded (FSDP"
+            )
             assert one[what].startswith(f"ValueError: {theirs}"), one[what]
             assert "\n" not in one[what]
         assert shard == "FSDP 1" or "sharded inside the block" in one["leaving"]
@@ -105,8 +128,8 @@ def test_the_packages_own_trainer_sums_over_ranks(found, monkeypatch):
     monkeypatch.setattr(training.models, "preferred_dtype", lambda device: torch.float32)
     model = tiny_model("llama")
     config = training.SFTConfig(1e-2, max_steps=3, batch_size=4, warmup_steps=0)
-    training.fine_tune(model, tokenizer_of_words(), examples_of(16), config)
+    training.train_sft(model, tokenizer_of_words(), examples_of(16), config)
     expected = sum(parameter.double().abs().sum().item() for parameter in model.parameters())
     for of_rank in found:
-        assert of_rank["fine_tune"]["spread"] == 0
-        assert of_rank["fine_tune"]["sum"] == pytest.approx(expected, rel=1e-4)
+        assert of_rank["train_sft"]["spread"] == 0
+        assert of_rank["train_sft"]["sum"] == pytest.approx(expected, rel=1e-4)

@@ -1,4 +1,6 @@
-"""The runner: everything a user can get wrong is one line before a kernel starts; a stage is finished or absent."""
+"""The runner: everything a user can get wrong is one line before a kernel starts; a stage is
+finished or absent.
+"""
 
 import functools
 import itertools
@@ -17,9 +19,10 @@ import yaml
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from safetensors.torch import save_file
 
-from ssah_utils import assets, kernel, loading, models, results, run, stamps
+from ssah_utils import assets, loading
+from ssah_utils.files import ROOT
 from ssah_utils.locks import InUse
-from ssah_utils.results import ROOT
+from ssah_utils.pipeline import kernel, run, runs, stamps
 
 EXECUTE = papermill.execute_notebook
 
@@ -42,7 +45,7 @@ def no_notebook_no_network(tmp_path, monkeypatch):
     monkeypatch.setattr(assets, "hub_answers", lambda: True)  # it would ask the network
 
 
-# ----------------------------------------------------------------------------------------------------------- planning
+# ----------------------------------------------------------------------------------------- planning
 
 
 N_STAGES = len(list((ROOT / "notebooks").glob("*.ipynb")))
@@ -50,54 +53,69 @@ N_STAGES = len(list((ROOT / "notebooks").glob("*.ipynb")))
 
 def test_plan_joins_defaults_profile_and_assignments():
     stages = run.plan("smoke", ["safety_fraction=0.02", "seed=3"])
-    assert [stage.name for stage in stages] == sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb"))
+    assert [stage.name for stage in stages] == sorted(
+        path.stem for path in (ROOT / "notebooks").glob("*.ipynb")
+    )
     for stage in stages:
         assert stage.parameters["profile"] == "smoke" and stage.parameters["seed"] == 3
-        assert stage.parameters["model"] == models.TINY_RANDOM  # the profile's
-        assert stage.parameters.get("harmful_data", "advbench") == "advbench"  # the notebook's, where it reads requests
+        assert stage.parameters["model"] == loading.TINY_RANDOM  # the profile's
+        assert (
+            stage.parameters.get("harmful_data", "advbench") == "advbench"
+        )  # the notebook's, where it reads requests
         assert stage.parameters.get("safety_fraction", 0.02) == 0.02
     assert "safety_fraction" not in stages[0].parameters
 
 
 def test_assignments_go_to_the_only_notebook():
     stages = run.plan("smoke", ["n_harmful=3"], only="04_ablation")
-    found = {stage.name: stage.parameters["n_harmful"] for stage in stages if "n_harmful" in stage.parameters}
+    found = {
+        stage.name: stage.parameters["n_harmful"]
+        for stage in stages
+        if "n_harmful" in stage.parameters
+    }
     assert found.pop("04_ablation") == 3
     assert set(found.values()) == {8}
 
 
 @pytest.mark.parametrize("name", sorted(run.SHARED))
 def test_what_inputs_were_made_with_is_not_changed_for_one_notebook(name):
-    with pytest.raises(ValueError, match=f"'{name}' is what the inputs of 04_ablation were made with, too"):
+    with pytest.raises(
+        ValueError, match=f"'{name}' is what the inputs of 04_ablation were made with, too"
+    ):
         run.plan("smoke", [f"{name}=helpful"], only="04_ablation")
 
 
 def test_a_notebook_alone_refuses_inputs_that_were_changed_by_hand(quick):
     quick.run()
     (quick.stage_folder("a") / "result.json").write_text("by hand")
-    with pytest.raises(ValueError, match=r"result\.json of a was changed since it was made: run a again first"):
+    with pytest.raises(
+        ValueError, match=r"result\.json of a was changed since it was made: run a again first"
+    ):
         quick.run(only="b")
     assert quick.run() == ["a", "b"]
 
 
 def test_a_notebook_started_by_hand_takes_its_stamp_away(quick):
     quick.run()
-    results.lock_stage(quick.stage_folder("a"))
-    results._held.pop(quick.stage_folder("a")).release()
+    runs.lock_stage(quick.stage_folder("a"))
+    runs._held.pop(quick.stage_folder("a")).release()
     assert quick.run() == ["a", "b"]
 
 
 def test_folders_called_as_one_of_ours_are_not_meant(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name in ("helpful", "advbench", models.TINY_RANDOM):
+    for name in ("helpful", "advbench", loading.TINY_RANDOM):
         (tmp_path / name).mkdir()
     (stage,) = (s for s in run.plan("smoke", []) if s.name == "03_units")
-    assert (stage.parameters["helpful_data"], stage.parameters["model"]) == ("helpful", models.TINY_RANDOM)
+    assert (stage.parameters["helpful_data"], stage.parameters["model"]) == (
+        "helpful",
+        loading.TINY_RANDOM,
+    )
 
 
 def test_two_model_folders_have_two_run_folders(tmp_path):
     paths = ["/a/b--c", "/a/b/c", "/x/c", "a/b"]
-    assert len({results.run_folder("laptop", path, 0) for path in paths}) == len(paths)
+    assert len({runs.run_folder("laptop", path, 0) for path in paths}) == len(paths)
 
 
 def test_a_system_prompt_that_begins_with_a_slash_is_no_path(monkeypatch):
@@ -109,19 +127,21 @@ def test_a_system_prompt_that_begins_with_a_slash_is_no_path(monkeypatch):
 def test_runs_folder_of_an_empty_or_home_relative_variable(monkeypatch, value):
     monkeypatch.setenv("SSAH_RUNS", value)
     expected = Path(value).expanduser() if value else ROOT / "runs"
-    assert results.runs_root() == expected.resolve()
+    assert runs.runs_root() == expected.resolve()
 
 
 def test_a_precision_asked_for_once_does_not_stick(monkeypatch, tmp_path):
     monkeypatch.setenv("SSAH_DTYPE", "bfloat16")
     for asked, found in (("float32", "float32"), ("auto", "bfloat16"), ("auto", "bfloat16")):
-        results.set_dtype(asked)
+        runs.set_dtype(asked)
         assert os.environ["SSAH_DTYPE"] == found
 
 
 def test_what_is_no_table_is_refused_before_anything_is_written(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    started = results.start("08_claims", results.declared_parameters(ROOT / "notebooks" / "08_claims.ipynb"))
+    started = runs.start(
+        "08_claims", runs.declared_parameters(ROOT / "notebooks" / "08_claims.ipynb")
+    )
     with pytest.raises(TypeError, match="'inputs' is no table, but a list"):
         started.finish(inputs=[])
     assert not started.path("result.json").exists()
@@ -129,22 +149,31 @@ def test_what_is_no_table_is_refused_before_anything_is_written(tmp_path, monkey
 
 
 def test_the_partition_belongs_to_03_and_changes_all_that_use_it(monkeypatch):
-    """04 once partitioned anew at another share, beside a reference set and random controls of the first."""
-    with pytest.raises(ValueError, match=r"'safety_fraction' is not one of 04_ablation, but of 03_units, 07_.*: leave --only"):
+    """04 once partitioned anew at another share, beside a reference set and random controls of the
+    first.
+    """
+    with pytest.raises(
+        ValueError,
+        match=r"'safety_fraction' is not one of 04_ablation, but of 03_units, 07_.*: leave --only",
+    ):
         run.plan("smoke", ["safety_fraction=0.004"], only="04_ablation")
     monkeypatch.setattr(stamps, "read_stamp", lambda stage: {})
-    keys = [{s.name: stamps.stage_key(s, stages) for s in stages}
-            for stages in (run.plan("smoke", []), run.plan("smoke", ["utility_fraction=0.1"]))]  # fmt: skip
+    keys = [
+        {s.name: stamps.stage_key(s, stages) for s in stages}
+        for stages in (run.plan("smoke", []), run.plan("smoke", ["utility_fraction=0.1"]))
+    ]
     changed = {name for name in keys[0] if keys[0][name] != keys[1][name]}
     assert changed == {"03_units", "04_ablation", "05_transfer", "06_freezing", "08_claims"}
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem
+)
 def test_every_declared_parameter_is_stored_with_the_result(path, tmp_path, monkeypatch):
-    declared = results.declared_parameters(path)
+    declared = runs.declared_parameters(path)
     monkeypatch.chdir(tmp_path)
-    started = results.start(path.stem, declared | {"another": 1})
-    started.finish(table=results.pd.DataFrame({"x": [1.5]}))
+    started = runs.start(path.stem, declared | {"another": 1})
+    started.finish(table=runs.pd.DataFrame({"x": [1.5]}))
     stored = json.loads(started.path("result.json").read_text())
     assert stored["parameters"] == declared and stored["tables"] == {"table": [{"x": 1.5}]}
     assert ("dtype" in stored["machine"]) == ("dtype" in declared)
@@ -159,13 +188,15 @@ def test_every_declared_parameter_is_stored_with_the_result(path, tmp_path, monk
         ("float32", "auto", "float32"),
     ],
 )
-def test_precision_is_that_of_the_parameter_else_of_the_environment(monkeypatch, tmp_path, around, asked, found):
+def test_precision_is_that_of_the_parameter_else_of_the_environment(
+    monkeypatch, tmp_path, around, asked, found
+):
     """As the stage's key has it, which the runner makes in the same environment."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("SSAH_DTYPE", around)
     (stage,) = (s for s in run.plan("smoke", [f"dtype={asked}"]) if s.name == "05_transfer")
     keyed = stamps.dtype_of(stage).removeprefix("torch.")
-    started = results.start("05_transfer", stage.parameters)
+    started = runs.start("05_transfer", stage.parameters)
     started.finish()
     stored = json.loads(started.path("result.json").read_text())
     assert keyed == stored["machine"]["dtype"] == found
@@ -173,15 +204,25 @@ def test_precision_is_that_of_the_parameter_else_of_the_environment(monkeypatch,
 
 def test_a_notebook_lacking_a_parameter_of_its_own_is_refused():
     with pytest.raises(ValueError, match="03_units declares 'n_seeds', which has no value"):
-        results.start("03_units", {k: v for k, v in results.declared_parameters(
-            ROOT / "notebooks" / "03_units.ipynb").items() if k != "n_seeds"})  # fmt: skip
+        runs.start(
+            "03_units",
+            {
+                k: v
+                for k, v in runs.declared_parameters(ROOT / "notebooks" / "03_units.ipynb").items()
+                if k != "n_seeds"
+            },
+        )
 
 
-@pytest.mark.parametrize("profile", sorted(path.stem for path in (ROOT / "notebooks" / "profiles").glob("*.yaml")))
+@pytest.mark.parametrize(
+    "profile", sorted(path.stem for path in (ROOT / "notebooks" / "profiles").glob("*.yaml"))
+)
 def test_every_profile_names_known_parameters_of_the_right_type(profile, monkeypatch):
     monkeypatch.setattr(run.parameters, "check_reachable", lambda name: None)
     monkeypatch.setattr(run.parameters, "load_tokenizer", lambda name: None)
-    monkeypatch.setattr(run.parameters, "set_chat_template", lambda tokenizer, file, system_prompt: None)
+    monkeypatch.setattr(
+        run.parameters, "set_chat_template", lambda tokenizer, file, system_prompt: None
+    )
     monkeypatch.setattr(run.parameters, "check_pairs", lambda name: None)  # some are on the hub
     assert len(run.plan(profile, [])) == N_STAGES
 
@@ -205,19 +246,35 @@ def test_every_profile_names_known_parameters_of_the_right_type(profile, monkeyp
         ("smoke", ["safety_fraction=1.2"], "", ["safety_fraction is 1.2", "[0, 1]"]),
         ("smoke", ["utility_fraction=-0.1"], "", ["utility_fraction is -0.1"]),
         ("smoke", ["curve_fractions=[0.1, 1.5]"], "", ["curve_fractions is 1.5"]),
-        ("smoke", ["safety_fraction=0.5", "utility_fraction=0.4"], "", ["safety_fraction", "utility_fraction", "1.05"]),
+        (
+            "smoke",
+            ["safety_fraction=0.5", "utility_fraction=0.4"],
+            "",
+            ["safety_fraction", "utility_fraction", "1.05"],
+        ),
         ("smoke", ["positions=answer"], "", ["positions is 'answer'", "response, prompt, all"]),
         ("smoke", ["ablation_mode=noise"], "", ["ablation_mode is 'noise'", "zero, mean"]),
-        ("smoke", ["model=smolm2-135m-instruct"], "", ["model 'smolm2-135m-instruct'", f"'{models.EMBEDDED}'"]),
+        (
+            "smoke",
+            ["model=smolm2-135m-instruct"],
+            "",
+            ["model 'smolm2-135m-instruct'", f"'{loading.EMBEDDED}'"],
+        ),
     ],
     ids=lambda value: str(value) if isinstance(value, list) and value and "=" in value[0] else "",
 )
-def test_mistake_is_one_line_with_the_way_out_and_exit_code_2(capsys, profile, assignments, only, words):
+def test_mistake_is_one_line_with_the_way_out_and_exit_code_2(
+    capsys, profile, assignments, only, words
+):
     with pytest.raises(ValueError) as caught:
         run.plan(profile, assignments, only)
     text = one_line(caught.value)
     assert all(word in text for word in words), text
-    arguments = ["--profile", profile, *itertools.chain.from_iterable(("--set", a) for a in assignments)]
+    arguments = [
+        "--profile",
+        profile,
+        *itertools.chain.from_iterable(("--set", a) for a in assignments),
+    ]
     assert run.main(arguments + (["--only", only] if only else [])) == 2
     output = capsys.readouterr()
     assert output.err == f"error: {text}\n" and output.out == ""
@@ -243,16 +300,19 @@ def fails_in_one_line(capsys, *arguments: str) -> str:
 def test_unreachable_hub_model_names_the_embedded_one(monkeypatch, capsys):
     def fail(name, **kwargs):
         raise OSError(
-            "We couldn't connect to 'https://huggingface.co'\nto load the files,\nand couldn't find them in the cache"
+            "We couldn't connect to 'https://huggingface.co'\nto load the files,\nand couldn't find"
+            " them in the cache"
         )
 
     monkeypatch.setattr(loading.AutoConfig, "from_pretrained", fail)
     text = fails_in_one_line(capsys, "--set", "model=meta-llama/Llama-2-7b-chat-hf")
-    assert "meta-llama/Llama-2-7b-chat-hf" in text and f"'{models.EMBEDDED}'" in text
+    assert "meta-llama/Llama-2-7b-chat-hf" in text and f"'{loading.EMBEDDED}'" in text
 
 
 def test_unreachable_second_model_is_found_before_a_kernel_starts(monkeypatch, capsys):
-    monkeypatch.setattr(loading.AutoConfig, "from_pretrained", lambda *a, **k: (_ for _ in ()).throw(OSError("no")))
+    monkeypatch.setattr(
+        loading.AutoConfig, "from_pretrained", lambda *a, **k: (_ for _ in ()).throw(OSError("no"))
+    )
     assert "some/other" in fails_in_one_line(capsys, "--set", "unaligned_model=some/other")
 
 
@@ -275,7 +335,9 @@ def test_model_of_a_type_that_transformers_does_not_know_is_one_line(capsys, tmp
 
 
 def test_model_with_code_of_its_own_is_refused_without_asking(capsys, tmp_path, monkeypatch):
-    folder = folder_with_config(tmp_path / "m", model_type="own", auto_map={"AutoConfig": "own.OwnConfig"})
+    folder = folder_with_config(
+        tmp_path / "m", model_type="own", auto_map={"AutoConfig": "own.OwnConfig"}
+    )
     (folder / "own.py").write_text("raise SystemExit('remote code ran')")
     questions = []
     monkeypatch.setattr("builtins.input", lambda *words: questions.append(words) or "n")
@@ -344,11 +406,13 @@ def test_mistake_in_a_profile_names_profile_and_nearest(copied_notebooks, capsys
 @pytest.mark.parametrize("content", ["", "# nothing changed\n", "all:\n", "04_ablation:\n"])
 def test_profile_that_changes_nothing_is_the_default(copied_notebooks, content):
     (copied_notebooks / "profiles" / "mine.yaml").write_text(content)
-    assert run.plan("mine", [])[0].parameters["model"] == models.EMBEDDED
+    assert run.plan("mine", [])[0].parameters["model"] == loading.EMBEDDED
 
 
 @pytest.mark.parametrize("content", ["all: [1, 2\n", "- 1\n", "all: 3\n"])
-def test_profile_that_is_no_yaml_mapping_is_one_line_that_names_it(copied_notebooks, capsys, content):
+def test_profile_that_is_no_yaml_mapping_is_one_line_that_names_it(
+    copied_notebooks, capsys, content
+):
     (copied_notebooks / "profiles" / "mine.yaml").write_text(content)
     assert "mine" in fails_in_one_line(capsys, "--profile", "mine")
 
@@ -361,9 +425,12 @@ def test_notebook_without_parameters_cell_is_named(copied_notebooks, capsys):
     assert "02_probing.ipynb" in fails_in_one_line(capsys)
 
 
-# ---------------------------------------------------------------------------------------------------------- execution
+# ---------------------------------------------------------------------------------------- execution
 
-PARAMETERS = 'profile = "laptop"\nmodel = "tiny-random-llama"\nseed = 0\nn_items = 3\nharmful_data = "advbench"'
+PARAMETERS = (
+    'profile = "laptop"\nmodel = "tiny-random-llama"\nseed = 0\nn_items = 3\nharmful_data ='
+    ' "advbench"'
+)
 WRITE = """
 import os
 from pathlib import Path
@@ -374,7 +441,9 @@ folder.mkdir(parents=True, exist_ok=True)
 
 
 class Pipeline:
-    """Three throw-away notebooks a <- b, c alone; ``executed`` lists what ran since the last look."""
+    """Three throw-away notebooks a <- b, c alone; ``executed`` lists what ran since the last
+    look.
+    """
 
     names = ("a", "b", "c")
 
@@ -382,20 +451,35 @@ class Pipeline:
         self.folder, self.runs, self._executed = folder / "notebooks", folder / "runs", []
         (self.folder / "profiles").mkdir(parents=True)
         (self.folder / "profiles" / "laptop.yaml").write_text("all: {}\n")
-        stages = [{"name": name, "inputs": ["a"] * (name == "b"), "outputs": ["result.json"], "minutes": {"laptop": 0.1}}
-                  for name in self.names]  # fmt: skip
+        stages = [
+            {
+                "name": name,
+                "inputs": ["a"] * (name == "b"),
+                "outputs": ["result.json"],
+                "minutes": {"laptop": 0.1},
+            }
+            for name in self.names
+        ]
         (self.folder / "pipeline.yaml").write_text(yaml.safe_dump({"stages": stages}))
         for name in self.names:
             self.write(name)
 
     def write(self, name: str, *cells: str) -> None:
-        """A notebook with a title, its parameters, the cell that writes the result, and ``cells`` after it."""
+        """A notebook with a title, its parameters, the cell that writes the result, and ``cells``
+        after it.
+        """
         code = [WRITE.replace("NAME", name), *cells]
         parameters = new_code_cell(PARAMETERS, metadata={"tags": ["parameters"]})
         nbformat.write(
             new_notebook(
                 cells=[new_markdown_cell(f"# {name}"), parameters, *map(new_code_cell, code)],
-                metadata={"kernelspec": {"name": "python3", "language": "python", "display_name": "Python 3"}},
+                metadata={
+                    "kernelspec": {
+                        "name": "python3",
+                        "language": "python",
+                        "display_name": "Python 3",
+                    }
+                },
             ),
             self.folder / f"{name}.ipynb",
         )
@@ -485,7 +569,11 @@ def test_changed_upstream_parameter_runs_the_downstream_notebook(quick):
     assert quick.run("n_items=4", only="a") == ["a"]
     assert quick.run() == ["a", "b"], "what follows from a stage is made again after it"
     stages = run.plan("laptop", ["n_items=4"], "a")
-    assert [stamps.is_current(stage, stamps.stage_key(stage, stages)) for stage in stages] == [False, False, True]
+    assert [stamps.is_current(stage, stamps.stage_key(stage, stages)) for stage in stages] == [
+        False,
+        False,
+        True,
+    ]
 
 
 def test_a_stage_run_on_other_inputs_is_not_taken_for_the_planned_one(quick):
@@ -499,7 +587,10 @@ def test_the_list_shows_what_a_run_would_do(quick, capsys):
     quick.run()
     (quick.stage_folder("a") / "result.json").unlink()
     run.list_pipeline(run.plan("laptop", []))
-    states = [line.split("needs")[0].split(maxsplit=1)[1].strip() for line in capsys.readouterr().out.splitlines()[-3:]]
+    states = [
+        line.split("needs")[0].split(maxsplit=1)[1].strip()
+        for line in capsys.readouterr().out.splitlines()[-3:]
+    ]
     assert states == ["to run", "to run", "up to date"] and quick.run() == ["a", "b"]
 
 
@@ -574,12 +665,15 @@ def test_expected_times_are_scaled_to_the_speed_of_the_machine(quick, monkeypatc
     monkeypatch.setenv("SSAH_DTYPE", "float32")
     assert quick.run(only="c") == ["c"]
     said = capsys.readouterr().out
-    assert "takes about 3.0 times as long" in said and "1 of 1 notebooks to execute, about 0:18" in said
+    assert (
+        "takes about 3.0 times as long" in said
+        and "1 of 1 notebooks to execute, about 0:18" in said
+    )
     quick.run(only="c", force=True)
     assert "times as long" not in capsys.readouterr().out, "it knows by now"
 
 
-# ------------------------------------------------------------------------------------------------- two in one folder
+# -------------------------------------------------------------------------------- two in one folder
 
 OTHER = """
 import sys, time
@@ -598,7 +692,9 @@ def another_process(pipeline) -> Iterator[Callable[[Path], subprocess.Popen]]:
     started = []
 
     def hold(path: Path) -> subprocess.Popen:
-        process = subprocess.Popen([sys.executable, "-c", OTHER, str(path)], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+        process = subprocess.Popen(
+            [sys.executable, "-c", OTHER, str(path)], stdout=subprocess.PIPE, text=True, cwd=ROOT
+        )
         started.append(process)
         assert process.stdout.readline() == "held\n"
         return process
@@ -609,11 +705,17 @@ def another_process(pipeline) -> Iterator[Callable[[Path], subprocess.Popen]]:
         process.communicate()
 
 
-def test_a_second_run_in_the_folder_is_refused_in_one_line_that_says_who_is_there(quick, another_process, capsys):
-    other = another_process(results.run_lock(quick.stage_folder("a").parent).path)
+def test_a_second_run_in_the_folder_is_refused_in_one_line_that_says_who_is_there(
+    quick, another_process, capsys
+):
+    other = another_process(runs.run_lock(quick.stage_folder("a").parent).path)
     assert run.main(["--profile", "laptop"]) == 3
     (line,) = capsys.readouterr().err.splitlines()
-    assert f"process {other.pid}" in line and "the other run" in line and str(quick.stage_folder("a").parent) in line
+    assert (
+        f"process {other.pid}" in line
+        and "the other run" in line
+        and str(quick.stage_folder("a").parent) in line
+    )
     assert not quick.stage_folder("a").exists()
     assert quick.run("seed=1") == ["a", "b", "c"], "another folder is free"
     assert run.main(["--profile", "laptop", "--list"]) == 0
@@ -625,7 +727,7 @@ def test_a_second_run_in_the_folder_is_refused_in_one_line_that_says_who_is_ther
 def test_a_notebook_open_in_another_kernel_is_not_overwritten(quick, another_process, monkeypatch):
     quick.run()
     monkeypatch.setattr(run, "PATIENCE", 0.1)
-    another_process(results.stage_lock(quick.stage_folder("b")).path)
+    another_process(runs.stage_lock(quick.stage_folder("b")).path)
     assert quick.run() == []
     with pytest.raises(InUse, match="seed-0 is in use by process"):
         quick.run(force=True)
@@ -634,14 +736,14 @@ def test_a_notebook_open_in_another_kernel_is_not_overwritten(quick, another_pro
 
 def test_a_notebook_by_hand_is_refused_where_a_run_is_at_work(quick, another_process):
     folder = quick.stage_folder("a")
-    other = another_process(results.run_lock(folder.parent).path)
+    other = another_process(runs.run_lock(folder.parent).path)
     with pytest.raises(InUse, match=f"process {other.pid}"):
-        results.lock_stage(folder)
+        runs.lock_stage(folder)
     other.kill()
     other.wait()
     for _ in range(2):  # a cell can be run again
-        results.lock_stage(folder)
-    results._held.pop(folder).release()
+        runs.lock_stage(folder)
+    runs._held.pop(folder).release()
 
 
 def test_changed_package_runs_everything(quick, monkeypatch):
@@ -656,9 +758,9 @@ def test_a_file_of_one_stage_changes_that_stage_alone(monkeypatch):
         return {stage.name: stamps.stage_key(stage, stages) for stage in stages}
 
     source = stamps.package_source()
-    assert {"claims.yaml", "claims.py"} <= source.keys()
+    assert {"data/claims.yaml", "ssah_utils/pipeline/claims.py"} <= source.keys()
     before = keys()
-    monkeypatch.setattr(stamps, "package_source", lambda: source | {"claims.yaml": "changed"})
+    monkeypatch.setattr(stamps, "package_source", lambda: source | {"data/claims.yaml": "changed"})
     assert [name for name, key in keys().items() if key != before[name]] == ["08_claims"]
 
 
@@ -670,7 +772,10 @@ def test_stored_results_of_other_seeds_change_the_stage_that_reads_them(monkeypa
         return {stage.name: stamps.stage_key(stage, stages) for stage in stages}
 
     before = keys()
-    own, other = (tmp_path / "smoke" / "tiny-random-llama" / f"seed-{k}" / "03_units" / "result.json" for k in (0, 1))
+    own, other = (
+        tmp_path / "smoke" / "tiny-random-llama" / f"seed-{k}" / "03_units" / "result.json"
+        for k in (0, 1)
+    )
     for path in (own, other):
         path.parent.mkdir(parents=True)
         path.write_text("{}")
@@ -700,7 +805,9 @@ def test_changed_content_of_a_data_file_runs_the_notebooks_again(quick, tmp_path
 
 
 def test_relative_data_file_is_found_by_the_notebook(quick, tmp_path, monkeypatch):
-    """Plan and notebook must mean the same file, although a notebook runs in the folder of the notebooks."""
+    """Plan and notebook must mean the same file, although a notebook runs in the folder of the
+    notebooks.
+    """
     (tmp_path / "mine.jsonl").write_text('{"prompt": "a"}\n')
     monkeypatch.chdir(tmp_path)
     quick.write("a", "import pathlib\nassert pathlib.Path(harmful_data).is_file(), harmful_data")
@@ -782,26 +889,37 @@ def test_killed_between_notebook_and_stamp_runs_again(quick):
 
 
 def test_full_disk_is_found_before_a_kernel_starts(quick, monkeypatch, capsys):
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 0))
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 0)
+    )
     assert run.main(["--profile", "laptop"]) == 1
     assert "SSAH_RUNS" in capsys.readouterr().err and not quick.runs.exists()
 
 
-# ------------------------------------------------------------------------------------------------------- real kernels
+# ------------------------------------------------------------------------------------- real kernels
 
 WHO = """
-import sys, ssah_utils.kernel
-ssah_utils.kernel.check()
-(folder / "result.json").write_text(f"{sys.executable}|{ssah_utils.kernel.PACKAGE}|{sys.flags.isolated}")
+import sys
+from ssah_utils.pipeline import kernel
+kernel.check()
+who = f"{sys.executable}|{kernel.PACKAGE}|{sys.flags.isolated}"
+(folder / "result.json").write_text(who)
 """
 
 
-def test_the_kernel_is_this_interpreter_whatever_kernels_are_installed(pipeline, tmp_path, monkeypatch):
+def test_the_kernel_is_this_interpreter_whatever_kernels_are_installed(
+    pipeline, tmp_path, monkeypatch
+):
     for name in ("python3", "this-interpreter", "ssah"):
         folder = tmp_path / "jupyter" / "kernels" / name
         folder.mkdir(parents=True)
         argv = [sys.executable, "-I", "-S", "-m", "ipykernel_launcher", "-f", "{connection_file}"]
-        content = {"argv": argv, "display_name": name, "language": "python", "env": {"PYTHONPATH": "/somewhere/else"}}
+        content = {
+            "argv": argv,
+            "display_name": name,
+            "language": "python",
+            "env": {"PYTHONPATH": "/somewhere/else"},
+        }
         (folder / "kernel.json").write_text(json.dumps(content))
     monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
     pipeline.write("a", WHO)
@@ -823,12 +941,20 @@ def test_a_kernel_that_is_not_the_runners_says_so(monkeypatch, tmp_path):
         kernel.check()
 
 
-@pytest.mark.parametrize("name", ["brace {x}", "brace {seed}", "lone { brace", "%s 100%", "with space, ü and 日本", "a#b?c"])
+@pytest.mark.parametrize(
+    "name",
+    ["brace {x}", "brace {seed}", "lone { brace", "%s 100%", "with space, ü and 日本", "a#b?c"],
+)
 def test_any_folder_name_will_do(pipeline, monkeypatch, tmp_path, name):
     monkeypatch.setenv("SSAH_RUNS", str(tmp_path / name))
     run.run(run.plan("laptop", [], "a"), "a")
     folder = tmp_path / name / "laptop" / "tiny-random-llama" / "seed-0" / "a"
-    assert {path.name for path in folder.iterdir()} == {"a.ipynb", "a.log", "result.json", "stamp.json"}
+    assert {path.name for path in folder.iterdir()} == {
+        "a.ipynb",
+        "a.log",
+        "result.json",
+        "stamp.json",
+    }
 
 
 def test_real_kernels_run_a_pipeline_with_injected_parameters(pipeline, capsys):
@@ -841,7 +967,9 @@ def test_real_kernels_run_a_pipeline_with_injected_parameters(pipeline, capsys):
 
 
 def failure(pipeline: Pipeline, capsys, *cells: str) -> str:
-    """The one line that a failing notebook ``a`` leaves, after checking that nothing finished is left."""
+    """The one line that a failing notebook ``a`` leaves, after checking that nothing finished is
+    left.
+    """
     pipeline.write("a", *cells)
     assert run.main(["--profile", "laptop", "--only", "a"]) == 1
     lines = capsys.readouterr().err.splitlines()
@@ -852,12 +980,22 @@ def failure(pipeline: Pipeline, capsys, *cells: str) -> str:
 
 
 def test_failing_cell_is_one_line_with_notebook_cell_last_line_and_path(pipeline, capsys):
-    text = failure(pipeline, capsys, "print('fine')", 'raise ValueError("first line\\nthe last line")')
-    assert "a failed in cell" in text and "ValueError: the last line" in text and "first line" not in text
+    text = failure(
+        pipeline, capsys, "print('fine')", 'raise ValueError("first line\\nthe last line")'
+    )
+    assert (
+        "a failed in cell" in text
+        and "ValueError: the last line" in text
+        and "first line" not in text
+    )
     path = pipeline.stage_folder("a") / "a.failed.ipynb"
     assert str(path) in text
     failed = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
-    (number,) = [n for n, cell in enumerate(failed) if any(out.output_type == "error" for out in cell.outputs)]
+    (number,) = [
+        n
+        for n, cell in enumerate(failed)
+        if any(out.output_type == "error" for out in cell.outputs)
+    ]
     assert f"a failed in cell {failed[number].execution_count}:" in text
 
 
@@ -887,7 +1025,9 @@ def test_notebook_that_exits_before_writing_its_outputs_has_failed(pipeline, cap
     assert not (folder / "stamp.json").exists() and not (folder / "a.ipynb").exists()
 
 
-def test_notebook_that_exits_in_the_middle_has_failed_also_when_its_outputs_are_there(pipeline, capsys):
+def test_notebook_that_exits_in_the_middle_has_failed_also_when_its_outputs_are_there(
+    pipeline, capsys
+):
     text = failure(pipeline, capsys, "import sys\nsys.exit(0)", "print('never reached')")
     assert "a.failed.ipynb" in text
 
@@ -900,7 +1040,10 @@ def test_notebook_that_writes_no_outputs_has_failed(quick, capsys):
     assert run.main(["--profile", "laptop"]) == 1
     text = capsys.readouterr().err
     assert "a ended without writing result.json" in text and "a.failed.ipynb" in text
-    assert not (quick.stage_folder("a") / "stamp.json").exists() and not quick.stage_folder("b").exists()
+    assert (
+        not (quick.stage_folder("a") / "stamp.json").exists()
+        and not quick.stage_folder("b").exists()
+    )
 
 
 def test_dying_kernel_is_one_line_that_names_the_notebook(pipeline, capsys):

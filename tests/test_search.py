@@ -23,7 +23,9 @@ def coverage(areas: list[set[int]]):
 def plain_greedy(value, candidates: list[int], target: float) -> list[tuple[int, float]]:
     chosen, path, current = [], [], value([])
     while current < target:
-        gains = {which: value([*chosen, which]) - current for which in candidates if which not in chosen}
+        gains = {
+            which: value([*chosen, which]) - current for which in candidates if which not in chosen
+        }
         if not gains or max(gains.values()) <= 0:
             break
         best = max(gains, key=lambda which: (gains[which], -candidates.index(which)))
@@ -58,7 +60,9 @@ def test_it_saves_evaluations():
     disjoint = [set(range(100 * n, 100 * n + 50 - n)) for n in range(30)]
     value = coverage(disjoint)
     assert [step.chosen for step in lazy_greedy(value, range(30))] == list(range(30))
-    assert len(value.calls) == 1 + 30 + 29, "the empty set, everything once, then one renewal per step"
+    assert len(value.calls) == 1 + 30 + 29, (
+        "the empty set, everything once, then one renewal per step"
+    )
 
 
 def test_it_ends_at_the_target_without_gain_and_out_of_evaluations():

@@ -1,4 +1,6 @@
-"""No default of a library decides anything: every field of its configurations is set by us, or listed with a reason."""
+"""No default of a library decides anything: every field of its configurations is set by us, or
+listed with a reason.
+"""
 
 import dataclasses
 import json
@@ -14,7 +16,7 @@ from torch import nn
 from transformers.trainer_pt_utils import AcceleratorConfig
 from trl import DPOConfig
 
-from ssah_utils import adapters, models, settings
+from ssah_utils import adapters, precision, settings
 from ssah_utils.settings import SFTConfig, common_arguments, training_arguments, without_dropout
 from tests.conftest import tiny_model
 
@@ -33,28 +35,57 @@ def of_trainer(extra: dict) -> set[str]:
     return common_arguments("folder", SFTConfig(), tiny_model("gpt2")).keys() | extra.keys()
 
 
-PEFT = {"lora": peft.LoraConfig, "llama-adapter": peft.AdaptionPromptConfig, "prefix": peft.PrefixTuningConfig}
-OF_MODEL = {"task_type", "fan_in_fan_out", "target_modules", "adapter_layers"}  # set by ``with_adapter`` from the model
+PEFT = {
+    "lora": peft.LoraConfig,
+    "llama-adapter": peft.AdaptionPromptConfig,
+    "prefix": peft.PrefixTuningConfig,
+}
+OF_MODEL = {
+    "task_type",
+    "fan_in_fan_out",
+    "target_modules",
+    "adapter_layers",
+}  # set by ``with_adapter`` from the model
 TABLES = {
-    "supervised": (transformers.TrainingArguments, lambda: of_trainer(settings.SUPERVISED), settings.LEFT),
+    "supervised": (
+        transformers.TrainingArguments,
+        lambda: of_trainer(settings.SUPERVISED),
+        settings.LEFT,
+    ),
     "preference": (
-        DPOConfig, lambda: of_trainer(settings.PREFERENCE) | {"beta", "precompute_ref_batch_size"}, settings.LEFT),
+        DPOConfig,
+        lambda: of_trainer(settings.PREFERENCE) | {"beta", "precompute_ref_batch_size"},
+        settings.LEFT,
+    ),
     "accelerator": (AcceleratorConfig, lambda: settings.SHARED["accelerator_config"].keys(), {}),
-    **{name: (kind, lambda name=name, kind=kind: (adapters.EVERY.keys() | adapters.SETTINGS[name].keys() | OF_MODEL)
-              & fields_of(kind), adapters.LEFT) for name, kind in PEFT.items()},
-}  # fmt: skip
+    **{
+        name: (
+            kind,
+            lambda name=name, kind=kind: (
+                (adapters.EVERY.keys() | adapters.SETTINGS[name].keys() | OF_MODEL)
+                & fields_of(kind)
+            ),
+            adapters.LEFT,
+        )
+        for name, kind in PEFT.items()
+    },
+}
 
 
 @pytest.mark.parametrize("table", TABLES)
 def test_every_field_is_set_or_left_for_a_reason(table):
     configuration, ours, left = TABLES[table]
     fields, ours = fields_of(configuration), ours()
-    assert fields - ours - named(left) == set(), "new fields: set them, or say why they do not matter"
+    assert fields - ours - named(left) == set(), (
+        "new fields: set them, or say why they do not matter"
+    )
     assert ours - fields == set(), "no such fields any more"
     assert not ours & named(left)
 
 
-@pytest.mark.parametrize(("left", "configurations"), [(settings.LEFT, [DPOConfig]), (adapters.LEFT, PEFT.values())])
+@pytest.mark.parametrize(
+    ("left", "configurations"), [(settings.LEFT, [DPOConfig]), (adapters.LEFT, PEFT.values())]
+)
 def test_what_is_left_is_there(left, configurations):
     assert named(left) <= set().union(*map(fields_of, configurations))
 
@@ -77,25 +108,36 @@ models.preferred_dtype = lambda device: torch.float32
 from transformers import AutoTokenizer
 tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
 config = training.SFTConfig(1e-2, max_steps=3, batch_size=4, warmup_steps=0)
-found = [training.fine_tune(tiny_model("llama"), tokenizer, examples_of(12), config),
-         training.prefer(tiny_model("llama"), tokenizer, PAIRS, config)]
+found = [training.train_sft(tiny_model("llama"), tokenizer, examples_of(12), config),
+         training.train_dpo(tiny_model("llama"), tokenizer, PAIRS, config)]
 print(json.dumps([found, os.environ.get("ACCELERATE_MIXED_PRECISION")]))
 """
 
     tokenizer.save_pretrained(tmp_path)
     found = []
-    hostile = {"ACCELERATE_MIXED_PRECISION": "bf16", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4",
-               "ACCELERATE_DYNAMO_BACKEND": "eager", "ACCELERATE_USE_FSDP": "true"}  # fmt: skip
+    hostile = {
+        "ACCELERATE_MIXED_PRECISION": "bf16",
+        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4",
+        "ACCELERATE_DYNAMO_BACKEND": "eager",
+        "ACCELERATE_USE_FSDP": "true",
+    }
     for more in ({}, hostile):
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")} | more
-        run = subprocess.run([sys.executable, "-c", code, str(tmp_path)], env=environment, capture_output=True, text=True)
+        environment = {
+            name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")
+        } | more
+        run = subprocess.run(
+            [sys.executable, "-c", code, str(tmp_path)],
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
         assert run.returncode == 0, run.stderr[-2000:]
         found.append(json.loads(run.stdout.splitlines()[-1]))
     assert found[1][1] == "bf16"  # it is still there for others
     assert found[0][0] == found[1][0]
 
 
-# ------------------------------------------------------------------------------------------------------------------ dropout
+# ------------------------------------------------------------------------------------------ dropout
 
 
 def rates(model: nn.Module) -> list[float]:
@@ -129,11 +171,19 @@ def test_nothing_is_dropped_inside_and_all_is_as_before_after(token_ids, error):
     except ZeroDivisionError:
         pass
     assert rates(model) == before
-    assert (model.more.attention_dropout, model.more.layerdrop, model.more.dropout_name) == (0.5, 0.25, "none")
+    assert (model.more.attention_dropout, model.more.layerdrop, model.more.dropout_name) == (
+        0.5,
+        0.25,
+        "none",
+    )
 
 
 def test_autocast_follows_the_preferred_precision(llama, tmp_path, monkeypatch):
     for preferred in (torch.float32, torch.bfloat16):
-        monkeypatch.setattr(models, "preferred_dtype", lambda device, preferred=preferred: preferred)
-        assert training_arguments(str(tmp_path), SFTConfig(), llama).bf16 == (preferred == torch.bfloat16)
+        monkeypatch.setattr(
+            precision, "preferred_dtype", lambda device, preferred=preferred: preferred
+        )
+        assert training_arguments(str(tmp_path), SFTConfig(), llama).bf16 == (
+            preferred == torch.bfloat16
+        )
     assert not training_arguments(str(tmp_path), SFTConfig(), llama.bfloat16()).bf16

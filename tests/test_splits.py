@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from ssah_utils import prompts, splits
+from ssah_utils.prompts import datasets, splits
 
 FOLDS = {"alignment": 5, "calibration": 2, "evaluation": 3}
 
@@ -29,10 +29,26 @@ UNSPACED = {
         "週末に家族で行ける公園を三つ教えてください",
         "パンを焼くときの温度と時間は何ですか",
     ),
-    "Thai": ("ช่วยเขียนจดหมายขอบคุณครูของฉัน", "ช่วยเขียนจดหมายขอบคุณครูของฉันด้วย", "วิธีปลูกมะเขือเทศในกระถางทำอย่างไร"),
-    "Khmer": ("សូមសរសេរសំបុត្រអរគុណគ្រូរបស់ខ្ញុំ", "សូមសរសេរសំបុត្រអរគុណដល់គ្រូរបស់ខ្ញុំ", "តើដាំប៉េងប៉ោះក្នុងផើងដោយរបៀបណា"),
-    "Lao": ("ກະລຸນາຂຽນຈົດໝາຍຂອບໃຈຄູຂອງຂ້ອຍ", "ກະລຸນາຂຽນຈົດໝາຍຂອບໃຈຄູຂອງຂ້ອຍແດ່", "ວິທີປູກໝາກເລັ່ນໃນກະຖາງ"),
-    "Burmese": ("ဆရာ့ကို ကျေးဇူးတင်စာရေးပေးပါ", "ဆရာ့ကို ကျေးဇူးတင်စာ ရေးပေးပါ", "ခရမ်းချဉ်သီး ဘယ်လိုစိုက်ရမလဲ"),
+    "Thai": (
+        "ช่วยเขียนจดหมายขอบคุณครูของฉัน",
+        "ช่วยเขียนจดหมายขอบคุณครูของฉันด้วย",
+        "วิธีปลูกมะเขือเทศในกระถางทำอย่างไร",
+    ),
+    "Khmer": (
+        "សូមសរសេរសំបុត្រអរគុណគ្រូរបស់ខ្ញុំ",
+        "សូមសរសេរសំបុត្រអរគុណដល់គ្រូរបស់ខ្ញុំ",
+        "តើដាំប៉េងប៉ោះក្នុងផើងដោយរបៀបណា",
+    ),
+    "Lao": (
+        "ກະລຸນາຂຽນຈົດໝາຍຂອບໃຈຄູຂອງຂ້ອຍ",
+        "ກະລຸນາຂຽນຈົດໝາຍຂອບໃຈຄູຂອງຂ້ອຍແດ່",
+        "ວິທີປູກໝາກເລັ່ນໃນກະຖາງ",
+    ),
+    "Burmese": (
+        "ဆရာ့ကို ကျေးဇူးတင်စာရေးပေးပါ",
+        "ဆရာ့ကို ကျေးဇူးတင်စာ ရေးပေးပါ",
+        "ခရမ်းချဉ်သီး ဘယ်လိုစိုက်ရမလဲ",
+    ),
 }
 
 
@@ -54,7 +70,9 @@ def test_a_combining_mark_belongs_to_its_word():
     assert splits.content_words("हिन्दी सीखना") == {"हिन्दी", "सीखना"}  # Hindi
     assert splits.content_words("தமிழ் மொழி") == {"தமிழ்", "மொழி"}  # Tamil
     assert splits.content_words("كَتَبَ الولد") == {"كَتَبَ", "الولد"}  # Arabic
-    assert splits.content_words("I ❤️ rye") == {"rye"} | ({"i"} - splits.STOP_WORDS)  # an emoji is no word
+    assert splits.content_words("I ❤️ rye") == {"rye"} | (
+        {"i"} - splits.STOP_WORDS
+    )  # an emoji is no word
 
 
 def test_requests_without_a_word_are_told_apart_by_their_signs():
@@ -71,7 +89,13 @@ def test_names_that_differ_by_their_signs_are_different_words():
 
 
 @pytest.mark.parametrize(
-    "form", ["Cafe\u0301 au lait", "ＣＡＦÉ ａｕ ｌａｉｔ", "caf\u00e9 au la\u200bit", "Ca\u00adfé au\u00a0lait"]
+    "form",
+    [
+        "Cafe\u0301 au lait",
+        "ＣＡＦÉ ａｕ ｌａｉｔ",
+        "caf\u00e9 au la\u200bit",
+        "Ca\u00adfé au\u00a0lait",
+    ],
 )
 def test_forms_of_unicode_make_no_other_request(form):
     assert splits.content_words(form) == splits.content_words("Café au lait")
@@ -93,7 +117,9 @@ def test_near_duplicates_do_not_depend_on_how_many_are_compared_at_once(monkeypa
     links = by_definition(texts, texts)
     group = splits.groups_of(texts)
     reached = np.linalg.matrix_power(links.astype(float), 40) > 0
-    assert np.array_equal(group[:, None] == group, reached) and set(group) == set(range(group.max() + 1))
+    assert np.array_equal(group[:, None] == group, reached) and set(group) == set(
+        range(group.max() + 1)
+    )
     assert splits.near_duplicates([], texts).shape == (0, 40)
 
 
@@ -103,7 +129,9 @@ def test_many_requests_are_compared_in_little_memory():
     assert len(set(splits.groups_of(texts))) == 4000
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 150 * 2**20  # whole, the products alone would take 3 x 64 MB and the words 2 x 80 MB
+    assert (
+        peak < 150 * 2**20
+    )  # whole, the products alone would take 3 x 64 MB and the words 2 x 80 MB
 
 
 STORED = {
@@ -122,7 +150,7 @@ STORED = {
 
 
 def test_splits_of_shipped_data_are_those_of_the_stored_results():
-    parts = prompts.study_splits("advbench", "harmbench", "helpful")
+    parts = datasets.study_splits("advbench", "harmbench", "helpful")
     found = {
         f"{part}-{name}": hashlib.sha256(json.dumps(table["id"].tolist()).encode()).hexdigest()[:12]
         for part, tables in parts.items()
@@ -131,11 +159,13 @@ def test_splits_of_shipped_data_are_those_of_the_stored_results():
     assert found == STORED
 
 
-# -------------------------------------------------------------------------------------------------------------- splits
+# ------------------------------------------------------------------------------------------- splits
 
 
 def table_of(texts: list[str], **columns) -> pd.DataFrame:
-    return pd.DataFrame({"id": [f"id-{n}" for n in range(len(texts))], "prompt": texts, "category": "x"} | columns)
+    return pd.DataFrame(
+        {"id": [f"id-{n}" for n in range(len(texts))], "prompt": texts, "category": "x"} | columns
+    )
 
 
 def fillings(n_templates: int, n_each: int = 12) -> list[str]:
@@ -152,19 +182,31 @@ def test_templates_with_many_fillings_are_split_whole_where_there_are_enough(n_t
 
 @pytest.mark.parametrize("n_templates", [1, 4, 9])
 def test_too_few_groups_of_near_duplicates_are_one_line(n_templates):
-    with pytest.raises(ValueError, match=rf"data set 'mine': its \d+ requests are {n_templates} groups of near dup") as caught:
+    with pytest.raises(
+        ValueError, match=rf"data set 'mine': its \d+ requests are {n_templates} groups of near dup"
+    ) as caught:
         splits.split(table_of(fillings(n_templates)), FOLDS, 0, "mine")
     text = str(caught.value)
-    assert "the largest: 12 requests like 'form" in text and "add requests" in text and "\n" not in text
+    assert (
+        "the largest: 12 requests like 'form" in text
+        and "add requests" in text
+        and "\n" not in text
+    )
 
 
 @pytest.mark.parametrize(
-    "category", [None, float("nan"), 3, True, ["one", "two"]], ids=["null", "nan", "number", "bool", "list"]
+    "category",
+    [None, float("nan"), 3, True, ["one", "two"]],
+    ids=["null", "nan", "number", "bool", "list"],
 )
 def test_any_category_can_be_split_by(category):
     texts = [f"alpha{n} beta{n} gamma{n}" for n in range(30)]
     parts = splits.split(table_of(texts, category=[category] * 30), FOLDS, seed=0)
-    assert {name: len(part) for name, part in parts.items()} == {"alignment": 15, "calibration": 6, "evaluation": 9}
+    assert {name: len(part) for name, part in parts.items()} == {
+        "alignment": 15,
+        "calibration": 6,
+        "evaluation": 9,
+    }
 
 
 def test_one_large_group_leaves_no_part_empty():
@@ -180,14 +222,17 @@ def test_nothing_left_is_an_error_that_says_of_what():
     assert len(splits.without_near_duplicates(table, table[:1])) == 1
 
 
-# --------------------------------------------------------------------------------------------------- splits of a study
+# -------------------------------------------------------------------------------- splits of a study
 
 
 @pytest.fixture
 def write(tmp_path):
     def write_file(name: str, texts: list[str]) -> str:
         path = tmp_path / f"{name}.jsonl"
-        path.write_text("\n".join(json.dumps({"prompt": text, "id": n}) for n, text in enumerate(texts)), encoding="utf-8")
+        path.write_text(
+            "\n".join(json.dumps({"prompt": text, "id": n}) for n, text in enumerate(texts)),
+            encoding="utf-8",
+        )
         return str(path)
 
     return write_file
@@ -198,33 +243,62 @@ def distinct(word: str, n: int) -> list[str]:
 
 
 def test_files_of_a_user_are_split_for_a_study_although_their_numbers_are_the_same(write):
-    names = [write("harm", distinct("h", 30)), write("more", distinct("m", 9)), write("help", distinct("p", 40))]
-    prompts.check_splits(*names)
-    parts = prompts.study_splits(*names)
-    assert len(parts["alignment"]["harmful"]) == 15 and len(parts["evaluation"]["other_harmful"]) == 9
-    everything = pd.concat([table for found in parts.values() for name, table in found.items() if name != "harmful_twin"])
+    names = [
+        write("harm", distinct("h", 30)),
+        write("more", distinct("m", 9)),
+        write("help", distinct("p", 40)),
+    ]
+    datasets.check_splits(*names)
+    parts = datasets.study_splits(*names)
+    assert (
+        len(parts["alignment"]["harmful"]) == 15 and len(parts["evaluation"]["other_harmful"]) == 9
+    )
+    everything = pd.concat(
+        [
+            table
+            for found in parts.values()
+            for name, table in found.items()
+            if name != "harmful_twin"
+        ]
+    )
     assert everything["id"].is_unique
 
 
 def test_study_that_cannot_be_split_is_said_in_one_line_with_its_data_set(write):
-    harm, more, helps = write("harm", distinct("h", 30)), write("more", distinct("m", 9)), write("help", distinct("p", 40))
+    harm, more, helps = (
+        write("harm", distinct("h", 30)),
+        write("more", distinct("m", 9)),
+        write("help", distinct("p", 40)),
+    )
     for names, message in (
         ((harm, harm, helps), "share the id 'harm-0'"),
         (
             (harm, write("copy", distinct("h", 30)), helps),
             r"harm\.jsonl' \(harmful, calibration\): nothing is left of 6 requests",
         ),
-        ((harm, more, write("few", distinct("p", 12))), r"few\.jsonl' of 12 requests is too small to split into 20 folds"),
-        ((write("alike", fillings(4)), more, helps), r"alike\.jsonl': its 48 requests are 4 groups"),
+        (
+            (harm, more, write("few", distinct("p", 12))),
+            r"few\.jsonl' of 12 requests is too small to split into 20 folds",
+        ),
+        (
+            (write("alike", fillings(4)), more, helps),
+            r"alike\.jsonl': its 48 requests are 4 groups",
+        ),
     ):
         with pytest.raises(ValueError, match=message) as caught:
-            prompts.check_splits(*names)
+            datasets.check_splits(*names)
         assert "\n" not in str(caught.value)
 
 
 def test_pairs_that_cannot_be_split_are_said_with_their_data_set(tmp_path):
     path = tmp_path / "pairs.jsonl"
-    for texts, message in ((distinct("h", 4), "of 4 requests is too small"), (fillings(4), "its 48 requests are 4 groups")):
-        path.write_text("\n".join(json.dumps({"prompt": text, "response": "yes"}) for text in texts), encoding="utf-8")
+    for texts, message in (
+        (distinct("h", 4), "of 4 requests is too small"),
+        (fillings(4), "its 48 requests are 4 groups"),
+    ):
+        path.write_text(
+            "\n".join(json.dumps({"prompt": text, "response": "yes"}) for text in texts),
+            encoding="utf-8",
+        )
         with pytest.raises(ValueError, match=rf"pairs\.jsonl'?:? {message}"):
-            prompts.adaptation_split(str(path))
+            datasets.adaptation_split(str(path))

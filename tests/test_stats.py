@@ -16,7 +16,7 @@ def wilson(k: int, n: int, z: float) -> tuple[float, float]:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-# ----------------------------------------------------------------------------------------------------------------- intervals
+# ---------------------------------------------------------------------------------------- intervals
 
 
 def test_mean_interval_is_that_of_a_large_normal_sample():
@@ -55,14 +55,16 @@ def test_proportion_interval_is_wilsons(k, n):
     share, low, high = stats.proportion_interval(outcomes)
     assert share == k / n
     assert (low, high) == pytest.approx(wilson(k, n, 1.959963984540054), abs=1e-9)
-    assert stats.proportion_interval(outcomes, 0.9)[1:] == pytest.approx(wilson(k, n, 1.6448536269514722), abs=1e-9)
+    assert stats.proportion_interval(outcomes, 0.9)[1:] == pytest.approx(
+        wilson(k, n, 1.6448536269514722), abs=1e-9
+    )
 
 
 def test_proportion_interval_of_no_successes_has_a_width():
     assert stats.proportion_interval([False] * 10) == pytest.approx((0, 0, 0.2775328), abs=1e-6)
 
 
-# --------------------------------------------------------------------------------------------------------- paired difference
+# -------------------------------------------------------------------------------- paired difference
 
 
 def test_clear_shift_has_a_small_p_value():
@@ -80,7 +82,13 @@ def test_clear_shift_has_a_small_p_value():
 
 def test_identical_outcomes_have_p_1():
     a = np.array([True, False, True, True])
-    assert stats.paired_difference(a, a) == {"difference": 0, "low": 0, "high": 0, "p": 1, "effect": 0}
+    assert stats.paired_difference(a, a) == {
+        "difference": 0,
+        "low": 0,
+        "high": 0,
+        "p": 1,
+        "effect": 0,
+    }
 
 
 def test_p_value_of_five_equal_signs_is_exact():
@@ -103,7 +111,7 @@ def test_p_value_without_a_shift_is_not_small():
     assert sum(p < 0.05 for p in p_values) <= 6
 
 
-# ---------------------------------------------------------------------------------------------------------------------- Holm
+# --------------------------------------------------------------------------------------------- Holm
 
 
 def test_holm_by_hand():
@@ -111,12 +119,15 @@ def test_holm_by_hand():
     assert stats.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
 
 
-@pytest.mark.parametrize(("given", "adjusted"), [([], []), ([0.2], [0.2]), ([0.6, 0.9], [1, 1]), ([0.01, 0.01], [0.02, 0.02])])
+@pytest.mark.parametrize(
+    ("given", "adjusted"),
+    [([], []), ([0.2], [0.2]), ([0.6, 0.9], [1, 1]), ([0.01, 0.01], [0.02, 0.02])],
+)
 def test_holm_of_few(given, adjusted):
     assert stats.holm(given) == pytest.approx(adjusted)
 
 
-# ---------------------------------------------------------------------------------------------------------------- rate tables
+# -------------------------------------------------------------------------------------- rate tables
 
 
 @pytest.fixture
@@ -136,7 +147,9 @@ def test_rate_table(rows):
     assert table.columns.tolist() == ["model", "set", "metric", "mean", "low", "high", "n"]
     keys = table[["model", "set", "metric"]].itertuples(index=False, name=None)
     assert list(keys) == [
-        (model, name, metric) for model, name in [("b", "x"), ("b", "y"), ("a", "x")] for metric in ("refused", "length")
+        (model, name, metric)
+        for model, name in [("b", "x"), ("b", "y"), ("a", "x")]
+        for metric in ("refused", "length")
     ]
     refused = table[table["metric"] == "refused"].set_index(["model", "set"])
     assert refused["mean"].tolist() == [0.5, 1, 0]
@@ -156,7 +169,12 @@ def test_rate_table_by_one_column(rows):
 
 
 def test_outcomes_joined_with_rows_that_have_none_are_still_proportions(rows):
-    joined = pd.concat([rows.drop(columns="length"), pd.DataFrame({"set": ["z"] * 3, "correct": [True, True, True]})])
+    joined = pd.concat(
+        [
+            rows.drop(columns="length"),
+            pd.DataFrame({"set": ["z"] * 3, "correct": [True, True, True]}),
+        ]
+    )
     for set_name, metric, k, n in [("y", "refused", 2, 2), ("z", "correct", 3, 3)]:
         row = stats.rate_table(joined[joined["set"] == set_name], "set", [metric]).iloc[0]
         assert (row["low"], row["high"]) == pytest.approx(wilson(k, n, 1.959963984540054))
@@ -182,7 +200,7 @@ def test_difference_of_groups_without_spread_or_members():
     assert all(math.isnan(value) for value in stats.difference_interval([], [1.0]))
 
 
-# --------------------------------------------------------------------------------------------------------------- prediction
+# --------------------------------------------------------------------------------------- prediction
 
 
 def test_auc_is_the_share_of_ordered_pairs():
@@ -211,7 +229,7 @@ def test_out_of_fold_scores_find_a_signal_and_no_noise():
     assert (stats.out_of_fold(signal, np.zeros(400, bool)) == 0).all()
 
 
-# ---------------------------------------------------------------------------------------------- effects, seeds, missing values
+# ------------------------------------------------------------------- effects, seeds, missing values
 
 
 def test_effect_is_the_mean_difference_over_its_deviation():
@@ -230,7 +248,9 @@ def test_hierarchical_interval_adds_the_variances_of_seeds_and_prompts():
     mean, low, high = stats.hierarchical_interval(5 + seeds[:, None] + requests)
     assert mean == pytest.approx(5 + seeds.mean() + requests.mean())
     deviation = math.sqrt(seeds.var() / 12 + requests.var() / 90)
-    assert (low, high) == pytest.approx((mean - 1.96 * deviation, mean + 1.96 * deviation), abs=0.2 * deviation)
+    assert (low, high) == pytest.approx(
+        (mean - 1.96 * deviation, mean + 1.96 * deviation), abs=0.2 * deviation
+    )
     assert stats.hierarchical_interval(5 + seeds[:, None] + requests) == (mean, low, high)
 
 
@@ -255,7 +275,9 @@ def test_hierarchical_interval_needs_a_matrix(values):
 
 
 def test_rate_table_of_a_column_that_is_all_missing():
-    rows = pd.DataFrame({"model": ["a", "a", "b"], "x": [np.nan, np.nan, 1.0], "y": [True, False, True]})
+    rows = pd.DataFrame(
+        {"model": ["a", "a", "b"], "x": [np.nan, np.nan, 1.0], "y": [True, False, True]}
+    )
     table = stats.rate_table(rows, "model", ["x", "y"]).set_index(["model", "metric"])
     missing = table.loc[("a", "x")]
     assert missing["n"] == 0 and missing[["mean", "low", "high"]].isna().all()

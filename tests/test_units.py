@@ -1,4 +1,6 @@
-"""Partition and set arithmetic against plain Python, and partition files that are whole or absent."""
+"""Partition and set arithmetic against plain Python, and partition files that are whole or
+absent.
+"""
 
 from pathlib import Path
 
@@ -10,19 +12,39 @@ from safetensors.torch import save_file
 
 from ssah_utils import units
 from ssah_utils.per_unit import PerUnit
-from ssah_utils.units import GROUPS, UnitPartition, load_partition, partition, random_units, save_partition
+from ssah_utils.units import (
+    GROUPS,
+    UnitPartition,
+    load_partition,
+    partition,
+    random_units,
+    save_partition,
+)
 
 
 def scores(seed: int, n_layers: int = 3, n_attention: int = 6, n_mlp: int = 10) -> PerUnit:
     generator = torch.Generator().manual_seed(seed)
     sizes = {"attention": n_attention, "mlp": n_mlp}
-    return PerUnit({kind: torch.randn(n_layers, n, generator=generator, dtype=torch.float64) for kind, n in sizes.items()})
+    return PerUnit(
+        {
+            kind: torch.randn(n_layers, n, generator=generator, dtype=torch.float64)
+            for kind, n in sizes.items()
+        }
+    )
 
 
-def partition_by_sorting(z_safety: PerUnit, z_utility: PerUnit, n_safety: int, n_utility: int, n_redundant: int) -> dict:
+def partition_by_sorting(
+    z_safety: PerUnit, z_utility: PerUnit, n_safety: int, n_utility: int, n_redundant: int
+) -> dict:
     """{(kind, layer, channel): group}, from sorted lists of tuples."""
     unit_scores = [
-        (kind, layer, channel, z_safety[kind][layer, channel].item(), z_utility[kind][layer, channel].item())
+        (
+            kind,
+            layer,
+            channel,
+            z_safety[kind][layer, channel].item(),
+            z_utility[kind][layer, channel].item(),
+        )
         for kind in z_safety
         for layer in range(z_safety[kind].shape[0])
         for channel in range(z_safety[kind].shape[1])
@@ -50,7 +72,7 @@ def sizes(parted: UnitPartition) -> dict[str, int]:
     return {group: parted.units(group).count() for group in GROUPS}
 
 
-# ------------------------------------------------------------------------------------------------------------- partition
+# ---------------------------------------------------------------------------------------- partition
 
 
 @st.composite
@@ -91,18 +113,33 @@ def test_groups_are_disjoint_and_of_exact_size_also_with_ties(fractions, seed):
 
 
 def test_partition_by_hand():
-    z_safety = PerUnit({"attention": torch.tensor([[5.0, 0.0]]), "mlp": torch.tensor([[1.0, -3.0, 4.0]])})
-    z_utility = PerUnit({"attention": torch.tensor([[0.0, 4.0]]), "mlp": torch.tensor([[1.0, -3.0, 4.5]])})
+    z_safety = PerUnit(
+        {"attention": torch.tensor([[5.0, 0.0]]), "mlp": torch.tensor([[1.0, -3.0, 4.0]])}
+    )
+    z_utility = PerUnit(
+        {"attention": torch.tensor([[0.0, 4.0]]), "mlp": torch.tensor([[1.0, -3.0, 4.5]])}
+    )
     parted = partition(z_safety, z_utility, 0.2, 0.2, 0.2, fingerprint="f")
-    assert parted.group_index["attention"].tolist() == [[GROUPS.index("safety"), GROUPS.index("utility")]]
+    assert parted.group_index["attention"].tolist() == [
+        [GROUPS.index("safety"), GROUPS.index("utility")]
+    ]
     assert [GROUPS[i] for i in parted.group_index["mlp"][0]] == ["complex", "redundant", "complex"]
     assert parted.fingerprint == "f"
 
 
-@pytest.mark.parametrize(("fractions", "full"), [((0, 0, 0), "complex"), ((1, 0, 0), "safety"), ((0, 1, 0), "utility"),
-                                                 ((0, 0, 1), "redundant")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("fractions", "full"),
+    [
+        ((0, 0, 0), "complex"),
+        ((1, 0, 0), "safety"),
+        ((0, 1, 0), "utility"),
+        ((0, 0, 1), "redundant"),
+    ],
+)
 def test_one_group_can_hold_everything(fractions, full):
-    assert sizes(partition(scores(0), scores(1), *fractions)) == {group: 48 * (group == full) for group in GROUPS}
+    assert sizes(partition(scores(0), scores(1), *fractions)) == {
+        group: 48 * (group == full) for group in GROUPS
+    }
 
 
 @pytest.mark.parametrize("bad", [-0.01, 1.01, float("nan"), float("inf")])
@@ -113,16 +150,23 @@ def test_fraction_outside_0_to_1_is_named(name, bad):
 
 
 def test_fractions_above_1_together_are_named():
-    with pytest.raises(ValueError, match=r"safety_fraction .* utility_fraction .* redundant_fraction is 1\.1, more than all"):
+    with pytest.raises(
+        ValueError,
+        match=r"safety_fraction .* utility_fraction .* redundant_fraction is 1\.1, more than all",
+    ):
         partition(scores(0), scores(1), 0.5, 0.4, 0.2)
 
 
-@pytest.mark.parametrize("fractions", [(0.5, 0.3, 0.2), (0.33, 0.56, 0.11)])  # the latter add to 1.0000000000000002
+@pytest.mark.parametrize(
+    "fractions", [(0.5, 0.3, 0.2), (0.33, 0.56, 0.11)]
+)  # the latter add to 1.0000000000000002
 def test_fractions_that_add_to_1_are_accepted(fractions):
     assert sizes(partition(scores(0), scores(1), *fractions))["complex"] <= 1
 
 
-@pytest.mark.parametrize("fractions", [(0.5, 0.5, 0.0), (0.25, 0.75, 0.0), (0.5, 0.25, 0.25), (0.1, 0.3, 0.6), (1, 0, 0)])
+@pytest.mark.parametrize(
+    "fractions", [(0.5, 0.5, 0.0), (0.25, 0.75, 0.0), (0.5, 0.25, 0.25), (0.1, 0.3, 0.6), (1, 0, 0)]
+)
 @pytest.mark.parametrize("n_mlp", range(1, 12))
 def test_rounding_never_gives_more_units_than_there_are(fractions, n_mlp):
     parted = partition(scores(0, 1, 2, n_mlp), scores(1, 1, 2, n_mlp), *fractions)
@@ -161,12 +205,20 @@ def test_table_has_one_row_per_unit():
         assert row.z_utility == z_utility[row.kind][row.layer, row.channel]
 
 
-# ------------------------------------------------------------------------------------------------------------------ sets
+# --------------------------------------------------------------------------------------------- sets
 
 
 def a_set(seed: int = 0, share: float = 0.4) -> PerUnit:
     generator = torch.Generator().manual_seed(seed)
-    return PerUnit({kind: torch.rand(3, n, generator=generator) for kind, n in (("attention", 20), ("mlp", 30))}) < share
+    return (
+        PerUnit(
+            {
+                kind: torch.rand(3, n, generator=generator)
+                for kind, n in (("attention", 20), ("mlp", 30))
+            }
+        )
+        < share
+    )
 
 
 def test_top_units_are_the_highest():
@@ -206,8 +258,18 @@ def test_random_units_prefer_no_channel():
 
 
 def test_jaccard_by_hand():
-    a = PerUnit({"attention": torch.tensor([[True, True, False]]), "mlp": torch.tensor([[True, False, False]])})
-    b = PerUnit({"attention": torch.tensor([[False, True, True]]), "mlp": torch.tensor([[True, True, False]])})
+    a = PerUnit(
+        {
+            "attention": torch.tensor([[True, True, False]]),
+            "mlp": torch.tensor([[True, False, False]]),
+        }
+    )
+    b = PerUnit(
+        {
+            "attention": torch.tensor([[False, True, True]]),
+            "mlp": torch.tensor([[True, True, False]]),
+        }
+    )
     assert units.jaccard(a, b) == 2 / 5
     assert units.jaccard(a, a) == 1
     assert units.jaccard(a, ~a) == 0
@@ -221,14 +283,22 @@ def test_jaccard_of_two_empty_sets_is_1():
 @pytest.mark.parametrize("fraction", [0, 0.02, 0.1, 0.2])
 def test_set_difference_equals_comparing_lists(fraction):
     z_safety, z_utility = scores(0), scores(1)
-    found = units.set_difference(z_safety, z_utility, fraction).flatten().nonzero().squeeze(1).tolist()
-    safety, utility = (sorted(range(48), key=(-z).flatten().tolist().__getitem__) for z in (z_safety, z_utility))
-    q = next(q for q in range(49) if len(set(safety[:q]) - set(utility[:q])) == round(fraction * 48))
+    found = (
+        units.set_difference(z_safety, z_utility, fraction).flatten().nonzero().squeeze(1).tolist()
+    )
+    safety, utility = (
+        sorted(range(48), key=(-z).flatten().tolist().__getitem__) for z in (z_safety, z_utility)
+    )
+    q = next(
+        q for q in range(49) if len(set(safety[:q]) - set(utility[:q])) == round(fraction * 48)
+    )
     assert set(found) == set(safety[:q]) - set(utility[:q])
 
 
 def test_set_difference_of_equal_rankings_is_refused():
-    with pytest.raises(ValueError, match="no share leaves 5 units: the two rankings differ by at most 0"):
+    with pytest.raises(
+        ValueError, match="no share leaves 5 units: the two rankings differ by at most 0"
+    ):
         units.set_difference(scores(0), scores(0), 0.1)
 
 
@@ -237,14 +307,26 @@ def test_set_difference_of_equal_rankings_is_refused():
 def test_chance_is_what_random_sets_share(shares, seed):
     generator = torch.Generator().manual_seed(seed)
     a, b = (PerUnit({"mlp": torch.rand(3, 400, generator=generator)}) < share for share in shares)
-    drawn = [units.jaccard(random_units(a, generator), random_units(b, generator)) for _ in range(200)]
+    drawn = [
+        units.jaccard(random_units(a, generator), random_units(b, generator)) for _ in range(200)
+    ]
     mean, error = torch.tensor(drawn).mean().item(), torch.tensor(drawn).std().item() / 200**0.5
     assert abs(units.chance_jaccard(a, b) - mean) < 5 * error + 2e-3
 
 
 def test_chance_by_hand():
-    a = PerUnit({"attention": torch.tensor([[True, True, False, False]]), "mlp": torch.tensor([[True, False]])})
-    b = PerUnit({"attention": torch.tensor([[True, False, False, False]]), "mlp": torch.tensor([[True, True]])})
+    a = PerUnit(
+        {
+            "attention": torch.tensor([[True, True, False, False]]),
+            "mlp": torch.tensor([[True, False]]),
+        }
+    )
+    b = PerUnit(
+        {
+            "attention": torch.tensor([[True, False, False, False]]),
+            "mlp": torch.tensor([[True, True]]),
+        }
+    )
     assert units.chance_jaccard(a, b) == pytest.approx(1.5 / (3 + 3 - 1.5))
     empty = a_set().empty_set()
     assert units.chance_jaccard(empty, empty) == 1
@@ -259,20 +341,23 @@ def test_overlap_table_has_every_pair():
             row = table.loc[first, second]
             assert row["jaccard"] == units.jaccard(sets[first], sets[second])
             assert row["chance"] == units.chance_jaccard(sets[first], sets[second])
-            assert row["corrected"] == pytest.approx((row["jaccard"] - row["chance"]) / (1 - row["chance"]) if first != second
-                                                     or first != "all" else 1)  # fmt: skip
+            assert row["corrected"] == pytest.approx(
+                (row["jaccard"] - row["chance"]) / (1 - row["chance"])
+                if first != second or first != "all"
+                else 1
+            )
     assert (table["jaccard"].unstack().to_numpy().diagonal() == 1).all()
 
 
 def test_indices_and_names_of_single_units():
     like = a_set()
-    chosen = units.of_indices([1, 19, 60 + 31], like)
+    chosen = units.from_flat_indices([1, 19, 60 + 31], like)
     assert chosen["attention"].nonzero().tolist() == [[0, 1], [0, 19]]
     assert chosen.names() == ["attention/0/1", "attention/0/19", "mlp/1/1"]
-    assert units.of_indices([], like).count() == 0
+    assert units.from_flat_indices([], like).count() == 0
 
 
-# ----------------------------------------------------------------------------------------------------------------- files
+# -------------------------------------------------------------------------------------------- files
 
 
 @pytest.fixture
@@ -308,7 +393,9 @@ def test_tensors_that_are_not_contiguous_can_be_saved(tmp_path, parted):
 
 
 def test_partition_of_another_model_is_refused(saved):
-    with pytest.raises(ValueError, match="belongs to model 0123456789abcdef, not to the loaded fedcba"):
+    with pytest.raises(
+        ValueError, match="belongs to model 0123456789abcdef, not to the loaded fedcba"
+    ):
         load_partition(saved, "fedcba")
 
 
@@ -325,7 +412,9 @@ def test_truncated_file_is_refused(saved, kept):
         load_partition(saved)
 
 
-@pytest.mark.parametrize("metadata", [None, {"format": "pt"}, {"format": "ssah-units-0", "fingerprint": ""}])
+@pytest.mark.parametrize(
+    "metadata", [None, {"format": "pt"}, {"format": "ssah-units-0", "fingerprint": ""}]
+)
 def test_foreign_safetensors_file_is_refused(tmp_path, metadata):
     save_file({"weight": torch.zeros(3)}, tmp_path / "model.safetensors", metadata)
     with pytest.raises(ValueError, match="not a file of format ssah-units-1"):
@@ -351,17 +440,21 @@ def test_failed_save_leaves_the_folder_as_it_was(tmp_path, parted, monkeypatch, 
         assert load_partition(path, parted.fingerprint)[0].group_index.equals(parted.group_index)
 
 
-# ------------------------------------------------------------------------------------------------------------------ transfer
+# ----------------------------------------------------------------------------------------- transfer
 
 
 def test_transfer_table_counts_every_unit_once():
     generator = torch.Generator().manual_seed(0)
     draw = lambda n: torch.randint(0, 4, (2, n), generator=generator, dtype=torch.int8)  # noqa: E731
-    before, after = (UnitPartition(PerUnit({"attention": draw(5), "mlp": draw(9)})) for _ in range(2))
+    before, after = (
+        UnitPartition(PerUnit({"attention": draw(5), "mlp": draw(9)})) for _ in range(2)
+    )
     table = units.transfer_table(before, after)
     assert table["units"].sum() == 28 and len(table) == 16
     for row in table.itertuples():
-        pairs = zip(before.group_index.flatten().tolist(), after.group_index.flatten().tolist(), strict=True)
+        pairs = zip(
+            before.group_index.flatten().tolist(), after.group_index.flatten().tolist(), strict=True
+        )
         assert row.units == sum((GROUPS[a], GROUPS[b]) == (row.before, row.after) for a, b in pairs)
     occupied = table.groupby("before")["share"].sum()
     assert occupied[occupied > 0].to_list() == pytest.approx([1.0] * int((occupied > 0).sum()))
@@ -374,7 +467,9 @@ def test_nothing_moves_between_a_partition_and_itself():
 
 
 def test_a_set_survives_its_file(tmp_path):
-    chosen = PerUnit({"attention": torch.tensor([[True, False]]), "mlp": torch.tensor([[False, True, True]])})
+    chosen = PerUnit(
+        {"attention": torch.tensor([[True, False]]), "mlp": torch.tensor([[False, True, True]])}
+    )
     units.save_set(tmp_path / "set.safetensors", chosen, "feed", "three units")
     for fingerprint in ("", "feed"):
         assert units.load_set(tmp_path / "set.safetensors", fingerprint).equals(chosen)
@@ -387,7 +482,11 @@ def test_a_set_survives_its_file(tmp_path):
 
 
 def test_named_sets_survive_their_file(tmp_path):
-    sets = {"reference": a_set(0), "category: a.b/c": a_set(1), **{f"seed: {n}": a_set(n) for n in range(2, 14)}}
+    sets = {
+        "reference": a_set(0),
+        "category: a.b/c": a_set(1),
+        **{f"seed: {n}": a_set(n) for n in range(2, 14)},
+    }
     path = tmp_path / "variants.safetensors"
     units.save_sets(path, sets, "feed")
     for fingerprint in ("", "feed"):
@@ -405,7 +504,11 @@ def test_named_sets_survive_their_file(tmp_path):
 
 
 def test_more_units_than_can_be_ranked_are_refused():
-    score = PerUnit({"attention": torch.tensor([[1.0, -torch.inf]]), "mlp": torch.tensor([[-torch.inf, 2.0]])})
+    score = PerUnit(
+        {"attention": torch.tensor([[1.0, -torch.inf]]), "mlp": torch.tensor([[-torch.inf, 2.0]])}
+    )
     assert units.top_units(score, 0.5).count() == 2
-    with pytest.raises(ValueError, match=r"0\.75 of all units are 3, but only 2 units are there to choose from"):
+    with pytest.raises(
+        ValueError, match=r"0\.75 of all units are 3, but only 2 units are there to choose from"
+    ):
         units.top_units(score, 0.75)

@@ -1,4 +1,6 @@
-"""What is measured is what the model inside a wrapper says, without dropout, in every measure there is."""
+"""What is measured is what the model inside a wrapper says, without dropout, in every measure there
+is.
+"""
 
 import numpy as np
 import pytest
@@ -6,7 +8,8 @@ import torch
 from torch import nn
 from torch.nn import DataParallel
 
-from ssah_utils import activations, chat, direction, evaluation, wrappers
+from ssah_utils import activations, evaluation, stepwise, wrappers
+from ssah_utils.prompts import chat
 from tests.conftest import tiny_model
 
 PROMPTS = ["w5 w6 w7", "w9", "w11 w12 w13"]
@@ -18,23 +21,35 @@ def compiled(model):
 
 
 WRAPPERS = {
-    "compiled": compiled, "data parallel": DataParallel, "parallel, compiled": lambda model: compiled(DataParallel(model)),
+    "compiled": compiled,
+    "data parallel": DataParallel,
+    "parallel, compiled": lambda model: compiled(DataParallel(model)),
     "compiled, parallel": lambda model: DataParallel(compiled(model)),
-}  # fmt: skip
+}
 
 
 def batches() -> list[dict]:
     ids = torch.arange(5, 21).reshape(2, 8)
-    return [{"input_ids": ids, "attention_mask": torch.ones_like(ids), "positions": torch.ones_like(ids).bool()}]
+    return [
+        {
+            "input_ids": ids,
+            "attention_mask": torch.ones_like(ids),
+            "positions": torch.ones_like(ids).bool(),
+        }
+    ]
 
 
 def course(model, tokenizer):
-    found = direction.follow(model, tokenizer, PROMPTS, {"": [[]] * 3}, 4, [0, 2], OPENINGS)[""]
+    found = stepwise.generate_and_probe(
+        model, tokenizer, PROMPTS, {"": [[]] * 3}, 4, [0, 2], OPENINGS
+    )[""]
     return [found.tokens, *found.refusal.values(), *found.compliance.values()]
 
 
 def nll_of_course(model, tokenizer):
-    return direction.own_nll(model, {"": direction.Course([[5], [6, 7]], [[8, 9], [10, 11]], 0, {}, {})})[""]
+    return stepwise.continuation_nll(
+        model, {"": stepwise.Trajectory([[5], [6, 7]], [[8, 9], [10, 11]], 0, {}, {})}
+    )[""]
 
 
 def moments(model, tokenizer):
@@ -45,8 +60,10 @@ def moments(model, tokenizer):
 LANGUAGE = {
     "generate": lambda m, t: evaluation.generate(m, t, PROMPTS, 6),
     "response_nll": lambda m, t: evaluation.response_nll(m, t, PROMPTS, ["w8 w9", "w3", "w4 w5"]),
-    "openings": lambda m, t: evaluation.opening_log_probabilities(m, t, PROMPTS, OPENINGS[0] + OPENINGS[1]),
-    "prefills": lambda m, t: direction.prefills(m, t, PROMPTS, OPENINGS[0], 6),
+    "openings": lambda m, t: evaluation.opening_log_probabilities(
+        m, t, PROMPTS, OPENINGS[0] + OPENINGS[1]
+    ),
+    "prefills": lambda m, t: stepwise.prefills(m, t, PROMPTS, OPENINGS[0], 6),
     "follow": course,
     "own_nll": nll_of_course,
 }
@@ -60,7 +77,9 @@ MEASURES = LANGUAGE | {
 def same(found, expected) -> bool:
     if isinstance(expected, list):
         return len(found) == len(expected) and all(map(same, found, expected))
-    return np.array_equal(np.asarray(found), np.asarray(expected), equal_nan=not isinstance(expected, (str, int)))
+    return np.array_equal(
+        np.asarray(found), np.asarray(expected), equal_nan=not isinstance(expected, (str, int))
+    )
 
 
 def dropping(name: str) -> nn.Module:
@@ -103,7 +122,9 @@ def test_the_mode_is_kept_when_a_measurement_fails(llama):
 def test_an_adapter_stays_on_and_the_ends_are_those_of_the_model_inside(llama, tokenizer, wrap):
     peft = pytest.importorskip("peft")
     llama.generation_config.eos_token_id = 7
-    adapted = peft.get_peft_model(llama, peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    adapted = peft.get_peft_model(
+        llama, peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+    )
     assert wrappers.without_wrappers(WRAPPERS[wrap](adapted)) is adapted
     assert chat.end_tokens(WRAPPERS[wrap](adapted), tokenizer) == [2, 7]
     expected = evaluation.generate(adapted, tokenizer, PROMPTS, 5)
@@ -112,5 +133,7 @@ def test_an_adapter_stays_on_and_the_ends_are_those_of_the_model_inside(llama, t
 
 @pytest.mark.parametrize("what", [nn.Linear(1, 1), DataParallel(nn.Linear(1, 1))])
 def test_what_is_no_language_model_is_named_in_one_line(tokenizer, what):
-    with pytest.raises(ValueError, match="a Linear is no Hugging Face language model, nor a wrapper around one"):
+    with pytest.raises(
+        ValueError, match="a Linear is no Hugging Face language model, nor a wrapper around one"
+    ):
         evaluation.generate(what, tokenizer, PROMPTS, 3)

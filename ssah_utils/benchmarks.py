@@ -1,0 +1,248 @@
+"""Utility: tasks of lm-evaluation-harness on a model in memory, as tidy rows. Knows models through
+their Hugging Face interface only.
+"""
+
+import contextlib
+import copy
+import difflib
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+
+import datasets
+import pandas as pd
+import torch
+import yaml
+from torch import nn
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from ssah_utils import prompt_cache, wrappers
+from ssah_utils.assets import hub_answers
+from ssah_utils.files import DATA
+from ssah_utils.prompts.chat import end_tokens
+
+
+def cloze(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    limit: int | None = None,
+    batch_size: int = 64,
+) -> pd.DataFrame:
+    """Four-choice completions of data/utility_cloze.jsonl by lm-evaluation-harness: id, correct
+    (length-normalised).
+    """
+    return utility(model, tokenizer, ["cloze"], limit, batch_size)[["id", "correct"]]
+
+
+def utility(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: list[str],
+    limit: int | None = None,
+    batch_size: int = 64,
+) -> pd.DataFrame:
+    """Tasks by lm-evaluation-harness on a model in memory, ``limit`` items of each (of each
+    subtask): task, id, correct.
+
+    ``tasks``: "cloze" (shipped), or any of the harness's, such as those of ``PAPER_TASKS``. An item
+    counts by the first of ``METRICS`` that its task reports, under the first of its answer filters;
+    subtasks of a group count under its name.
+    """
+    import lm_eval  # slow to import
+    from lm_eval.models.huggingface import HFLM
+
+    model, frames = wrappers.without_wrappers(model), []
+    with (
+        contextlib.redirect_stderr(io.StringIO()),
+        _quiet("lm_eval") as warned,
+        _plain_generation(model, tokenizer),
+    ):
+        # one progress bar per call is too many; the harness sets a padding token where there is
+        # none, so it has its own copy
+        harness = HFLM(
+            pretrained=model,
+            tokenizer=copy.deepcopy(tokenizer),
+            batch_size=batch_size,
+            truncation=False,
+            logits_cache=True,
+            # as it was trained
+            max_length=prompt_cache.n_positions(model.config),
+            softmax_dtype=torch.float32,
+            add_bos_token=None,
+        )
+        for task in tasks:
+            outcome = lm_eval.evaluate(
+                harness,
+                load_task(task),
+                limit=limit,
+                bootstrap_iters=0,
+                log_samples=True,
+                cache_requests=False,
+                apply_chat_template=False,
+                system_instruction=None,
+                fewshot_as_multiturn=False,
+            )
+            if cut := [message for message in warned if "truncat" in message.lower()]:
+                warnings.warn(
+                    f"utility task '{task}': {len(cut)} texts or batches were cut to fit the model",
+                    stacklevel=2,
+                )
+                warned.clear()
+            for name, samples in outcome["samples"].items():
+                first = [sample for sample in samples if sample["filter"] == samples[0]["filter"]]
+                ids = [sample["doc"].get("id", f"{name}-{sample['doc_id']}") for sample in first]
+                frames.append(
+                    pd.DataFrame(
+                        {
+                            "task": task,
+                            "id": ids,
+                            "correct": [_is_right(sample) for sample in first],
+                        }
+                    )
+                )
+    return pd.concat(frames, ignore_index=True)
+
+
+@contextlib.contextmanager
+def _plain_generation(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
+    """Others that let the model generate get only what they ask for: nothing of what the checkpoint
+    asks for but its ends.
+
+    And no dropout.
+    """
+    inner = (
+        wrappers.without_wrappers(model.get_base_model())
+        if hasattr(model, "get_base_model")
+        else model
+    )
+    own = inner.generation_config
+    inner.generation_config = GenerationConfig(eos_token_id=end_tokens(model, tokenizer) or None)
+    try:
+        with wrappers.evaluating(model):
+            yield
+    finally:
+        inner.generation_config = own
+
+
+PAPER_TASKS = (
+    "boolq",
+    "rte",
+    "hellaswag",
+    "winogrande",
+    "arc_challenge",
+    "openbookqa",
+    "mmlu",
+    "gsm8k",
+)
+
+
+METRICS = ("acc_norm", "acc", "exact_match")
+
+
+def _is_right(sample: dict) -> bool:
+    metric = next((metric for metric in METRICS if metric in sample), None)
+    if metric is None:
+        raise ValueError(
+            f"a task that reports none of {', '.join(METRICS)} is not supported as utility"
+        )
+    return float(sample[metric]) == 1.0
+
+
+def load_task(name: str) -> dict:
+    """What the harness evaluates under a task's name, its documents loaded.
+
+    ``ValueError`` names the nearest tasks when there is none of that name, ``ConnectionError`` says
+    that its data are out of reach.
+    """
+    from lm_eval.api.task import ConfigurableTask  # slow to import
+    from lm_eval.tasks import TaskManager, get_task_dict
+
+    with _quiet("lm_eval"):
+        if name == "cloze":
+            task = ConfigurableTask(config=cloze_task())
+            return _seeded({task.config.task: task})
+        manager = TaskManager()
+        if name not in manager.all_tasks:
+            near = difflib.get_close_matches(name, ["cloze", *manager.all_tasks], n=3, cutoff=0)
+            raise ValueError(
+                f"unknown utility task '{name}'; nearest are {', '.join(near)} (or: cloze,"
+                f" {', '.join(PAPER_TASKS)})"
+            )
+        datasets.config.HF_HUB_OFFLINE = not hub_answers()  # then the local cache is all there is
+        try:
+            return _seeded(get_task_dict([name], manager))
+        except (OSError, datasets.exceptions.DatasetsError) as error:
+            raise ConnectionError(
+                f"cannot load the data of utility task '{name}' from the Hugging Face hub or its"
+                " cache; a task that needs no hub: cloze"
+            ) from error
+        except (
+            ImportError,
+            RuntimeError,
+        ) as error:  # a package that one task needs; data that come as a script
+            raise ValueError(
+                f"utility task '{name}' does not load here: {' '.join(str(error).split())}"
+            ) from error
+
+
+FEW_SHOT_SEED = 1234  # the harness's own, which it sets only when it loads the model, too
+
+
+def _seeded(tasks: dict) -> dict:
+    """Tasks whose few-shot examples are the same each time; of a group, those of every subtask."""
+    for task in tasks.values():
+        if isinstance(task, dict):
+            _seeded(task)
+        else:
+            task.set_fewshot_seed(FEW_SHOT_SEED)
+    return tasks
+
+
+def cloze_task() -> dict:
+    """Configuration of data/utility_cloze.yaml with the documents in memory, shuffled once so that
+    a limit is fair.
+    """
+    task = yaml.safe_load((DATA / "utility_cloze.yaml").read_text(encoding="utf-8"))
+    documents = (
+        pd.read_json(DATA / "utility_cloze.jsonl", lines=True)
+        .sample(frac=1, random_state=0)
+        .to_dict("records")
+    )
+    by_path = (
+        "dataset_path",
+        "dataset_kwargs",
+    )  # relative to the repository, for the harness's own command line
+    return {key: value for key, value in task.items() if key not in by_path} | {
+        "custom_dataset": lambda **_: {"test": datasets.Dataset.from_list(documents)}
+    }
+
+
+class _Listener(logging.Handler):
+    """Keeps what a library warns about; its errors are shown as ever."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.warned: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.levelno >= logging.ERROR:
+            logging.getLogger().handle(record)
+        else:
+            self.warned.append(record.getMessage())
+
+
+@contextlib.contextmanager
+def _quiet(logger_name: str) -> Iterator[list[str]]:
+    """A library says errors only; what it warns about is yielded as it comes."""
+    logger, listener = logging.getLogger(logger_name), _Listener()
+    level, propagate = logger.level, logger.propagate
+    logger.setLevel(logging.WARNING)
+    logger.propagate = False
+    logger.addHandler(listener)
+    try:
+        yield listener.warned
+    finally:
+        logger.setLevel(level)
+        logger.propagate = propagate
+        logger.removeHandler(listener)

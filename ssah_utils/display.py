@@ -1,0 +1,39 @@
+"""What people see of a running notebook: progress, and completions cut so that nothing harmful is
+shown.
+
+Knows text. Does not know models or runs.
+"""
+
+import os
+from collections.abc import Iterable, Iterator
+
+from ssah_utils.files import complete_only
+
+REDACTED_LENGTH = 80  # characters: in a text without spaces, every word is one
+
+
+def redact(text: str, words: int = 4) -> str:
+    """The first words of a completion: enough to see its direction, never its content."""
+    said = text.split()
+    opening = " ".join(said[:words])[:REDACTED_LENGTH]
+    return opening + (" [...]" if opening != " ".join(said) else "")
+
+
+def show_progress(label: str, done: int, total: int) -> None:
+    """Say how far a long step is: on the runner's status line, else on one line of the notebook
+    that overwrites itself.
+    """
+    status = os.environ.get("SSAH_PROGRESS")
+    if status:
+        with complete_only(status) as partial:
+            partial.write_text(f"{label} {done}/{total}")
+    else:
+        print(f"\r{label} {done}/{total}", end="" if done < total else "\n", flush=True)
+
+
+def progress(items: Iterable, label: str) -> Iterator:
+    """Iterate over ``items`` while showing how many are done."""
+    items = list(items)
+    for done, item in enumerate(items, 1):
+        show_progress(label, done, len(items))
+        yield item

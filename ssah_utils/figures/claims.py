@@ -1,0 +1,114 @@
+"""The figure of 08_claims: every claim, its interval and its control. Knows tables only."""
+
+from collections import Counter
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from ssah_utils.figures.paper import WIDTH
+from ssah_utils.figures.style import INK, Tables
+
+VERDICT_STYLES = {
+    "replicated": ("#0072B2", "o", "full"),
+    "partly": ("#E69F00", "o", "left"),
+    "not replicated": ("#D55E00", "X", "full"),
+    "not measured": ("#999999", "_", "full"),
+}
+
+
+def number(value: float) -> str:
+    """Two digits that matter, as a reader needs them."""
+    return "" if pd.isna(value) else f"{value:.0f}" if abs(value) >= 10 else f"{value:.2g}"
+
+
+def shown_interval(row: pd.Series) -> str:
+    """Ours with its interval, as text."""
+    ends = "" if pd.isna(row["ci_low"]) else f" [{number(row['ci_low'])}, {number(row['ci_high'])}]"
+    return number(row["ours"]) + ends
+
+
+def scaled(row: pd.Series) -> np.ndarray:
+    """Ours, low, high and the values of the single runs as distances from the control (or from 0),
+    the largest of them 1.
+    """
+    centre = 0.0 if pd.isna(row["control"]) else row["control"]
+    distances = (
+        np.array(
+            [row["ours"], row["ci_low"], row["ci_high"], *row.get("ours_seeds", [])], dtype=float
+        )
+        - centre
+    )
+    distances[~np.isfinite(distances)] = np.nan
+    size = np.nanmax(np.abs(distances), initial=0.0)
+    return distances / size if size > 0 else distances
+
+
+def claims(tables: Tables) -> Figure:
+    """One row per claim: the verdict as colour and symbol, ours with its interval as distance from
+    the control, the numbers.
+
+    Ticks: the runs one by one, where there are several.
+    """
+    table = tables["claims"].astype(
+        {name: float for name in ("ours", "ci_low", "ci_high", "control")}
+    )
+    groups = list(dict.fromkeys(table["experiment"]))
+    n_lines = len(table) + len(groups)
+    figure, ax = plt.subplots(figsize=(WIDTH, 0.165 * n_lines + 0.9))
+    line = 0
+    for group in groups:
+        ax.text(-4.15, line, group, fontsize=8, fontweight="bold", va="center")
+        line += 1
+        for _, row in table[table["experiment"] == group].iterrows():
+            claim_line(ax, line, row)
+            line += 1
+    ax.vlines(0, 0.5, n_lines - 0.5, color=INK, lw=0.6)
+    ax.set(xlim=(-4.2, 3.4), ylim=(n_lines - 0.3, -1.6))
+    for x, text in ((0, "control\n(or no effect)"), (1.35, "ours [interval]"), (2.75, "control")):
+        ax.text(x, -0.2, text, fontsize=7, va="bottom", ha="center" if x == 0 else "left")
+    ax.axis("off")
+    counts = Counter(table["verdict"])
+    handles = [
+        Line2D(
+            [],
+            [],
+            color=colour,
+            marker=marker,
+            fillstyle=fill,
+            ls="",
+            ms=6,
+            label=f"{verdict}: {counts[verdict]}",
+        )
+        for verdict, (colour, marker, fill) in VERDICT_STYLES.items()
+        if counts[verdict]
+    ]
+    figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), fontsize=8.5)
+    return figure
+
+
+def claim_line(ax: Axes, line: int, row: pd.Series) -> None:
+    """Symbol, name, dot and interval, numbers of one claim, at height ``line``."""
+    colour, marker, fill = VERDICT_STYLES[row["verdict"]]
+    ax.plot(-4.08, line, marker, color=colour, fillstyle=fill, ms=5.5)
+    ax.text(-3.93, line, row["id"].replace("-", " "), fontsize=7.5, va="center")
+    if pd.isna(row["ours"]):
+        ax.text(
+            1.35,
+            line,
+            "" if row["verdict"] == "not measured" else "not reached",
+            fontsize=7,
+            va="center",
+        )
+        return
+    middle, low, high, *runs = scaled(row)
+    if not np.isnan(low):
+        ax.plot([low, high], [line, line], color=colour, lw=1.6, alpha=0.75)
+    if len(runs) > 1:
+        ax.plot(runs, [line] * len(runs), "|", color=colour, ms=6, mew=1)
+    ax.plot(middle, line, marker, color=colour, fillstyle=fill, ms=4.5)
+    ax.text(1.35, line, shown_interval(row), fontsize=7, va="center")
+    ax.text(2.75, line, number(row["control"]), fontsize=7, va="center")

@@ -1,0 +1,275 @@
+"""The paper's tables as figures, ours beside its numbers, and the summary of all claims.
+
+Knows stored tables and ``data/paper_tables.yaml``. Loads no model. Filled markers are ours, open
+ones the paper's.
+"""
+
+from functools import cache
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import yaml
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from ssah_utils.figures.style import CONTROL, INK, SAFETY, UTILITY, Tables
+from ssah_utils.files import ROOT
+
+WIDTH = 7.0  # inches: both columns of a two-column page
+PAPER_MARKERS = ("D", "^")
+
+
+@cache
+def paper_tables() -> Tables:
+    """The paper's numbers, one data frame per table."""
+    content = yaml.safe_load((ROOT / "data" / "paper_tables.yaml").read_text(encoding="utf-8"))
+    return {name: pd.DataFrame(rows) for name, rows in content.items()}
+
+
+# ---------------------------------------------------------------------------------------- dot plots
+
+
+def panels(
+    rows: list[str], titles: list[str], ratios: list[float] | None = None
+) -> tuple[Figure, list[Axes]]:
+    """One row of axes that share the named rows, first on top, with room for a legend below."""
+    figure, axes = plt.subplots(
+        1,
+        len(titles),
+        figsize=(WIDTH, 0.2 * len(rows) + 1.15),
+        sharey=True,
+        squeeze=False,
+        width_ratios=ratios,
+    )
+    for ax, title in zip(axes[0], titles, strict=True):
+        ax.set_title(title, fontsize=8.5)
+        ax.set(yticks=range(len(rows)), yticklabels=rows, ylim=(len(rows) - 0.4, -0.6))
+        ax.grid(axis="y", lw=0.3, color="#DDDDDD")
+        ax.tick_params(axis="y", length=0, labelsize=8)
+    return figure, list(axes[0])
+
+
+def ours(
+    ax: Axes,
+    row: float,
+    part: pd.DataFrame,
+    value: str = "mean",
+    scale: float = 1,
+    colour: str = SAFETY,
+) -> None:
+    """Mean of the rows of ``part`` (seeds or draws) and the envelope of their intervals; nothing
+    where there are none.
+    """
+    values = part[value].astype(float).dropna() * scale
+    if values.empty:
+        return
+    if {"low", "high"} <= set(part.columns):
+        low, high = part["low"].min() * scale, part["high"].max() * scale
+    else:
+        low, high = values.min(), values.max()
+    ax.plot([low, high], [row, row], color=colour, lw=1.4)
+    ax.plot(values.mean(), row, "o", color=colour, ms=4.5)
+
+
+def paper(ax: Axes, row: float, value: float, which: int = 0) -> None:
+    ax.plot(value, row, PAPER_MARKERS[which], mfc="none", mec=INK, ms=5, mew=0.9)
+
+
+def legend(figure: Figure, names: dict[str, str], theirs: list[str]) -> None:
+    """Filled markers by colour, then the paper's open ones."""
+    handles = [
+        Line2D([], [], color=colour, marker="o", ms=4.5, lw=1.4, label=name)
+        for name, colour in names.items()
+    ]
+    handles += [
+        Line2D(
+            [],
+            [],
+            color=INK,
+            marker=PAPER_MARKERS[n],
+            mfc="none",
+            ms=5,
+            ls="",
+            label=f"paper, {name}",
+        )
+        for n, name in enumerate(theirs)
+    ]
+    figure.legend(
+        handles=handles,
+        loc="outside lower center",
+        ncols=len(handles),
+        fontsize=7.5,
+        columnspacing=1.2,
+    )
+
+
+def table1_ablation(tables: Tables) -> Figure:
+    """Table 1: change of ASR and of utility when a group is switched off, its random control, the
+    paper's two models.
+    """
+    found, theirs = tables["differences"], paper_tables()["table1"]
+    groups = [
+        name
+        for name in ("safety", "utility", "complex", "redundant")
+        if name in set(found["condition"])
+    ]
+    models = list(dict.fromkeys(theirs["model"]))
+    titles = ["change in ASR, points", "in coherent ASR, points", "in utility, points"]
+    figure, axes = panels(groups, titles)
+    columns = [
+        ("harmful", "asr", "asr"),
+        ("harmful", "coherent_asr", "asr"),
+        ("cloze", "accuracy", "utility"),
+    ]
+    for ax, (name, metric, column) in zip(axes, columns, strict=True):
+        part = found[(found["set"] == name) & (found["metric"] == metric)]
+        for row, group in enumerate(groups):
+            ours(ax, row - 0.12, part[part["condition"] == group], "difference", 100)
+            ours(
+                ax,
+                row + 0.12,
+                part[part["condition"] == f"random, as {group}"],
+                "difference",
+                100,
+                CONTROL,
+            )
+            for _, one in theirs[theirs["ablated"] == group].iterrows():
+                paper(ax, row, one[column], models.index(one["model"]))
+        ax.axvline(0, color=INK, lw=0.6)
+    legend(figure, {"ours": SAFETY, "random units": CONTROL}, models)
+    return figure
+
+
+def conditions_of(table: pd.DataFrame, column: str) -> list[str]:
+    """Frozen sets of table 2 in the order they were measured in, random controls after their
+    originals.
+    """
+    names = [
+        name for name in table[column].unique() if name in ("before", "nothing") or "SCU" in name
+    ]
+    originals = [name for name in names if not name.startswith("random")]
+    return [name for one in originals for name in (one, f"random, as {one}") if name in names]
+
+
+def table2_freezing(tables: Tables) -> Figure:
+    """Table 2: harmful requests answered after fine-tuning with units frozen, and our margin gained
+    at equal task loss.
+
+    Ours on AdvBench and HarmBench, the paper's on AdvBench and HEx-PHI, after fine-tuning on Alpaca
+    and Dolly.
+    """
+    rates, theirs = tables["rates"], paper_tables()["table2"]
+    rates = rates[rates["task"].isin(["-", "adaptation"])]
+    names = conditions_of(rates, "condition")
+    figure, axes = panels(
+        names, ["ASR, AdvBench, %", "HarmBench / HEx-PHI, %", "margin gained, nats"]
+    )
+    columns = [("harmful", "asr", "asr"), ("other_harmful", "asr", "hexphi")]
+    data = ["Alpaca", "Dolly"]
+    for ax, (name, metric, column) in zip(axes, columns, strict=False):
+        part = rates[(rates["set"] == name) & (rates["metric"] == metric)]
+        for row, condition in enumerate(names):
+            colour = CONTROL if condition.startswith("random") else SAFETY
+            ours(ax, row, part[part["condition"] == condition], scale=100, colour=colour)
+            for _, one in theirs[theirs["frozen"] == condition].iterrows():
+                paper(ax, row, one[column], data.index(one["data"]) if one["data"] in data else 0)
+    gains = tables["equal"][tables["equal"]["task"] == "adaptation"]
+    for row, condition in enumerate(names):
+        ours(
+            axes[2],
+            row,
+            gains[gains["frozen"] == condition],
+            "gain",
+            1,
+            CONTROL if "random" in condition else SAFETY,
+        )
+    axes[2].axvline(0, color=INK, lw=0.6)
+    legend(
+        figure,
+        {"ours": SAFETY, "random units frozen": CONTROL},
+        [f"Llama2-7B-Chat, {name}" for name in data],
+    )
+    return figure
+
+
+def table3_task(tables: Tables) -> Figure:
+    """Table 3: task loss at the last step, by what was frozen; the paper calls its task performance
+    comparable.
+    """
+    paths = tables["paths"]
+    names = conditions_of(paths[paths["step"] > 0], "condition")
+    tasks = list(dict.fromkeys(paths["task"]))
+    figure, axes = panels(names, [f"{task}: task loss, nats" for task in tasks])
+    for ax, task in zip(axes, tasks, strict=True):
+        part = paths[paths["task"] == task]
+        last = part[part["step"] == part["step"].max()]
+        full = last[last["condition"] == "nothing"]["task_loss"].mean()
+        ax.axvspan(0.98 * full, 1.02 * full, color=CONTROL, alpha=0.2, lw=0)
+        for row, name in enumerate(names):
+            colour = CONTROL if name.startswith("random") else UTILITY
+            ours(ax, row, last[last["condition"] == name], "task_loss", colour=colour)
+    legend(
+        figure,
+        {
+            "ours (range over seeds; band: 2% about full fine-tuning)": UTILITY,
+            "random units frozen": CONTROL,
+        },
+        [],
+    )
+    return figure
+
+
+def table4_budget(tables: Tables) -> Figure:
+    """Table 4: what training a budget of units alone gives; ours arithmetic and safety, the paper's
+    GSM8K and MT-Bench.
+    """
+    rates, theirs = tables["rates"], paper_tables()["table4"].set_index("trained")
+    rates = rates[rates["method"].isin(["-", "sft"])]
+    names = list(dict.fromkeys(rates["trained"]))
+    titles = [
+        "arithmetic (paper: GSM8K), %",
+        "harmful requests answered, %",
+        "MT-Bench, paper only",
+    ]
+    figure, axes = panels(names, titles, [1.2, 1.2, 0.9])
+    for row, name in enumerate(names):
+        for ax, source, metric in (
+            (axes[0], "arithmetic", "accuracy"),
+            (axes[1], "harmful", "coherent_asr"),
+        ):
+            part = rates[
+                (rates["trained"] == name) & (rates["set"] == source) & (rates["metric"] == metric)
+            ]
+            ours(ax, row, part, scale=100, colour=CONTROL if name == "random" else SAFETY)
+        if name in theirs.index:
+            paper(axes[0], row, theirs.loc[name, "gsm8k"])
+            paper(axes[2], row, theirs.loc[name, "mt_bench"])
+    axes[1].set_xlim(-3, 103)
+    axes[2].set_xlim(1, 5)
+    legend(figure, {"ours": SAFETY, "random units": CONTROL}, ["Llama2-7B"])
+    return figure
+
+
+def table5_adapters(tables: Tables) -> Figure:
+    """Table 5: parameter-efficient methods; ours as margin minus full fine-tuning at equal loss,
+    the paper's as harmfulness.
+    """
+    theirs = paper_tables()["table5"].set_index("method")
+    names = [name for name in theirs.index if name != "before"]
+    figure, axes = panels(
+        names, ["ours: margin minus full fine-tuning, nats", "paper: harmfulness (1 to 5)"]
+    )
+    peft = tables["peft"][tables["peft"]["against"] == "nothing"]
+    some = tables["equal"]["frozen"].str.fullmatch(r"SCU \+ [\d.e-]+% CU")
+    frozen = tables["equal"][(tables["equal"]["task"] == "adaptation") & some]
+    for row, name in enumerate(names):
+        if name == "full":
+            axes[0].plot(0, row, "|", color=INK, ms=8)
+        ours(axes[0], row, frozen if name == "frozen" else peft[peft["method"] == name], "gain")
+        for which, data in enumerate(("Alpaca", "Dolly")):
+            paper(axes[1], row, theirs.loc[name, data], which)
+    axes[0].axvline(0, color=INK, lw=0.6)
+    axes[1].axvline(theirs.loc["before", "Alpaca"], color=INK, lw=0.6, ls=":")
+    legend(figure, {"ours": SAFETY}, ["Alpaca", "Dolly"])
+    return figure

@@ -1,0 +1,113 @@
+"""Figures of 03_units. Knows tables only."""
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.colors import ListedColormap
+from matplotlib.figure import Figure
+
+from ssah_utils.figures.style import GROUP_COLOURS, INK
+from ssah_utils.units import GROUPS
+
+
+def score_histograms(units: pd.DataFrame) -> Figure:
+    """Standardised scores on both kinds of data, by kind of unit."""
+    figure, axes = plt.subplots(1, 2, figsize=(7.0, 2.3), sharey=True)
+    for ax, kind in zip(axes, ("attention", "mlp"), strict=True):
+        part = units[units["kind"] == kind]
+        bins = np.linspace(-1, np.quantile(part[["z_safety", "z_utility"]], 0.999), 60)
+        for column, colour in (
+            ("z_safety", GROUP_COLOURS["safety"]),
+            ("z_utility", GROUP_COLOURS["utility"]),
+        ):
+            ax.hist(
+                part[column].clip(upper=bins[-1]),
+                bins,
+                histtype="step",
+                color=colour,
+                label=column.replace("z_", "on ") + " data",
+            )
+        ax.set(
+            yscale="log",
+            xlabel="score, standardised within module (z)",
+            title=f"{kind}: few units stand out",
+        )
+    axes[0].set_ylabel("units")
+    axes[0].legend()
+    return figure
+
+
+def score_scatter(units: pd.DataFrame) -> Figure:
+    """Score on safety data against score on utility data, coloured by group."""
+    figure, ax = plt.subplots(figsize=(4.4, 3.6))
+    for group in ("redundant", "complex", "utility", "safety"):  # the rarest on top
+        part = units[units["group"] == group]
+        ax.scatter(
+            part["z_utility"],
+            part["z_safety"],
+            s=3,
+            lw=0,
+            alpha=0.6,
+            color=GROUP_COLOURS[group],
+            rasterized=True,
+            label=f"{group} ({len(part) / len(units):.1%})",
+        )
+    limit = float(np.quantile(units[["z_safety", "z_utility"]].abs(), 0.9999))
+    ax.plot([-1, limit], [-1, limit], color=INK, lw=0.6, ls="--")
+    ax.set(
+        xscale="symlog",
+        yscale="symlog",
+        xlabel="z on utility data",
+        ylabel="z on safety data",
+        title="Safety units lie above the diagonal",
+    )
+    ax.legend(markerscale=4, loc="upper left", fontsize=7)
+    return figure
+
+
+def group_map(units: pd.DataFrame) -> Figure:
+    """Share of each block's units in a group, for both kinds: where the groups sit."""
+    figure, axes = plt.subplots(1, 4, figsize=(9.0, 2.4), sharex=True)
+    shares = (
+        units.groupby(["kind", "layer"], observed=True)["group"]
+        .value_counts(normalize=True)
+        .rename("share")
+        .reset_index()
+    )
+    for ax, group in zip(axes, GROUPS, strict=True):
+        for kind, style in (("attention", "--"), ("mlp", "-")):
+            part = shares[(shares["group"] == group) & (shares["kind"] == kind)].sort_values(
+                "layer"
+            )
+            ax.plot(
+                part["layer"], part["share"] * 100, style, color=GROUP_COLOURS[group], label=kind
+            )
+        ax.set(title=group, xlabel="block", ylim=(0, None))
+    axes[0].set_ylabel("share of the block's units (%)")
+    axes[0].legend(fontsize=7)
+    return figure
+
+
+def unit_grid(units: pd.DataFrame) -> Figure:
+    """Every unit as one pixel, channels of a module sorted by group."""
+    figure, axes = plt.subplots(1, 2, figsize=(7.4, 2.6), width_ratios=[1, 1.8])
+    colours = ListedColormap([GROUP_COLOURS[group] for group in GROUPS])
+    for ax, kind in zip(axes, ("attention", "mlp"), strict=True):
+        codes = units[units["kind"] == kind]["group"].cat.codes.to_numpy()
+        n_layers = units["layer"].max() + 1
+        ax.imshow(
+            np.sort(codes.reshape(n_layers, -1), 1),
+            aspect="auto",
+            cmap=colours,
+            vmin=0,
+            vmax=3,
+            interpolation="nearest",
+        )
+        ax.set(
+            title=kind,
+            xlabel="channels, sorted by group",
+            ylabel="block" if kind == "attention" else "",
+        )
+    handles = [plt.Rectangle((0, 0), 1, 1, color=GROUP_COLOURS[group]) for group in GROUPS]
+    figure.legend(handles, GROUPS, loc="outside lower center", ncols=4)
+    return figure

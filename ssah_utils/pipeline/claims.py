@@ -1,0 +1,288 @@
+"""The paper's claims against stored results: what the claims file says, which numbers it points at,
+which verdict follows.
+
+Knows tables and claims only. Loads no model and measures nothing.
+
+A claim of ``data/claims.yaml`` names its numbers by selectors into stored tables and decides by two
+expressions over them. They are arithmetic and comparisons of named numbers, nothing else: what else
+is written there is refused when it is read.
+"""
+
+import ast
+import difflib
+from collections.abc import Iterable
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+
+import yaml
+
+from ssah_utils.files import ROOT
+from ssah_utils.pipeline.runs import Stored
+
+FILE = ROOT / "data" / "claims.yaml"
+CLAIM_VERDICTS = ("replicated", "partly", "not replicated", "not measured")
+AGGREGATES = ("mean", "median", "min", "max", "sum")
+STORED_FIELDS = (
+    "id",
+    "claim",
+    "source",
+    "paper",
+    "ours",
+    "ci_low",
+    "ci_high",
+    "control",
+    "n_seeds",
+    "verdict",
+    "experiment",
+    "unit",
+    "ours_seeds",
+    "note",
+)
+
+
+Tables = dict[str, Stored]
+ARITHMETIC = (
+    ast.Expression,
+    ast.BoolOp,
+    ast.And,
+    ast.Or,
+    ast.UnaryOp,
+    ast.USub,
+    ast.BinOp,
+    ast.Add,
+    ast.Sub,
+    ast.Mult,
+    ast.Div,
+    ast.Compare,
+    ast.Lt,
+    ast.LtE,
+    ast.Gt,
+    ast.GtE,
+    ast.Name,
+    ast.Load,
+    ast.Constant,
+)
+
+
+@dataclass(frozen=True)
+class Selector:
+    """One number of a stored table: the column ``value`` of the row where ``where`` holds. Several
+    rows need an ``aggregate``.
+
+    ``min`` and ``max`` take one row with its interval. For the others it goes from the smallest
+    ``low`` to the largest ``high``; without such columns it is the range of the values, and one
+    value has none. ``last``: only rows with the largest value of that column. ``scale`` multiplies.
+    ``otherwise``: the value where the rows hold none.
+    """
+
+    stage: str
+    table: str
+    value: str
+    low: str = ""
+    high: str = ""
+    where: dict = field(default_factory=dict)
+    last: str = ""
+    aggregate: str = ""
+    scale: float = 1.0
+    otherwise: float | None = None
+
+    @property
+    def has_interval(self) -> bool:
+        return bool(self.low and self.high) or self.aggregate not in ("", "min", "max")
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A claim of the paper, where its numbers are and the rule that was written before they were
+    measured.
+    """
+
+    id: str
+    experiment: str
+    claim: str
+    source: str
+    paper: str
+    ours: Selector
+    replicated: str
+    partly: str = ""
+    unit: str = ""
+    control: Selector | float | None = None
+    numbers: dict[str, Selector] = field(default_factory=dict)
+    n_seeds: Selector | int = 1
+    given: dict[str, dict] = field(
+        default_factory=dict
+    )  # parameters that the claim speaks of, by stage
+
+    @property
+    def selectors(self) -> dict[str, Selector | float]:
+        """Everything a rule may name, by name."""
+        return {
+            "ours": self.ours,
+            **({} if self.control is None else {"control": self.control}),
+            **self.numbers,
+        }
+
+
+# ------------------------------------------------------------------------------------------ reading
+
+
+def load_claims(path: Path = FILE) -> list[Claim]:
+    """The claims of a file; ``ValueError`` has one line per claim that is not valid: file, claim,
+    field, what to write.
+    """
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, list) or not content:
+        raise ValueError(f"{path} must be a list of claims, each with {', '.join(required(Claim))}")
+    claims, problems = [], []
+    for position, entry in enumerate(content, 1):
+        name = (
+            entry.get("id", f"number {position}")
+            if isinstance(entry, dict)
+            else f"number {position}"
+        )
+        try:
+            if any(claim.id == name for claim in claims):
+                raise ValueError("field 'id': used twice")
+            claims.append(read_claim(entry))
+        except ValueError as error:
+            problems.append(f"{Path(path).name}, claim '{name}', {error}")
+    if problems:
+        raise ValueError("\n".join(problems))
+    return claims
+
+
+def read_claim(entry: object) -> Claim:
+    """A claim from its YAML mapping; ``ValueError`` begins with the field that is wrong."""
+    values = dict(checked(entry, Claim, ""))
+    values["ours"] = read_selector(values["ours"], "ours")
+    numbers = values.get("numbers", {})
+    if not isinstance(numbers, dict):
+        raise ValueError("field 'numbers': a mapping of names to selectors is needed")
+    given = values.get("given", {})
+    if not isinstance(given, dict) or not all(isinstance(one, dict) for one in given.values()):
+        raise ValueError(
+            f"field 'given': a mapping of stages to their parameters is needed, not {given!r}"
+        )
+    values["numbers"] = {
+        name: read_selector(number, f"numbers.{name}") for name, number in numbers.items()
+    }
+    for name in ("control", "n_seeds"):
+        if isinstance(values.get(name), dict):
+            values[name] = read_selector(values[name], name)
+        elif values.get(name) is None:  # left out or empty
+            values.pop(name, None)
+        elif not isinstance(values[name], (int, float)):
+            raise ValueError(
+                f"field '{name}': a selector or a number is needed, not {values[name]!r}"
+            )
+    claim = Claim(**values)
+    for name in ("replicated", "partly"):
+        check_rule(getattr(claim, name), known_numbers(claim), name)
+    return claim
+
+
+def required(kind: type) -> list[str]:
+    return [
+        one.name
+        for one in fields(kind)
+        if one.default is MISSING and one.default_factory is MISSING
+    ]
+
+
+def checked(entry: object, kind: type, inside: str) -> dict:
+    """``entry`` if it is a mapping with the fields of a dataclass, texts where texts belong."""
+    prefix = f"{inside}." if inside else ""
+    if not isinstance(entry, dict):
+        raise ValueError(
+            f"field '{inside or 'id'}': a mapping with {', '.join(required(kind))} is needed, not"
+            f" {entry!r}"
+        )
+    names = [one.name for one in fields(kind)]
+    for name in entry:
+        if name not in names:
+            raise ValueError(f"field '{prefix}{name}': unknown{nearest(name, names)}")
+    for one in fields(kind):
+        if one.name not in entry and one.name in required(kind):
+            raise ValueError(f"field '{prefix}{one.name}': missing")
+        if one.type is str and not isinstance(entry.get(one.name, ""), str):
+            raise ValueError(
+                f"field '{prefix}{one.name}': text is needed, not {entry[one.name]!r} (put it in"
+                " quotes)"
+            )
+    return entry
+
+
+def read_selector(entry: object, name: str) -> Selector:
+    """A selector as it stands in the file; ``ValueError`` names the field that is wrong."""
+    selector = Selector(**checked(entry, Selector, name))
+    if not isinstance(selector.where, dict):
+        raise ValueError(
+            f"field '{name}.where': a mapping of columns to values is needed, not"
+            f" {selector.where!r}"
+        )
+    if selector.aggregate not in ("", *AGGREGATES):
+        raise ValueError(
+            f"field '{name}.aggregate': one of {', '.join(AGGREGATES)} is needed, not"
+            f" '{selector.aggregate}'"
+        )
+    if bool(selector.low) != bool(selector.high):
+        raise ValueError(f"field '{name}': low and high belong together")
+    if not isinstance(selector.scale, (int, float)):
+        raise ValueError(f"field '{name}.scale': a number is needed, not {selector.scale!r}")
+    return selector
+
+
+def known_numbers(claim: Claim) -> list[str]:
+    """Names a claim's rules may use: ours, control and further numbers, ends of their intervals
+    where they have one.
+    """
+    names = []
+    for name, selector in claim.selectors.items():
+        names.append(name)
+        if isinstance(selector, Selector) and selector.has_interval:
+            names += ["low", "high"] if name == "ours" else [f"{name}_low", f"{name}_high"]
+    return names
+
+
+def check_rule(rule: str, known: list[str], name: str) -> None:
+    """Refuse an expression that is not arithmetic over known numbers."""
+    if not rule:
+        return
+    try:
+        tree = ast.parse(rule, mode="eval")
+    except SyntaxError as error:
+        raise ValueError(f"field '{name}': '{rule}' is not an expression ({error.msg})") from error
+    for node in ast.walk(tree):
+        if not isinstance(node, ARITHMETIC) or (
+            isinstance(node, ast.Constant) and not isinstance(node.value, (int, float))
+        ):
+            raise ValueError(
+                f"field '{name}': '{ast.unparse(node)}' is neither a number nor arithmetic nor a"
+                " comparison"
+            )
+        if isinstance(node, ast.Name) and node.id not in known:
+            raise ValueError(f"field '{name}': unknown number '{node.id}'{nearest(node.id, known)}")
+    if not isinstance(tree.body, (ast.Compare, ast.BoolOp)):
+        raise ValueError(f"field '{name}': '{rule}' compares nothing")
+
+
+def nearest(name: object, known: Iterable) -> str:
+    known = [str(one) for one in known]
+    near = difflib.get_close_matches(str(name), known, n=1, cutoff=0)
+    return (
+        f"; nearest is '{near[0]}' (there are: {', '.join(known[:12])})"
+        if near
+        else "; there is none"
+    )
+
+
+# ---------------------------------------------------------------------------------------- selecting
+
+
+# ----------------------------------------------------------------------------------------- deciding
+
+
+# ------------------------------------------------------------------------------------------- stored

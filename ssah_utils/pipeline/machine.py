@@ -1,0 +1,38 @@
+"""How fast this machine is, beside the one whose minutes are written down. Knows matrix products
+only.
+"""
+
+import time
+from functools import cache
+
+import torch
+
+
+@cache
+def gflops(dtype: torch.dtype, device: str = "cpu", seconds: float = 2.0) -> float:
+    """Matrix-product speed in GFLOP/s: the best of the products of large matrices done in
+    ``seconds``, as others disturb.
+    """
+    n = 1024 if device == "cpu" else 8192
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    taken: list[float] = []
+    began = time.perf_counter()
+    while time.perf_counter() - began < seconds or len(taken) < 3:
+        started = time.perf_counter()
+        a @ b
+        if device != "cpu":
+            torch.cuda.synchronize()
+        taken.append(time.perf_counter() - started)
+    return 2 * n**3 / min(taken) / 1e9
+
+
+def slowdown(reference: dict, dtype: torch.dtype, device: str = "cpu") -> float:
+    """How many times longer than on the ``reference`` machine the same work takes here.
+
+    ``reference``: ``gflops`` of its matrix product in ``dtype``, and ``used``, the share of that
+    peak which training reaches, for every precision. The shares differ: where products are slow,
+    less is lost beside them.
+    """
+    name = str(dtype).removeprefix("torch.")
+    here = gflops(dtype, device) * reference["used"][name]
+    return reference["gflops"] * reference["used"][reference["dtype"]] / here

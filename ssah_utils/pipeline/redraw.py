@@ -1,0 +1,159 @@
+"""Draw every figure again from stored results, without a model: ``ssah figures``. Knows stored
+results.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import pandas as pd
+
+from ssah_utils.figures import (
+    ablation,
+    alignment,
+    claims,
+    finders,
+    freezing,
+    judge,
+    paper,
+    probing,
+    redundant_units,
+    stepwise,
+    transfer,
+    units,
+)
+from ssah_utils.figures.style import save_figure, set_style
+from ssah_utils.files import REFERENCE, ROOT
+from ssah_utils.pipeline.runs import find_run, load_result
+from ssah_utils.units import load_partition, to_table
+
+# ------------------------------------------------------------------------------------------- redraw
+
+FIGURES: dict[str, dict[str, Callable]] = {
+    "01_alignment": {
+        "alignment_verdicts": alignment.alignment_verdicts,
+        "training_loss": alignment.training_loss,
+        "judge_validation": judge.judge_validation,
+    },
+    "02_probing": {
+        "probing": probing.probing,
+        "direction_steps": stepwise.direction_steps,
+        "direction_blocks": stepwise.direction_blocks,
+    },
+    "03_units": {
+        "score_histograms": units.score_histograms,
+        "score_scatter": units.score_scatter,
+        "group_map": units.group_map,
+        "unit_grid": units.unit_grid,
+        "stability_matrix": finders.stability_matrix,
+    },
+    "04_ablation": {
+        "ablation_groups": ablation.ablation_groups,
+        "ablation_curve": ablation.ablation_curve,
+        "variant_ablation": finders.variant_ablation,
+        "category_matrix": finders.category_matrix,
+        "smallest_sets": finders.smallest_sets,
+        "table1_ablation": paper.table1_ablation,
+    },
+    "05_transfer": {
+        "transfer_flow": transfer.transfer_flow,
+        "transfer_heat": transfer.transfer_heat,
+        "transfer_path": transfer.transfer_path,
+    },
+    "06_freezing": {
+        "freezing_paths": freezing.freezing_paths,
+        "frontier": freezing.frontier,
+        "freezing_rates": freezing.freezing_rates,
+        "table2_freezing": paper.table2_freezing,
+        "table3_task": paper.table3_task,
+        "table5_adapters": paper.table5_adapters,
+    },
+    "07_redundant_units": {
+        "alignment_budget": redundant_units.alignment_budget,
+        "table4_budget": paper.table4_budget,
+    },
+    "08_claims": {"claims": claims.claims},
+}
+FROM_UNITS = {
+    "score_histograms",
+    "score_scatter",
+    "group_map",
+    "unit_grid",
+}  # the others are drawn from result.json
+
+
+def stored_units(folder: Path) -> pd.DataFrame:
+    parted, scores = load_partition(folder / "units.safetensors")
+    return to_table(scores["z_safety"], scores["z_utility"], parted)
+
+
+def redraw(source: Path, target: Path) -> list[str]:
+    """Draw every figure whose stored result is in ``source``; returns one line per stage that could
+    not be drawn.
+    """
+    problems = []
+    for stage, drawings in FIGURES.items():
+        folder = source / stage
+        try:
+            tables = load_result(folder / "result.json")["tables"]
+            stored = stored_units(folder) if FROM_UNITS & set(drawings) else None
+        except KeyError as error:
+            problems.append(f"{stage}: {error} is missing from the stored result: re-run {stage}")
+            continue
+        except (OSError, ValueError) as error:
+            problems.append(f"{stage}: {error}")
+            continue
+        missing = {}
+        for name, draw in drawings.items():
+            try:
+                if name != "training_loss" or len(
+                    tables.get("training", ())
+                ):  # a model that was given has no loss curve
+                    save_figure(draw(stored if name in FROM_UNITS else tables), target, name)
+            except (
+                LookupError,
+                ValueError,
+                TypeError,
+                AttributeError,
+            ) as error:  # a table, column, row or value is not there
+                missing[name] = (
+                    f"lacks {error}" if isinstance(error, KeyError) else f"fails: {error}"
+                )
+                plt.close("all")
+        if missing:
+            what = "; ".join(f"figure {name} {error}" for name, error in missing.items())
+            problems.append(f"{stage}: {what}: re-run {stage}")
+    return problems
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="ssah figures", description="Redraw all figures from stored results."
+    )
+    parser.add_argument(
+        "--profile",
+        default="",
+        help="whose results: a profile that ran here (default: the committed ones)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of that run (default: 0)")
+    parser.add_argument(
+        "--to", type=Path, default=ROOT / "figures", help="folder for the files (default: figures)"
+    )
+    options = parser.parse_args(arguments)
+    set_style()
+    try:
+        source = find_run(options.profile, options.seed) if options.profile else REFERENCE
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    problems = redraw(source, options.to)
+    print(f"figures from {source} written to {options.to}")
+    for problem in problems:
+        print(f"error: {problem}", file=sys.stderr)
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,326 @@
+"""Where results go and how they look: run folders, provenance, redaction, progress, figure style.
+
+Knows paths and tables. Does not know models or data sets.
+"""
+
+import ast
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import random
+import re
+import resource
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from matplotlib.figure import Figure
+
+from ssah_utils.figures.style import save_figure, set_style
+from ssah_utils.files import LIBRARIES, ROOT, sha256_of_file, write_json
+from ssah_utils.locks import Lock
+from ssah_utils.pipeline import kernel
+
+PACKAGES = (*LIBRARIES, "datasets", "papermill", "scipy", "pandas", "scikit-learn")
+
+
+# --------------------------------------------------------------------------------------------- runs
+
+
+def runs_root() -> Path:
+    """``SSAH_RUNS``, else runs/ in the project."""
+    return Path(os.environ.get("SSAH_RUNS") or ROOT / "runs").expanduser().resolve()
+
+
+def run_folder(profile: str, model: str, seed: int) -> Path:
+    """Of one profile, model and seed; a folder with a model is told by its whole path, whatever it
+    is called.
+    """
+    name = model.replace("/", "--")
+    if Path(model).is_absolute():
+        name = f"{Path(model).name}-{hashlib.sha256(model.encode()).hexdigest()[:8]}"
+    return runs_root() / profile / name / f"seed-{seed}"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One execution of one notebook: its folder, its parameters, its clock."""
+
+    stage: str
+    folder: Path
+    parameters: dict
+    started: float = field(default_factory=time.monotonic)
+    inputs: dict[str, str] = field(
+        default_factory=dict
+    )  # what was read of earlier stages, with its hash
+
+    def path(self, name: str) -> Path:
+        """Where this stage writes a file."""
+        return self.folder / name
+
+    def upstream(self, stage: str, name: str) -> Path:
+        """A file an earlier stage wrote; ``FileNotFoundError`` says which stage to run."""
+        path = self.folder.parent / stage / name
+        if not path.exists():
+            raise FileNotFoundError(
+                f"{path} is missing: run ssah run --profile {self.folder.parents[2].name} --only"
+                f" {stage} first"
+            )
+        self.inputs[f"{stage}/{name}"] = sha256_of_file(path)
+        return path
+
+    def save_figure(self, figure: Figure, name: str) -> None:
+        save_figure(figure, self.folder, name)
+
+    def finish(self, **tables: pd.DataFrame) -> None:
+        """Write result.json: tidy tables, parameters, versions, machine, commit, hashes of inputs,
+        time and memory taken.
+        """
+        if wrong := [name for name, table in tables.items() if not isinstance(table, pd.DataFrame)]:
+            raise TypeError(
+                f"{self.stage}: '{wrong[0]}' is no table, but a {type(tables[wrong[0]]).__name__}"
+            )
+        write_json(
+            self.path("result.json"),
+            {
+                "format": "ssah-result-1",
+                "stage": self.stage,
+                "parameters": self.parameters,
+                "versions": versions(),
+                "machine": machine(self.parameters),
+                "commit": commit(),
+                "inputs": self.inputs,
+                "seconds": round(time.monotonic() - self.started, 1),
+                "peak_memory_gib": peak_memory_gib(),
+                "tables": {
+                    name: json.loads(table.to_json(orient="records", double_precision=8))
+                    for name, table in tables.items()
+                },
+            },
+        )
+        if self.folder in _held:
+            _held.pop(self.folder).release()
+        print(f"{self.stage}: {', '.join(tables)} saved in {time.monotonic() - self.started:.0f} s")
+
+
+def declared_parameters(notebook: Path) -> dict:
+    """Names and default values in the cell tagged ``parameters``; ``ValueError`` when there is
+    none.
+    """
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    tagged = [cell for cell in cells if "parameters" in cell["metadata"].get("tags", [])]
+    if not tagged:
+        raise ValueError(f"{notebook.name} has no cell tagged 'parameters'")
+    found = {}
+    for node in ast.parse("".join(tagged[0]["source"])).body:
+        target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
+        try:
+            found[target.id] = ast.literal_eval(node.value)
+        except (AttributeError, ValueError):
+            raise ValueError(
+                f"{notebook.name}: the cell tagged 'parameters' holds more than names and values"
+            ) from None
+    return found
+
+
+def start(stage: str, values: dict) -> Run:
+    """Begin a notebook: prove which Python it runs in, lock its folder, seed every generator, set
+    the figure style.
+
+    ``values``: the notebook's ``globals()``, from which every parameter that it declares is stored
+    with the result. Raises ``RuntimeError`` when another process is at work in the same folder.
+    """
+    kernel.check()
+    declared = declared_parameters(ROOT / "notebooks" / f"{stage}.ipynb")
+    if missing := [name for name in declared if name not in values]:
+        raise ValueError(
+            f"{stage} declares '{missing[0]}', which has no value: run the cell tagged 'parameters'"
+            " first"
+        )
+    parameters = {name: values[name] for name in declared}
+    profile, model, seed = (parameters[name] for name in ("profile", "model", "seed"))
+    set_dtype(parameters.get("dtype", "auto"))
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    set_style()
+    folder = run_folder(profile, model, seed) / stage
+    folder.mkdir(parents=True, exist_ok=True)
+    lock_stage(folder)
+    device = (
+        torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f"{platform.machine()}, {torch.get_num_threads()} threads"
+    )
+    print(f"{stage} · profile {profile} · model {model} · seed {seed}")
+    print(f"python {platform.python_version()} · torch {torch.__version__} · {device}")
+    return Run(stage, folder, parameters)
+
+
+# What the environment said of the precision before a notebook of this process asked for another,
+# and what it asked for.
+_dtype_around: list[tuple[str, str]] = []
+
+
+def set_dtype(asked: str) -> None:
+    """Measure in the precision asked for; ``auto`` is what the environment says, also after another
+    was asked for.
+    """
+    now = os.environ.get("SSAH_DTYPE", "")
+    around = next((before for before, ours in _dtype_around if ours == now), now)
+    _dtype_around[:] = [] if asked == "auto" else [(around, asked)]
+    os.environ["SSAH_DTYPE"] = around if asked == "auto" else asked
+
+
+# Locks of this process by file, so that a cell can be run again; the system releases them when the
+# process ends.
+_held: dict[Path, Lock] = {}
+
+
+def run_lock(folder: Path, what: str = "") -> Lock:
+    """The lock of a whole run (one profile, model and seed), which the runner holds while it
+    works.
+    """
+    return Lock(folder / ".lock", what)
+
+
+def stage_lock(folder: Path) -> Lock:
+    """The lock of one notebook's folder, which its kernel holds until it is finished."""
+    return Lock(folder.parent / f".{folder.name}.lock", f"notebook {folder.name}")
+
+
+def lock_stage(folder: Path) -> None:
+    """Hold a notebook's folder for this process; ``InUse`` when a run, or another kernel, is at
+    work there.
+    """
+    if kernel.EXPECTED not in os.environ:  # started by hand: a runner may be at work
+        whole = run_lock(folder.parent)
+        whole.acquire()
+        whole.release()
+        (folder / "stamp.json").unlink(
+            missing_ok=True
+        )  # what it stands for is about to be replaced
+    lock = _held.setdefault(folder, stage_lock(folder))
+    lock.acquire()
+
+
+def peak_memory_gib() -> float:
+    """Largest resident memory of this process so far.
+
+    Where the system says it (Linux), from /proc: what ``getrusage`` reports begins with the size of
+    the process that started this one. It counts in KiB, on macOS in bytes.
+    """
+    status = Path("/proc/self/status")
+    high = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.exists() else None
+    if high:
+        return round(int(high[1]) / 2**20, 2)
+    unit = 2**30 if sys.platform == "darwin" else 2**20
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 2)
+
+
+def load_result(path: Path) -> dict:
+    """A stored result with its tables as data frames; ``ValueError`` says which stage to re-run
+    when it is unreadable.
+    """
+    stage = path.parent.name
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: re-run {stage}")
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # not JSON, or not even text
+        raise ValueError(f"{path} is truncated or not JSON: re-run {stage}") from error
+    found = result.get("format") if isinstance(result, dict) else None
+    if found != "ssah-result-1" or not isinstance(result.get("tables"), dict):
+        raise ValueError(
+            f"{path} has format {found!r} or no tables, expected 'ssah-result-1': re-run {stage}"
+        )
+    result["tables"] = {name: pd.DataFrame(rows) for name, rows in result["tables"].items()}
+    return result
+
+
+class Stored(dict):
+    """Tables of one stage's result, by name, with the parameters that it was run with."""
+
+    def __init__(self, tables: dict[str, pd.DataFrame], parameters: dict | None = None) -> None:
+        super().__init__(tables)
+        self.parameters = parameters or {}
+
+
+def differing_parameters(first: dict, second: dict) -> list[str]:
+    """Parameters but the seed in which two results of a stage differ, as far as both have stored
+    them.
+    """
+    return sorted(
+        name
+        for name in first.keys() & second.keys()
+        if first[name] != second[name] and name != "seed"
+    )
+
+
+def find_run(profile: str, seed: int = 0) -> Path:
+    """The newest run of a profile with this seed on this machine; ``FileNotFoundError`` says how to
+    make one.
+    """
+    stamps = sorted(
+        (runs_root() / profile).glob(f"*/seed-{seed}/*/stamp.json"),
+        key=lambda stamp: stamp.stat().st_mtime,
+    )
+    if not stamps:
+        raise FileNotFoundError(
+            f"no finished run of profile '{profile}' with seed {seed}: "
+            f"run ssah run --profile {profile} --set seed={seed}"
+        )
+    return stamps[-1].parents[1]
+
+
+def versions() -> dict[str, str]:
+    return {"python": platform.python_version()} | {
+        name: importlib.metadata.version(name) for name in PACKAGES
+    }
+
+
+def machine(parameters: dict) -> dict[str, object]:
+    """What a number's last digits depend on: instruction set, threads, device, and the precision of
+    what was measured.
+    """
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    found = {
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "device": device,
+    }
+    if "dtype" in parameters:
+        from ssah_utils import (
+            precision,  # seconds to import; a notebook with a precision has done so
+        )
+
+        found["dtype"] = str(precision.preferred_dtype(precision.preferred_device())).removeprefix(
+            "torch."
+        )
+    return found
+
+
+def commit() -> str:
+    """Short commit of the working tree, '+' when it has changes, '' outside git."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(
+            ["git", *words], cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        return git("rev-parse", "--short", "HEAD") + (
+            "+" if git("status", "--porcelain", "-uno") else ""
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+# ---------------------------------------------------------------------------------- what people see

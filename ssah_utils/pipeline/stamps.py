@@ -1,0 +1,246 @@
+"""What a notebook's result depends on, and whether what is there was made from that: keys and
+stamps.
+
+A stamp is written last. It holds the key the result was made by, and the hashes of the inputs and
+of everything made, so that nothing counts as up to date that was changed, mixed or only half
+written. Knows files; executes nothing.
+"""
+
+import json
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import nbformat
+
+from ssah_utils import precision
+from ssah_utils.files import DATA, PACKAGE, ROOT, sha256_of, sha256_of_file
+from ssah_utils.pipeline.runs import run_folder, versions
+
+NOT_IN_KEYS = (  # no result depends on them
+    "data/README.md",
+    *(
+        f"ssah_utils/pipeline/{name}.py"
+        for name in ("cli", "machine", "publish", "readme_tables", "run", "status")
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One notebook with the parameters it will get."""
+
+    notebook: Path
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    minutes: dict[str, float]
+    parameters: dict
+    own_files: tuple[
+        str, ...
+    ] = ()  # files of the package or of data/ that no other stage depends on
+    every_seed: bool = False  # whether it also reads what runs with other seeds stored
+
+    @property
+    def name(self) -> str:
+        return self.notebook.stem
+
+    @property
+    def folder(self) -> Path:
+        return (
+            run_folder(
+                self.parameters["profile"], self.parameters["model"], self.parameters["seed"]
+            )
+            / self.name
+        )
+
+    @property
+    def stamp(self) -> Path:
+        return self.folder / "stamp.json"
+
+
+def stage_key(stage: Stage, stages: list[Stage], as_made: bool = False) -> str:
+    """Hash of everything a stage's result depends on: its code, the package, the data, its
+    parameters, its inputs.
+
+    The inputs as they are planned, or ``as_made``: with what they were made last.
+    """
+    inputs = [other for other in stages if other.name in stage.inputs]
+    upstream = [
+        read_stamp(other).get("key") if as_made else stage_key(other, stages) for other in inputs
+    ]
+    foreign = {name for other in stages for name in other.own_files} - set(stage.own_files)
+    package = {name: content for name, content in package_source().items() if name not in foreign}
+    content = [
+        notebook_source(stage.notebook),
+        package,
+        stage.parameters,
+        named_files(stage),
+        upstream,
+    ]
+    content += [versions(), dtype_of(stage)]
+    return sha256_of([*content, results_of_other_seeds(stage)] if stage.every_seed else content)
+
+
+def dtype_of(stage: Stage) -> str:
+    """The precision that ``auto`` means on this machine, so that a run folder taken to another one
+    is not up to date there.
+    """
+    asked = stage.parameters.get("dtype", "")
+    return (
+        str(precision.preferred_dtype(precision.preferred_device())) if asked == "auto" else asked
+    )
+
+
+def results_of_other_seeds(stage: Stage) -> dict[str, str]:
+    """Hashes of the inputs that runs of the same profile and model with other seeds have stored."""
+    run = stage.folder.parent
+    found = [
+        path for name in stage.inputs for path in run.parent.glob(f"seed-*/{name}/result.json")
+    ]
+    return {
+        f"{path.parts[-3]}/{path.parts[-2]}": sha256_of_file(path)
+        for path in sorted(found)
+        if run not in path.parents
+    }
+
+
+def is_path(name: str) -> bool:
+    """Whether a parameter may name a file or folder."""
+    return name == "chat_template" or name.endswith(("_data", "model"))
+
+
+def named_files(stage: Stage) -> dict[str, object]:
+    """Content of the files that parameters name, and what tells one model folder from another."""
+    found: dict[str, object] = {}
+    for name, value in stage.parameters.items():
+        path = Path(value) if is_path(name) and value.startswith("/") else None
+        if path and path.is_file():
+            found[value] = sha256_of_file(path)
+        elif path and path.is_dir():
+            found[value] = signature(path)
+    return found
+
+
+@cache
+def notebook_source(notebook: Path) -> list[str]:
+    return [
+        cell.source
+        for cell in nbformat.read(notebook, as_version=4).cells
+        if cell.cell_type == "code"
+    ]
+
+
+@cache
+def package_source() -> dict[str, str]:
+    """Hashes of every file of the package and of data/ that a result may depend on, by place in the
+    project.
+    """
+    files = [*PACKAGE.rglob("*.py"), *DATA.glob("*.*")]
+    places = {path.relative_to(ROOT).as_posix(): path for path in sorted(files)}
+    return {
+        place: sha256_of_file(path) for place, path in places.items() if place not in NOT_IN_KEYS
+    }
+
+
+def forget_sources() -> None:
+    """Read notebooks, package and data anew the next time."""
+    for read in (notebook_source, package_source):
+        read.cache_clear()
+
+
+def read_stamp(stage: Stage) -> dict:
+    """What a finished stage left, else nothing; an unreadable stamp is none."""
+    return _read(stage.stamp)
+
+
+def _read(stamp: Path) -> dict:
+    try:
+        return json.loads(stamp.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def made_from(stage: Stage) -> dict[str, str]:
+    """What tells a stage's inputs as they are there now: by which key each was made, and what came
+    out.
+    """
+    found = {}
+    for name in stage.inputs:
+        stamp = _read(stage.folder.parent / name / stage.stamp.name)
+        outputs = stamp.get("made", {}).get("outputs", {})
+        found[name] = sha256_of(
+            [stamp.get("key"), {one: _hash(stage.folder.parent / name / one) for one in outputs}]
+        )
+    return found
+
+
+def _hash(path: Path) -> str:
+    return sha256_of_file(path) if path.exists() else ""
+
+
+def changed_since(folder: Path) -> list[str]:
+    """Outputs of a finished stage that are not as they were when its stamp was written."""
+    outputs = _read(folder / "stamp.json").get("made", {}).get("outputs", {})
+    return [name for name, found in outputs.items() if _hash(folder / name) != found]
+
+
+def made(stage: Stage) -> dict[str, object]:
+    """What a finished stage's stamp stands for: hashes of its outputs and notebook, and what tells
+    its trained models.
+    """
+    outputs = {name: sha256_of_file(stage.folder / name) for name in stage.outputs}
+    trained = {place: signature(Path(place)) for place in trained_models(stage)}
+    return {
+        "outputs": outputs,
+        "notebook": sha256_of_file(stage.folder / f"{stage.name}.ipynb"),
+        "models": trained,
+    }
+
+
+def is_current(stage: Stage, key: str) -> bool:
+    """Whether a stage was made by ``key``, from the inputs that are there, and all that it made is
+    there as it was made.
+    """
+    stamp = read_stamp(stage)
+    if stamp.get("key") != key or stamp.get("inputs") != made_from(stage):
+        return False
+    try:
+        return stamp.get("made") == made(stage)
+    except (OSError, ValueError):
+        return False
+
+
+def missing_outputs(stage: Stage) -> list[str]:
+    """Outputs that are not there, also trained models that models.json points to in the cache."""
+    missing = [name for name in stage.outputs if not (stage.folder / name).exists()]
+    return missing or [place for place in trained_models(stage) if not Path(place).exists()]
+
+
+def trained_models(stage: Stage) -> list[str]:
+    """Folders in the cache that a stage's models.json points to."""
+    if "models.json" not in stage.outputs:
+        return []
+    places = json.loads((stage.folder / "models.json").read_text(encoding="utf-8")).values()
+    return [place for place in places if Path(place).is_absolute()]
+
+
+def signature(folder: Path) -> list[list[str | int]]:
+    """Names, sizes and times of the files in a folder: what a change of a large one leaves, without
+    reading it.
+    """
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return [
+        [str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns]
+        for path in files
+    ]
+
+
+def outdated(selected: list[Stage], keys: dict[str, str]) -> list[Stage]:
+    """Stages to execute: what is not up to date, and what follows from it."""
+    found: list[Stage] = []
+    for stage in selected:
+        if not is_current(stage, keys[stage.name]) or any(
+            other.name in stage.inputs for other in found
+        ):
+            found.append(stage)
+    return found

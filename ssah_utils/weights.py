@@ -1,0 +1,85 @@
+"""Look at a model's weights unit by unit: norms of columns, squared gradients.
+
+Knows models. Does not know prompts, scores or sets of units.
+"""
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from ssah_utils.models import (
+    architecture_of,
+    blocks_of,
+    column_weight,
+    is_transposed,
+    reader_rows,
+    shape_of,
+    writers,
+)
+from ssah_utils.per_unit import KINDS, PerUnit
+from ssah_utils.wrappers import unwrapped
+
+
+def gathered(model: nn.Module) -> nn.Module:
+    """``unwrapped``, for looking at values: ``ValueError`` when not all of them are in the memory
+    of this process.
+    """
+    model = unwrapped(model)
+    for name, parameter in model.named_parameters():
+        is_part = hasattr(parameter, "device_mesh") or hasattr(
+            parameter, "ds_status"
+        )  # FSDP 2, DeepSpeed ZeRO 3
+        if is_part or "_fsdp_wrapped_module." in name or parameter.is_meta:
+            raise ValueError(
+                f"the values of {name} are sharded or offloaded, so they are not all here: load the"
+                " whole model to look at it"
+            )
+    return model
+
+
+def squared_column_norms(model: nn.Module) -> PerUnit:
+    """||W_:j||^2 of every writer column, in float64."""
+    return _of_columns(model, lambda weight: weight.square().sum(0))
+
+
+def mean_absolute_columns(model: nn.Module) -> PerUnit:
+    """Mean of |W_ij| over every writer column, in float64."""
+    return _of_columns(model, lambda weight: weight.abs().mean(0))
+
+
+def _of_columns(model: nn.Module, function: Callable[[Tensor], Tensor]) -> PerUnit:
+    """``function`` of every writer's weight as (d_model, n_channels) float64, which returns
+    (n_channels,).
+    """
+    model = gathered(model)
+    of_module = lambda module: function(column_weight(module).detach().double())  # noqa: E731
+    return PerUnit.of_layers(
+        {kind: [of_module(module) for module in writers(model, kind)] for kind in KINDS}
+    )
+
+
+def squared_gradients(model: nn.Module) -> PerUnit:
+    """Sum of squared gradients over the entries each unit owns, in float64.
+
+    After a backward pass. A value row that several channels share counts for each of them.
+    """
+    model = gathered(model)
+    shape, architecture = shape_of(model), architecture_of(model)
+    squared: dict[str, list[Tensor]] = {kind: [] for kind in KINDS}
+    for kind in KINDS:
+        rows = reader_rows(shape, kind)
+        for block in blocks_of(model):
+            total = _gradient(block.get_submodule(architecture.writers[kind])).square().sum(0)
+            for reader in architecture.readers[kind]:
+                module = block.get_submodule(reader.path)
+                of_rows = _gradient(module).square().sum(1)
+                if module.bias is not None:
+                    of_rows = of_rows + module.bias.grad.double().square()
+                total = total + of_rows[reader.offset(shape) + rows.to(of_rows.device)]
+            squared[kind].append(total)
+    return PerUnit.of_layers(squared)
+
+
+def _gradient(module: nn.Module) -> Tensor:
+    """Gradient of a linear map's weight as (out, in) float64."""
+    return (module.weight.grad.T if is_transposed(module) else module.weight.grad).double()

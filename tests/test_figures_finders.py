@@ -1,0 +1,146 @@
+"""Figures of stability and of the smallest sets: what stands in the tables is what is drawn."""
+
+import itertools
+
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+
+from ssah_utils.figures import finders
+
+matplotlib.use("Agg")
+VARIANTS = {
+    "reference": "reference",
+    "seed: 0": "seed",
+    "category: Physical": "category",
+    "score: WIFN": "score",
+}
+
+
+def unit_tables() -> dict[str, pd.DataFrame]:
+    """As 03_units stores them."""
+    pairs = itertools.product(VARIANTS, VARIANTS)
+    rows = [
+        {"first": a, "second": b, "jaccard": 1.0 if a == b else 0.3, "chance": 0.01}
+        for a, b in pairs
+    ]
+    return {"jaccard": pd.DataFrame(rows)}
+
+
+def ablation_tables() -> dict[str, pd.DataFrame]:
+    """As 04_ablation stores them."""
+    variants = [
+        {
+            "variant": variant,
+            "family": family,
+            "metric": metric,
+            "mean": mean,
+            "low": mean - 0.1,
+            "high": mean + 0.1,
+            "n": 4,
+        }
+        for variant, family in (VARIANTS | {"control: nothing": "control"}).items()
+        for metric, mean in (
+            ("margin_drop", 4.0),
+            ("asr", 0.5),
+            ("coherent_asr", 0.4),
+            ("answer_nll", 0.7),
+        )
+    ]
+    categories = [
+        {
+            "found_on": found,
+            "measured_on": measured,
+            "margin_drop": 2.0,
+            "low": 1.0,
+            "high": 3.0,
+            "coherent_asr": coherent,
+            "n": 6,
+        }
+        for found, (measured, coherent) in itertools.product(
+            ("reference", "Physical", "random"), (("Autonomy", 0.5), ("Physical", np.nan))
+        )
+    ]
+    smallest = [
+        {
+            "order": order,
+            "units": n,
+            "margin_drop": drop * n,
+            "low": drop * n - 0.1,
+            "high": drop * n + 0.1,
+            "share_of_effect": drop * n / 8,
+            "asr": 0.5,
+            "coherent_asr": 0.4,
+        }
+        for (order, drop), n in itertools.product(
+            {"greedy": 1.0, "score": 0.6, "random": 0.01}.items(), (1, 4, 8)
+        )
+    ]
+    return {
+        "variants": pd.DataFrame(variants),
+        "categories": pd.DataFrame(categories),
+        "smallest": pd.DataFrame(smallest),
+    }
+
+
+@pytest.fixture(autouse=True)
+def close():
+    yield
+    plt.close("all")
+
+
+def test_matrix_shows_every_pair_in_the_stored_order():
+    figure = finders.stability_matrix(unit_tables())
+    ax = figure.axes[0]
+    assert [label.get_text() for label in ax.get_yticklabels()] == list(VARIANTS)
+    assert [label.get_text() for label in ax.get_xticklabels()] == list(VARIANTS)
+    assert [text.get_text() for text in ax.texts] == [
+        "100" if n % 5 == 0 else "30" for n in range(16)
+    ]
+
+
+def test_variants_are_drawn_with_half_of_the_reference():
+    figure = finders.variant_ablation(ablation_tables())
+    drops, *_ = figure.axes
+    assert [label.get_text() for label in drops.get_yticklabels()] == [
+        *VARIANTS,
+        "control: nothing",
+    ]
+    assert [2.0, 2.0] in [list(line.get_xdata()) for line in drops.lines]
+    assert drops.yaxis_inverted()
+
+
+def test_a_variant_without_a_metric_leaves_a_gap():
+    tables = ablation_tables()
+    variants = tables["variants"]
+    missing = (variants["variant"] == "seed: 0") & (variants["metric"] == "answer_nll")
+    n_lines = [len(ax.lines) for ax in finders.variant_ablation(tables).axes]
+    found = [
+        len(ax.lines)
+        for ax in finders.variant_ablation(tables | {"variants": variants[~missing]}).axes
+    ]
+    assert found == [n_lines[0], n_lines[1], n_lines[2] - 2]
+
+
+def test_categories_fill_two_panels():
+    margin, coherent = finders.category_matrix(ablation_tables()).axes[:2]
+    assert [label.get_text() for label in margin.get_yticklabels()] == [
+        "reference",
+        "Physical",
+        "random",
+    ]
+    assert len(margin.texts) == 6 and {text.get_text() for text in margin.texts} == {"2.0"}
+    assert {text.get_text() for text in coherent.texts} == {"0.50"}, (
+        "a cell without judged answers is empty"
+    )
+
+
+def test_smallest_sets_have_one_line_per_order_and_the_targets():
+    left, right = finders.smallest_sets(ablation_tables()).axes
+    lines = {line.get_label(): list(line.get_ydata()) for line in left.lines}
+    assert lines["greedy"] == [1, 4, 8] and lines["random"] == [0.01, 0.04, 0.08]
+    assert [4.0, 4.0] in [list(line.get_ydata()) for line in left.lines], "half of the whole set, 8"
+    assert [line.get_label() for line in right.lines] == ["greedy", "score", "random"]
+    assert [label.get_text() for label in left.get_xticklabels()] == ["1", "4", "8"]

@@ -1,0 +1,77 @@
+"""Figures of the direction from small tables: what is drawn, for a pair of models and for one
+alone.
+"""
+
+import itertools
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+
+from ssah_utils.figures import stepwise as stepwise_figures
+
+ATTACKS = [("none", 0), ("prefill", 1), ("prefill", 4), ("neutral", 6), ("past tense", 0)]
+
+
+def direction_tables(models: tuple[str, ...]) -> dict[str, pd.DataFrame]:
+    conditions = [
+        {"model": model, "queries": kind, "attack": attack, "prefill": k}
+        for model, kind, (attack, k) in itertools.product(models, ("harmful", "harmless"), ATTACKS)
+    ]
+    interval = lambda mean: {"mean": mean, "low": mean - 0.2, "high": mean + 0.2}  # noqa: E731
+    steps = [
+        keys | interval(5.0 - step) | {"step": step, "n": 8 if step < 8 else 3}
+        for keys in conditions
+        for step in sorted({keys["prefill"], 4, 8})
+        if step >= keys["prefill"]
+    ]
+    prefills = [
+        keys | interval(0.5) | {"metric": metric, "n": 8}
+        for keys in conditions
+        for metric in ("refused", "coherent_asr", "degenerate")
+    ]
+    blocks = [
+        {"model": model, "attack": attack, "prefill": k, "layer": layer, "step": step}
+        | interval(float(layer - step))
+        for model, (attack, k), layer, step in itertools.product(
+            models, ATTACKS[:2], range(3), (0, 1, 4)
+        )
+    ]
+    steps = pd.DataFrame(steps)
+    return {
+        "steps": steps,
+        "refusal_steps": steps,
+        "prefills": pd.DataFrame(prefills),
+        "blocks": pd.DataFrame(blocks),
+    }
+
+
+@pytest.fixture(autouse=True)
+def close():
+    yield
+    plt.close("all")
+
+
+@pytest.mark.parametrize("models", [("aligned", "unaligned"), ("aligned",)])
+def test_every_prefill_is_a_line_that_begins_at_its_end(models):
+    figure = stepwise_figures.direction_steps(direction_tables(models))
+    lines = {line.get_label(): line for line in figure.axes[0].lines}
+    assert lines["harmful, 4 tokens prefilled"].get_xdata()[0] == 4
+    assert lines["harmful, 1 token prefilled"].get_xdata()[0] == 1
+    assert lines["harmful, no attack"].get_xdata().max() == 4, "few answers were left at step 8"
+
+
+def test_blocks_are_one_panel_per_model_and_attack():
+    figure = stepwise_figures.direction_blocks(direction_tables(("aligned", "unaligned")))
+    images = [ax.images[0] for ax in figure.axes if ax.images]
+    assert len(images) == 4
+    np.testing.assert_array_equal(images[0].get_array(), [[0, -1, -4], [1, 0, -3], [2, 1, -2]])
+    low, high = images[0].get_clim()
+    assert -low == high > 3.5, "0 is the middle of the colours"
+
+
+def test_blocks_without_values_are_drawn_empty():
+    tables = direction_tables(("aligned",))
+    tables["blocks"]["mean"] = np.nan
+    stepwise_figures.direction_blocks(tables).canvas.draw()

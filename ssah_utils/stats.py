@@ -1,7 +1,7 @@
 """Intervals and tests for what the notebooks report. numpy, pandas, scipy and scikit-learn only."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import pandas as pd
@@ -70,14 +70,19 @@ def difference_interval(
 
 
 def paired_difference(a: np.ndarray, b: np.ndarray, seed: int = 0) -> dict[str, float]:
-    """Mean of a - b over the same prompts, its bootstrap interval, a sign-flip permutation p-value,
-    and the effect size.
+    """Mean of a - b over the same prompts, its interval, a permutation p-value, the effect size.
 
-    ``effect`` is Cohen's d_z: the mean difference over the standard deviation of the differences.
-    It is 0 when both are 0, infinite when only the deviation is.
+    ``a`` and ``b``: (n_prompts,), or (n_draws, n_prompts) where there are several seeds or random
+    draws. The interval is then over both (``hierarchical_interval``); p is of sign flips of every
+    prompt's mean over draws. ``effect`` is Cohen's d_z of these means: the mean difference over
+    their standard deviation; 0 when both are 0, infinite when only the deviation is.
     """
     difference = np.asarray(a, dtype=float) - np.asarray(b, dtype=float)
-    mean, low, high = mean_interval(difference, seed)
+    if difference.ndim == 1:
+        mean, low, high = mean_interval(difference, seed)
+    else:
+        mean, low, high = hierarchical_interval(difference, seed)
+        difference = difference.mean(0)
     test = stats.permutation_test(
         (difference,),
         np.mean,
@@ -93,6 +98,20 @@ def paired_difference(a: np.ndarray, b: np.ndarray, seed: int = 0) -> dict[str, 
         "p": float(test.pvalue),
         "effect": _effect(difference),
     }
+
+
+def paired_table(
+    pairs: Iterable[tuple[dict[str, object], np.ndarray, np.ndarray]], seed: int = 0
+) -> pd.DataFrame:
+    """``paired_difference`` of many pairs, with p-values corrected over the table (Holm): p_holm.
+
+    ``pairs``: (columns that name the row, a, b), as ``paired_difference`` takes them.
+    """
+    rows = [names | paired_difference(a, b, seed) for names, a, b in pairs]
+    table = pd.DataFrame(rows)
+    if rows:
+        table["p_holm"] = holm(table["p"].tolist())
+    return table
 
 
 def _effect(difference: np.ndarray) -> float:

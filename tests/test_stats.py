@@ -291,3 +291,31 @@ def test_case_interval_resamples_whole_cases():
     mean, low, high = stats.case_interval(np.mean, a)
     assert (mean, low, high) == pytest.approx(stats.mean_interval(a), abs=0.02)
     assert all(map(math.isnan, stats.case_interval(lambda x: math.nan, a)))
+
+
+def test_a_paired_difference_over_draws_has_the_interval_over_both_and_the_test_of_the_means():
+    rng = np.random.default_rng(3)
+    a, b = rng.normal(size=(4, 30)) + 0.4, rng.normal(size=(1, 30))
+    found = stats.paired_difference(a, b, seed=2)
+    expected = stats.hierarchical_interval(a - b, 2)
+    assert (found["difference"], found["low"], found["high"]) == expected
+    of_means = stats.paired_difference(a.mean(0), b[0], seed=2)
+    assert found["p"] == of_means["p"] and found["effect"] == pytest.approx(of_means["effect"])
+
+
+def test_one_draw_is_no_more_certain_than_its_prompts():
+    rng = np.random.default_rng(4)
+    a, b = rng.normal(size=(1, 40)), rng.normal(size=(1, 40))
+    found, plain = stats.paired_difference(a, b), stats.paired_difference(a[0], b[0])
+    assert found["difference"] == pytest.approx(plain["difference"])
+    assert found["low"] == pytest.approx(plain["low"], abs=0.1)
+
+
+def test_a_table_of_pairs_is_corrected_over_all_of_them():
+    rng = np.random.default_rng(5)
+    pairs = [({"condition": str(n)}, rng.normal(size=20) + n / 4, np.zeros(20)) for n in range(4)]
+    table = stats.paired_table(pairs, seed=1)
+    assert table["condition"].tolist() == ["0", "1", "2", "3"]
+    assert table["p_holm"].tolist() == stats.holm(table["p"].tolist())
+    assert table.loc[2, "difference"] == pairs[2][1].mean()
+    assert stats.paired_table([]).empty

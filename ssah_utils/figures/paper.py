@@ -4,27 +4,17 @@ Knows stored tables and ``data/paper_tables.yaml``. Loads no model. Filled marke
 ones the paper's.
 """
 
-from functools import cache
-
 import matplotlib.pyplot as plt
 import pandas as pd
-import yaml
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from ssah_utils import paper as paper_numbers
 from ssah_utils.figures.style import CONTROL, INK, SAFETY, UTILITY, Tables
-from ssah_utils.files import ROOT
 
 WIDTH = 7.0  # inches: both columns of a two-column page
 PAPER_MARKERS = ("D", "^")
-
-
-@cache
-def paper_tables() -> Tables:
-    """The paper's numbers, one data frame per table."""
-    content = yaml.safe_load((ROOT / "data" / "paper_tables.yaml").read_text(encoding="utf-8"))
-    return {name: pd.DataFrame(rows) for name, rows in content.items()}
 
 
 # ---------------------------------------------------------------------------------------- dot plots
@@ -108,7 +98,7 @@ def table1_ablation(tables: Tables) -> Figure:
     """Table 1: change of ASR and of utility when a group is switched off, its random control, the
     paper's two models.
     """
-    found, theirs = tables["differences"], paper_tables()["table1"]
+    found, theirs = tables["differences"], paper_numbers.table("table1")
     groups = [
         name
         for name in ("safety", "utility", "complex", "redundant")
@@ -159,7 +149,7 @@ def table2_freezing(tables: Tables) -> Figure:
     Ours on AdvBench and HarmBench, the paper's on AdvBench and HEx-PHI, after fine-tuning on Alpaca
     and Dolly.
     """
-    rates, theirs = tables["rates"], paper_tables()["table2"]
+    rates, theirs = tables["rates"], paper_numbers.table("table2")
     rates = rates[rates["task"].isin(["-", "adaptation"])]
     names = conditions_of(rates, "condition")
     figure, axes = panels(
@@ -224,7 +214,7 @@ def table4_budget(tables: Tables) -> Figure:
     """Table 4: what training a budget of units alone gives; ours arithmetic and safety, the paper's
     GSM8K and MT-Bench.
     """
-    rates, theirs = tables["rates"], paper_tables()["table4"].set_index("trained")
+    rates, theirs = tables["rates"], paper_numbers.table("table4").set_index("trained")
     rates = rates[rates["method"].isin(["-", "sft"])]
     names = list(dict.fromkeys(rates["trained"]))
     titles = [
@@ -255,7 +245,7 @@ def table5_adapters(tables: Tables) -> Figure:
     """Table 5: parameter-efficient methods; ours as margin minus full fine-tuning at equal loss,
     the paper's as harmfulness.
     """
-    theirs = paper_tables()["table5"].set_index("method")
+    theirs = paper_numbers.table("table5").set_index("method")
     names = [name for name in theirs.index if name != "before"]
     figure, axes = panels(
         names, ["ours: margin minus full fine-tuning, nats", "paper: harmfulness (1 to 5)"]

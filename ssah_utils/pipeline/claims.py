@@ -16,6 +16,7 @@ from pathlib import Path
 
 import yaml
 
+from ssah_utils import paper
 from ssah_utils.files import ROOT
 from ssah_utils.pipeline.runs import Stored
 
@@ -114,6 +115,11 @@ class Claim:
     )  # parameters that the claim speaks of, by stage
 
     @property
+    def stage(self) -> str:
+        """The notebook whose result our number is."""
+        return self.ours.stage
+
+    @property
     def selectors(self) -> dict[str, Selector | float]:
         """Everything a rule may name, by name."""
         return {
@@ -157,6 +163,10 @@ def load_claims(path: Path = FILE) -> list[Claim]:
 def read_claim(entry: object) -> Claim:
     """A claim from its YAML mapping; ``ValueError`` begins with the field that is wrong."""
     values = dict(checked(entry, Claim, ""))
+    try:
+        values["paper"] = paper.fill(values["paper"])
+    except LookupError as error:
+        raise ValueError(f"field 'paper': {error.args[0]}") from error
     values["ours"] = read_selector(values["ours"], "ours")
     numbers = values.get("numbers", {})
     if not isinstance(numbers, dict):

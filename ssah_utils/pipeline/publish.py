@@ -92,6 +92,23 @@ def with_outputs(
     return source
 
 
+def renew_verdicts(notebook: nbformat.NotebookNode, run_folder: Path, stage: str) -> None:
+    """Put today's verdicts into the cell tagged ``verdicts``.
+
+    They follow from stored results and data/claims.yaml alone, so a rule that changes asks for no
+    notebook to be executed again.
+    """
+    for cell in notebook.cells:
+        if "verdicts" not in cell.metadata.get("tags", []):
+            continue
+        table = verdicts.of_stage(run_folder, stage)
+        data = {"text/html": table.to_html(), "text/plain": table.data.to_string(index=False)}
+        shown = nbformat.v4.new_output("execute_result", data)
+        shown.execution_count = cell.execution_count
+        printed = [output for output in cell.outputs if output.output_type == "stream"]
+        cell.outputs = [*printed, shown]
+
+
 def published_notebooks(source: Path) -> dict[Path, nbformat.NotebookNode]:
     """Every finished stage's notebook with its outputs, by where it belongs; ``ValueError`` names
     the first that cannot be.
@@ -102,6 +119,7 @@ def published_notebooks(source: Path) -> dict[Path, nbformat.NotebookNode]:
         executed = nbformat.read(source / stage / f"{stage}.ipynb", as_version=4)
         try:
             notebooks[path] = with_outputs(nbformat.read(path, as_version=4), executed)
+            renew_verdicts(notebooks[path], source, stage)
         except ValueError as error:
             raise ValueError(f"{stage}: {error}") from error
     return notebooks

@@ -76,8 +76,12 @@ class Run:
         self.inputs[f"{stage}/{name}"] = sha256_of_file(path)
         return path
 
-    def save_figure(self, figure: Figure, name: str) -> None:
+    def show(self, figure: Figure, name: str) -> Figure:
+        """Save a figure as NAME.png and NAME.pdf; returned, so that a cell that ends with it shows
+        it.
+        """
         save_figure(figure, self.folder, name)
+        return figure
 
     def finish(self, **tables: pd.DataFrame) -> None:
         """Write result.json: tidy tables, parameters, versions, machine, commit, hashes of inputs,

@@ -9,9 +9,15 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from pandas.io.formats.style import Styler
 
-from ssah_utils.pipeline.claims import STORED_FIELDS, Claim, Selector, Tables, nearest
+from ssah_utils.figures.claims import number, shown_interval
+from ssah_utils.files import sha256_of_file
+from ssah_utils.pipeline.claims import FILE as CLAIMS_FILE
+from ssah_utils.pipeline.claims import STORED_FIELDS, Claim, Selector, Tables, load_claims, nearest
 from ssah_utils.pipeline.runs import Stored, differing_parameters, load_result
+
+# ---------------------------------------------------------------------------------------- selecting
 
 
 def select(selector: Selector, tables: Tables) -> tuple[float, float, float]:
@@ -98,6 +104,9 @@ def estimate(rows: pd.DataFrame, selector: Selector) -> tuple[float, float, floa
         if len(values) > 1
         else (value, np.nan, np.nan)
     )
+
+
+# ----------------------------------------------------------------------------------------- deciding
 
 
 def decide(claim: Claim, tables: Tables) -> dict:
@@ -201,6 +210,36 @@ def over_runs(rows: list[dict]) -> dict:
         "verdict": verdicts[0] if agreed else "not replicated" if most_fail else "partly",
         "note": "; ".join(said),
     }
+
+
+# ------------------------------------------------------------------------------------- in notebooks
+
+
+def of_stage(folder: Path, stage: str) -> Styler:
+    """Verdicts of the claims that rest on one notebook's result, as the notebook ends with them.
+
+    ``folder``: of the run (one profile, model and seed). A claim that needs a notebook that has not
+    run yet is "not measured", and its note says which to run.
+    """
+    stated = [claim for claim in load_claims() if claim.stage == stage]
+    tables, _ = read_tables(folder, stages_of(stated))
+    rows = pd.DataFrame([decide(claim, tables) for claim in stated], columns=list(STORED_FIELDS))
+    shown = pd.DataFrame(
+        {
+            "claim": rows["claim"],
+            "ours [95% interval]": [shown_interval(row) for _, row in rows.iterrows()],
+            "control": rows["control"].map(number),
+            "unit": rows["unit"],
+            "verdict": rows["verdict"],
+            "note": rows["note"],
+        }
+    )
+    rules = f"Rules: data/{CLAIMS_FILE.name}, sha256 {sha256_of_file(CLAIMS_FILE)[:12]}"
+    styler = Styler(shown, uuid=f"verdicts-{stage}", cell_ids=False).hide(axis="index")
+    return styler.set_caption(rules).set_properties(**{"text-align": "left"})
+
+
+# ----------------------------------------------------------------------------------- stored results
 
 
 def read_tables(folder: Path, stages: Iterable[str]) -> tuple[Tables, list[str]]:

@@ -19,6 +19,13 @@ def redact(text: str, words: int = 4) -> str:
     return opening + (" [...]" if opening != " ".join(said) else "")
 
 
+def say(text: str) -> None:
+    """Show a sentence of Markdown below a notebook's cell: what a result says, computed from it."""
+    from IPython.display import Markdown, display  # only notebooks have it
+
+    display(Markdown(text))
+
+
 def show_progress(label: str, done: int, total: int) -> None:
     """Say how far a long step is: on the runner's status line, else on one line of the notebook
     that overwrites itself.

@@ -4,8 +4,10 @@ from itertools import product
 
 import pytest
 
+from ssah_utils.files import ROOT
 from ssah_utils.loading import EMBEDDED, TINY_RANDOM
-from ssah_utils.pipeline.parameters import check
+from ssah_utils.pipeline.parameters import check, rule_of
+from ssah_utils.pipeline.runs import declared_parameters
 
 
 @pytest.mark.parametrize(
@@ -145,3 +147,15 @@ def test_templates_and_system_prompts_are_probed_for_the_embedded_models_too(tmp
     template.write_text(loop)
     with pytest.raises(ValueError, match="does not open the assistant's turn"):
         check({"model": model, "chat_template": str(template)})
+
+
+def test_every_parameter_of_every_notebook_has_a_rule():
+    """A name that no pattern knows would be taken whatever its value is."""
+    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        unknown = [name for name in declared_parameters(path) if rule_of(name) is None]
+        assert not unknown, (path.stem, unknown)
+
+
+def test_the_defaults_of_every_notebook_are_valid():
+    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        check(declared_parameters(path))

@@ -1,10 +1,12 @@
-"""What a valid notebook parameter is, by its name. Checked by the runner before any kernel starts.
-Knows names, not notebooks.
+"""What a valid notebook parameter is, by its name; checked before any kernel starts.
 
-A parameter's type is that of its default in the notebook; its meaning is told by its name:
+A parameter's type is that of its default in the notebook. Its meaning is told by its name:
 ``*_fraction`` lies in [0, 1], ``n_*`` counts, ``*_data`` names a data set, ``*model`` a model.
+The table ``RULES`` has them all.
 """
 
+from collections.abc import Callable
+from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
 
@@ -24,19 +26,165 @@ from ssah_utils.prompts.formats import SUFFIXES
 from ssah_utils.prompts.tokens import POSITIONS
 from ssah_utils.units import check_fractions
 
-CHOICES = {
-    "dtype": DTYPES,
-    "positions": POSITIONS,
-    "ablation_mode": ("zero", "mean"),
-    "alignment": ("auto", "train", "given"),
-}
-METHODS = {
-    "peft_factors": tuple(PEFT_METHODS),
-    "preference_methods": ("all", "redundant", "top", "random", "safety"),
-}
+Check = Callable[[str, object, dict], None]  # (name, value, all values): raises in one line
+
 STUDY_DATA = ("harmful_data", "other_harmful_data", "helpful_data")
+GROUP_FRACTIONS = tuple(f"{group}_fraction" for group in ("safety", "utility", "redundant"))
 LENGTHS = ("answer_tokens", "new_tokens", "response_tokens")  # of what may follow a request
-OPTIONAL_DATA = ("over_refusal_data",)
+
+# ------------------------------------------------------------------------------------ single values
+
+
+def one_of(*choices: str) -> Check:
+    def check_choice(name: str, value: str, values: dict) -> None:
+        if value not in choices:
+            raise ValueError(f"{name} is '{value}', but one of {', '.join(choices)} is needed")
+
+    return check_choice
+
+
+def at_least(least: float) -> Check:
+    def check_least(name: str, value: float, values: dict) -> None:
+        if value < least:
+            raise ValueError(f"{name} is {value}, but at least {least} is needed")
+
+    return check_least
+
+
+def above_zero(name: str, value: float, values: dict) -> None:
+    if value <= 0:
+        raise ValueError(f"{name} is {value}, which is too small")
+
+
+def fraction(name: str, value: float, values: dict) -> None:
+    check_fractions(**{name: value})
+
+
+def list_of(what: str, is_valid: Callable[[object], bool]) -> Check:
+    """A list with at least one item, all of them valid; ``what`` says in words which are."""
+
+    def check_list(name: str, value: list, values: dict) -> None:
+        if not value or not all(is_valid(item) for item in value):
+            raise ValueError(f"{name} takes a list of {what}, not {value!r}")
+
+    return check_list
+
+
+def is_number(item: object) -> bool:
+    return type(item) in (int, float)
+
+
+def is_positive(item: object) -> bool:
+    return is_number(item) and item > 0
+
+
+def whole_from(least: int) -> Check:
+    what = f"whole numbers from {least} on"
+    return list_of(what, lambda item: type(item) is int and item >= least)
+
+
+def fractions(name: str, value: list, values: dict) -> None:
+    list_of("numbers", is_number)(name, value, values)
+    for item in value:
+        fraction(name, item, values)
+
+
+def among(*methods: str) -> Check:
+    """A list of methods, or a mapping of methods to numbers above 0."""
+
+    def check_methods(name: str, value: list | dict, values: dict) -> None:
+        unknown = [item for item in value if item not in methods]
+        if unknown:
+            raise ValueError(f"{name} has '{unknown[0]}', but {', '.join(methods)} are there")
+        if isinstance(value, dict) and not all(map(is_positive, value.values())):
+            raise ValueError(f"{name} takes a number above 0 for every method, not {value!r}")
+
+    return check_methods
+
+
+def free(name: str, value: object, values: dict) -> None:
+    """Any value of the right type will do."""
+
+
+# ----------------------------------------------------------------------------- what has to be there
+
+
+def requests(name: str, value: str, values: dict) -> None:
+    check_readable(value)
+
+
+def pairs(name: str, value: str, values: dict) -> None:
+    check_pairs(value)
+
+
+def tasks(name: str, value: list, values: dict) -> None:
+    what = "the names of tasks, at least one, such as cloze"
+    if not value or not all(isinstance(task, str) for task in value):
+        raise ValueError(f"{name} takes {what}, not {value!r}")
+    for task in value:
+        check_task(task)
+
+
+def judge(name: str, value: str, values: dict) -> None:
+    from ssah_utils.judge.model_judges import check_judge  # seconds to import, rarely asked for
+
+    check_judge(value)
+
+
+def template(name: str, value: str, values: dict) -> None:
+    if not Path(value).is_file():
+        raise FileNotFoundError(f"{name} '{value}' does not exist: give the path of a Jinja file")
+
+
+def model(name: str, value: str, values: dict) -> None:
+    check_reachable(value)
+    check_template(value, values.get("chat_template", ""), values.get("system_prompt", ""))
+
+
+def if_given(check_value: Check) -> Check:
+    """Empty means: none."""
+    return lambda name, value, values: check_value(name, value, values) if value else None
+
+
+# The first pattern that matches a name says what its value has to be.
+RULES: tuple[tuple[str, Check], ...] = (
+    ("profile", free),
+    ("seed", at_least(0)),
+    ("dtype", one_of(*DTYPES)),
+    ("alignment", one_of("auto", "train", "given")),
+    ("positions", one_of(*POSITIONS)),
+    ("ablation_mode", one_of("zero", "mean")),
+    ("system_prompt", free),
+    ("neutral_opening", free),
+    ("chat_template", if_given(template)),
+    ("model", model),
+    ("judge_model", if_given(judge)),
+    ("*_model", if_given(model)),
+    ("over_refusal_data", if_given(requests)),
+    ("*adaptation_data", pairs),
+    ("*_data", requests),
+    ("utility_tasks", tasks),
+    ("peft_factors", among(*PEFT_METHODS)),
+    ("preference_methods", among("all", "redundant", "top", "random", "safety")),
+    ("steps", whole_from(0)),
+    ("prefill_tokens", whole_from(1)),
+    ("checkpoints", list_of("numbers above 0", is_positive)),
+    ("*_factors", list_of("numbers above 0", is_positive)),
+    ("*_sizes", list_of("numbers above 0", is_positive)),
+    ("*_fractions", fractions),
+    ("*_fraction", fraction),
+    ("*_factor", above_zero),
+    ("*learning_rate", above_zero),
+    ("epochs", above_zero),
+    ("n_*", at_least(1)),
+    ("*_tokens", at_least(1)),
+    ("*_size", at_least(1)),
+)
+
+
+def rule_of(name: str) -> Check | None:
+    """What a parameter of this name is checked by; None where no pattern matches."""
+    return next((rule for pattern, rule in RULES if fnmatchcase(name, pattern)), None)
 
 
 def check(values: dict) -> None:
@@ -44,92 +192,32 @@ def check(values: dict) -> None:
     value that cannot work.
     """
     for name, value in values.items():
-        if name.endswith("_fraction"):
-            check_fractions(**{name: value})
-        elif name.endswith("_fractions"):
-            if not value or not all(type(item) in (int, float) for item in value):
-                raise ValueError(f"{name} takes a list of numbers, not {value!r}")
-            for item in value:
-                check_fractions(**{name: item})
-        elif (name.endswith(("learning_rate", "epochs", "_factor")) and value <= 0) or (
-            name == "seed" and value < 0
-        ):
-            raise ValueError(f"{name} is {value}, which is too small")
-        elif name in ("steps", "prefill_tokens"):
-            least = 0 if name == "steps" else 1
-            if not value or not all(type(item) is int and item >= least for item in value):
-                raise ValueError(
-                    f"{name} takes a list of whole numbers from {least} on, not {value!r}"
-                )
-        elif name.startswith("n_") or name.endswith(("_tokens", "_size")):
-            if value < 1:
-                raise ValueError(f"{name} is {value}, but at least 1 is needed")
-        elif name in CHOICES and value not in CHOICES[name]:
-            raise ValueError(
-                f"{name} is '{value}', but one of {', '.join(CHOICES[name])} is needed"
-            )
-        elif name.endswith("adaptation_data"):
-            check_pairs(value)
-        elif name.endswith("_data"):
-            if value or name not in OPTIONAL_DATA:
-                check_readable(value)
-        elif name == "utility_tasks":
-            if not value or not all(isinstance(task, str) for task in value):
-                raise ValueError(
-                    "utility_tasks takes the names of tasks, at least one, such as cloze, not"
-                    f" {value!r}"
-                )
-            for task in value:
-                check_task(task)
-        elif name == "judge_model":
-            if value:
-                from ssah_utils.judge.model_judges import (
-                    check_judge,  # seconds to import, and rarely asked for
-                )
+        rule = rule_of(name)
+        if rule is not None:
+            rule(name, value, values)
+    check_together(values)
 
-                check_judge(value)
-        elif name in ("checkpoints", "sweep_factors", "stability_sizes"):
-            if not value or not all(type(item) in (int, float) and item > 0 for item in value):
-                raise ValueError(f"{name} takes a list of numbers above 0, not {value!r}")
-        elif name in METHODS:
-            unknown = [item for item in value if item not in METHODS[name]]
-            if unknown:
-                raise ValueError(
-                    f"{name} has '{unknown[0]}', but {', '.join(METHODS[name])} are there"
-                )
-            if isinstance(value, dict) and not all(
-                type(item) in (int, float) and item > 0 for item in value.values()
-            ):
-                raise ValueError(f"{name} takes a number above 0 for every method, not {value!r}")
-        elif name == "chat_template" and value and not Path(value).is_file():
-            raise FileNotFoundError(
-                f"chat_template '{value}' does not exist: give the path of a Jinja file"
-            )
-        elif name == "model" or (name.endswith("_model") and value):
-            check_reachable(value)
-            check_template(value, values.get("chat_template", ""), values.get("system_prompt", ""))
-    groups = {f"{group}_fraction" for group in ("safety", "utility", "redundant")}
-    if groups <= set(values):
-        check_fractions(**{name: values[name] for name in sorted(groups)})
+
+def check_together(values: dict) -> None:
+    """What no value shows alone: sums, pairs that must differ, requests that must fit the model."""
+    if set(GROUP_FRACTIONS) <= set(values):
+        check_fractions(**{name: values[name] for name in sorted(GROUP_FRACTIONS)})
     if values.get("adaptation_data", 0) == values.get("other_adaptation_data", 1):
-        raise ValueError(
-            f"adaptation_data and other_adaptation_data are both '{values['adaptation_data']}':"
-            " give two"
-        )
+        same = values["adaptation_data"]
+        raise ValueError(f"adaptation_data and other_adaptation_data are both '{same}': give two")
     if set(STUDY_DATA) <= set(values):
         check_splits(*(values[name] for name in STUDY_DATA))
+    if "model" not in values:
+        return
+    n_more = max(values.get(length, 0) for length in LENGTHS)
+    in_chat = (values["model"], values.get("chat_template", ""), values.get("system_prompt", ""))
     for name, value in values.items():
-        if (
-            "model" in values and name.endswith("_data") and Path(value).suffix.lower() in SUFFIXES
-        ):  # what we ship is short
-            n_more = max(values.get(length, 0) for length in LENGTHS)
-            check_fits(
-                values["model"],
-                values.get("chat_template", ""),
-                values.get("system_prompt", ""),
-                value,
-                n_more,
-            )
+        is_users = name.endswith("_data") and Path(value).suffix.lower() in SUFFIXES
+        if is_users:  # what we ship is short
+            check_fits(*in_chat, value, n_more)
+
+
+# ----------------------------------------------------------------------------------- once a process
 
 
 def check_template(model: str, chat_template: str, system_prompt: str) -> None:

@@ -23,45 +23,29 @@ from ssah_utils.pipeline.runs import Stored
 FILE = ROOT / "data" / "claims.yaml"
 CLAIM_VERDICTS = ("replicated", "partly", "not replicated", "not measured")
 AGGREGATES = ("mean", "median", "min", "max", "sum")
-STORED_FIELDS = (
-    "id",
-    "claim",
-    "source",
-    "paper",
-    "ours",
-    "ci_low",
-    "ci_high",
-    "control",
-    "n_seeds",
-    "verdict",
-    "experiment",
-    "unit",
-    "ours_seeds",
-    "note",
+STORED_FIELDS = tuple(
+    [
+        "id",
+        "claim",
+        "source",
+        "paper",
+        "ours",
+        "ci_low",
+        "ci_high",
+        "control",
+        "n_seeds",
+        "verdict",
+        "experiment",
+        "unit",
+        "ours_seeds",
+        "note",
+    ]
 )
-
-
 Tables = dict[str, Stored]
-ARITHMETIC = (
-    ast.Expression,
-    ast.BoolOp,
-    ast.And,
-    ast.Or,
-    ast.UnaryOp,
-    ast.USub,
-    ast.BinOp,
-    ast.Add,
-    ast.Sub,
-    ast.Mult,
-    ast.Div,
-    ast.Compare,
-    ast.Lt,
-    ast.LtE,
-    ast.Gt,
-    ast.GtE,
-    ast.Name,
-    ast.Load,
-    ast.Constant,
+ARITHMETIC = (  # what a rule may consist of
+    *(ast.Expression, ast.Name, ast.Load, ast.Constant),
+    *(ast.BoolOp, ast.And, ast.Or, ast.Compare, ast.Lt, ast.LtE, ast.Gt, ast.GtE),
+    *(ast.UnaryOp, ast.USub, ast.BinOp, ast.Add, ast.Sub, ast.Mult, ast.Div),
 )
 
 
@@ -110,9 +94,7 @@ class Claim:
     control: Selector | float | None = None
     numbers: dict[str, Selector] = field(default_factory=dict)
     n_seeds: Selector | int = 1
-    given: dict[str, dict] = field(
-        default_factory=dict
-    )  # parameters that the claim speaks of, by stage
+    given: dict[str, dict] = field(default_factory=dict)  # by stage, what the claim speaks of
 
     @property
     def stage(self) -> str:
@@ -144,11 +126,8 @@ def load_claims(path: Path = FILE) -> list[Claim]:
         raise ValueError(f"{path} must be a list of claims, each with {', '.join(required(Claim))}")
     claims, problems = [], []
     for position, entry in enumerate(content, 1):
-        name = (
-            entry.get("id", f"number {position}")
-            if isinstance(entry, dict)
-            else f"number {position}"
-        )
+        name = entry.get("id") if isinstance(entry, dict) else None
+        name = name or f"number {position}"
         try:
             if any(claim.id == name for claim in claims):
                 raise ValueError("field 'id': used twice")
@@ -266,13 +245,10 @@ def check_rule(rule: str, known: list[str], name: str) -> None:
     except SyntaxError as error:
         raise ValueError(f"field '{name}': '{rule}' is not an expression ({error.msg})") from error
     for node in ast.walk(tree):
-        if not isinstance(node, ARITHMETIC) or (
-            isinstance(node, ast.Constant) and not isinstance(node.value, (int, float))
-        ):
-            raise ValueError(
-                f"field '{name}': '{ast.unparse(node)}' is neither a number nor arithmetic nor a"
-                " comparison"
-            )
+        is_text = isinstance(node, ast.Constant) and not isinstance(node.value, (int, float))
+        if is_text or not isinstance(node, ARITHMETIC):
+            what = f"'{ast.unparse(node)}' is neither a number nor arithmetic nor a comparison"
+            raise ValueError(f"field '{name}': {what}")
         if isinstance(node, ast.Name) and node.id not in known:
             raise ValueError(f"field '{name}': unknown number '{node.id}'{nearest(node.id, known)}")
     if not isinstance(tree.body, (ast.Compare, ast.BoolOp)):
@@ -282,17 +258,6 @@ def check_rule(rule: str, known: list[str], name: str) -> None:
 def nearest(name: object, known: Iterable) -> str:
     known = [str(one) for one in known]
     near = difflib.get_close_matches(str(name), known, n=1, cutoff=0)
-    return (
-        f"; nearest is '{near[0]}' (there are: {', '.join(known[:12])})"
-        if near
-        else "; there is none"
-    )
-
-
-# ---------------------------------------------------------------------------------------- selecting
-
-
-# ----------------------------------------------------------------------------------------- deciding
-
-
-# ------------------------------------------------------------------------------------------- stored
+    if not near:
+        return "; there is none"
+    return f"; nearest is '{near[0]}' (there are: {', '.join(known[:12])})"

@@ -31,34 +31,27 @@ def select(selector: Selector, tables: Tables) -> tuple[float, float, float]:
         raise LookupError(f"no readable result of {selector.stage}{again}")
     stored = tables[selector.stage]
     if selector.table not in stored:
-        raise LookupError(
-            f"{selector.stage} has no table"
-            f" '{selector.table}'{nearest(selector.table, stored)}{again}"
-        )
+        near = nearest(selector.table, stored)
+        raise LookupError(f"{selector.stage} has no table '{selector.table}'{near}{again}")
     rows = stored[selector.table]
     wanted = [*selector.where, selector.value, selector.low, selector.high, selector.last]
     for column in filter(None, wanted):
         if column not in rows:
-            raise LookupError(
-                f"{place}: no column '{column}'{nearest(column, rows.columns)}{again}"
-            )
+            near = nearest(column, rows.columns)
+            raise LookupError(f"{place}: no column '{column}'{near}{again}")
     for column, value in selector.where.items():
         kept = rows[matches(rows[column], value)]
         if kept.empty:
-            raise LookupError(
-                f"{place}: no row with {column}"
-                f" {value!r}{nearest(value, rows[column].unique())}{again}"
-            )
+            near = nearest(value, rows[column].unique())
+            raise LookupError(f"{place}: no row with {column} {value!r}{near}{again}")
         rows = kept
     if selector.last:
         rows = rows[rows[selector.last] == rows[selector.last].max()]
     if len(rows) > 1 and not selector.aggregate:
-        open_columns = [
-            column for column in rows if column not in wanted and rows[column].nunique() > 1
-        ]
+        varying = [column for column in rows if rows[column].nunique() > 1]
+        choices = ", ".join(column for column in varying if column not in wanted)
         raise LookupError(
-            f"{place}: {len(rows)} rows match; choose by {', '.join(open_columns)} or give an"
-            " aggregate"
+            f"{place}: {len(rows)} rows match; choose by {choices} or give an aggregate"
         )
     return estimate(rows, selector)
 
@@ -74,36 +67,31 @@ def matches(column: pd.Series, value: object) -> pd.Series:
 
 def estimate(rows: pd.DataFrame, selector: Selector) -> tuple[float, float, float]:
     """Value, low and high of the rows found; ``LookupError`` where they hold no numbers."""
+    place = f"{selector.stage}, table '{selector.table}'"
 
     def numbers(column: str) -> pd.Series:
         try:
             return pd.to_numeric(rows[column]).astype(float) * selector.scale
         except (ValueError, TypeError) as error:
-            place = f"{selector.stage}, table '{selector.table}', column '{column}'"
-            raise LookupError(f"{place} holds no numbers: re-run {selector.stage}") from error
+            what = f"{place}, column '{column}' holds no numbers"
+            raise LookupError(f"{what}: re-run {selector.stage}") from error
 
     values = numbers(selector.value).dropna()
     if values.empty and selector.otherwise is not None:
         return selector.otherwise, np.nan, np.nan
     if values.empty:
-        raise LookupError(
-            f"{selector.stage}, table '{selector.table}': '{selector.value}' is empty: re-run"
-            f" {selector.stage}"
-        )
-    if selector.aggregate in ("min", "max"):
-        values = values[[values.idxmin() if selector.aggregate == "min" else values.idxmax()]]
+        raise LookupError(f"{place}: '{selector.value}' is empty: re-run {selector.stage}")
+    if selector.aggregate == "min":
+        values = values.loc[[values.idxmin()]]
+    elif selector.aggregate == "max":
+        values = values.loc[[values.idxmax()]]
     value = float(values.agg(selector.aggregate or "mean"))
     if selector.low:
-        return (
-            value,
-            float(numbers(selector.low)[values.index].min()),
-            float(numbers(selector.high)[values.index].max()),
-        )
-    return (
-        (value, float(values.min()), float(values.max()))
-        if len(values) > 1
-        else (value, np.nan, np.nan)
-    )
+        lows, highs = numbers(selector.low)[values.index], numbers(selector.high)[values.index]
+        return value, float(lows.min()), float(highs.max())
+    if len(values) > 1:
+        return value, float(values.min()), float(values.max())
+    return value, np.nan, np.nan
 
 
 # ----------------------------------------------------------------------------------------- deciding
@@ -111,25 +99,14 @@ def estimate(rows: pd.DataFrame, selector: Selector) -> tuple[float, float, floa
 
 def decide(claim: Claim, tables: Tables) -> dict:
     """One claim on one run: a row of ``STORED_FIELDS``."""
-    row = {
-        name: getattr(claim, name)
-        for name in ("id", "claim", "source", "paper", "experiment", "unit")
-    }
-    row |= dict.fromkeys(("ours", "ci_low", "ci_high", "control", "n_seeds"), np.nan) | {
-        "verdict": "not measured",
-        "note": "",
-    }
+    stated = ("id", "claim", "source", "paper", "experiment", "unit")
+    row: dict[str, object] = {name: getattr(claim, name) for name in stated}
+    row |= dict.fromkeys(("ours", "ci_low", "ci_high", "control", "n_seeds"), np.nan)
+    row |= {"verdict": "not measured", "note": ""}
     try:
         check_given(claim, tables)
-        found = {
-            name: select(one, tables) if isinstance(one, Selector) else (float(one), np.nan, np.nan)
-            for name, one in claim.selectors.items()
-        }
-        n_seeds = (
-            select(claim.n_seeds, tables)[0]
-            if isinstance(claim.n_seeds, Selector)
-            else claim.n_seeds
-        )
+        found = {name: number_of(one, tables) for name, one in claim.selectors.items()}
+        n_seeds = number_of(claim.n_seeds, tables)[0]
     except LookupError as error:
         return row | {"note": error.args[0]}
     names = {}
@@ -143,11 +120,14 @@ def decide(claim: Claim, tables: Tables) -> dict:
         "n_seeds": int(n_seeds),
         "control": names.get("control", np.nan),
     }
-    verdict = next(
-        (name for name in ("replicated", "partly") if holds(getattr(claim, name), names)),
-        "not replicated",
-    )
-    return row | {"verdict": verdict}
+    if holds(claim.replicated, names):
+        return row | {"verdict": "replicated"}
+    return row | {"verdict": "partly" if holds(claim.partly, names) else "not replicated"}
+
+
+def number_of(one: Selector | float, tables: Tables) -> tuple[float, float, float]:
+    """What a selector points at, or a number that the claim states itself, without interval."""
+    return select(one, tables) if isinstance(one, Selector) else (float(one), np.nan, np.nan)
 
 
 def check_given(claim: Claim, tables: Tables) -> None:
@@ -158,32 +138,27 @@ def check_given(claim: Claim, tables: Tables) -> None:
         stored = tables[stage].parameters if stage in tables else {}
         for name, value in given.items():
             if stored.get(name, value) != value:
-                raise LookupError(
-                    f"{stage} was run with {name} {stored[name]}, the claim speaks of {value}"
-                )
+                ran = f"{stage} was run with {name} {stored[name]}"
+                raise LookupError(f"{ran}, the claim speaks of {value}")
 
 
 def holds(rule: str, names: dict[str, float]) -> bool:
-    """Whether a checked rule is true of the numbers; a comparison with a number that is missing
-    (NaN) is false.
-    """
-    return bool(rule) and bool(
-        pd.eval(rule, engine="python", parser="pandas", local_dict=names, global_dict={})
-    )
+    """Whether a checked rule is true; a comparison with a missing number (NaN) is false."""
+    if not rule:
+        return False
+    return bool(pd.eval(rule, engine="python", parser="pandas", local_dict=names, global_dict={}))
 
 
 def verdict_table(claims: list[Claim], runs: list[Tables]) -> pd.DataFrame:
-    """The claims table over runs with different seeds: mean over the runs, the envelope of their
+    """One row a claim over runs with different seeds: the mean of the runs, the envelope of their
     intervals, one verdict.
 
-    Replicated has to be so in every run that measured it, not replicated in most; anything between
-    is partly. ``n_seeds`` sums the seeds of all runs that measured the claim, ``ours_seeds`` holds
-    their values. Runs that disagree are noted.
+    "Replicated" has to hold in every run that measured the claim, "not replicated" in most of them;
+    anything between is "partly". ``n_seeds`` is the sum over these runs, ``ours_seeds`` their
+    values. Where runs disagree, the note says so.
     """
-    return pd.DataFrame(
-        [over_runs([decide(claim, tables) for tables in runs]) for claim in claims],
-        columns=list(STORED_FIELDS),
-    )
+    rows = [over_runs([decide(claim, tables) for tables in runs]) for claim in claims]
+    return pd.DataFrame(rows, columns=list(STORED_FIELDS))
 
 
 def over_runs(rows: list[dict]) -> dict:
@@ -200,6 +175,7 @@ def over_runs(rows: list[dict]) -> dict:
     if len(measured) < len(rows):
         said.append(f"measured in {len(measured)} of {len(rows)} runs")
     most_fail = 2 * verdicts.count("not replicated") > len(verdicts)
+    mixed = "not replicated" if most_fail else "partly"
     return measured[0] | {
         "ours": table["ours"].mean(),
         "ci_low": table["ci_low"].min(),
@@ -207,7 +183,7 @@ def over_runs(rows: list[dict]) -> dict:
         "control": table["control"].mean(),
         "n_seeds": int(table["n_seeds"].sum()),
         "ours_seeds": table["ours"].tolist(),
-        "verdict": verdicts[0] if agreed else "not replicated" if most_fail else "partly",
+        "verdict": verdicts[0] if agreed else mixed,
         "note": "; ".join(said),
     }
 
@@ -259,20 +235,18 @@ def read_tables(folder: Path, stages: Iterable[str]) -> tuple[Tables, list[str]]
 def runs_of_other_seeds(folder: Path) -> Iterator[Path]:
     """Runs with other seeds: beside a run's folder, or inside that of the stored results."""
     around = Path(folder).parent if Path(folder).name.startswith("seed-") else Path(folder)
-    yield from (
-        path for path in sorted(around.glob("seed-*")) if path.is_dir() and path != Path(folder)
-    )
+    for path in sorted(around.glob("seed-*")):
+        if path.is_dir() and path != Path(folder):
+            yield path
 
 
 def stages_of(claims: list[Claim]) -> list[str]:
     """Stages whose stored results the claims need, in order."""
-    selected = {
-        one.stage
-        for claim in claims
-        for one in claim.selectors.values()
-        if isinstance(one, Selector)
-    }
-    return sorted(selected.union(*(claim.given for claim in claims)))
+    stages: set[str] = set()
+    for claim in claims:
+        stages |= {one.stage for one in claim.selectors.values() if isinstance(one, Selector)}
+        stages |= claim.given.keys()
+    return sorted(stages)
 
 
 def stored_verdicts(folder: Path, claims: list[Claim]) -> tuple[pd.DataFrame, list[str]]:
@@ -288,27 +262,23 @@ def stored_verdicts(folder: Path, claims: list[Claim]) -> tuple[pd.DataFrame, li
         there = [stage for stage in stages if (other / stage / "result.json").exists()]
         tables, unreadable = read_tables(other, there)
         for stage, result in list(tables.items()):
-            if differing := differing_parameters(
-                runs[0].get(stage, result).parameters, result.parameters
-            ):
+            of_this_run = runs[0].get(stage, result).parameters
+            if differing := differing_parameters(of_this_run, result.parameters):
                 del tables[stage]
-                unreadable.append(
-                    f"{stage} was run with another {', '.join(differing)}, so it is left out"
-                )
+                what = ", ".join(differing)
+                unreadable.append(f"{stage} was run with another {what}, so it is left out")
         runs.append(tables)
         problems += [f"{other.name}/{line}" for line in unreadable]
     return verdict_table(claims, runs), problems
 
 
 def swapped(claims: list[Claim]) -> list[Claim]:
-    """The claims with a measured control in the place of ours: a rule that still calls them
-    replicated asks for no effect.
+    """The claims with their measured control in the place of our number.
+
+    A rule that still calls such a claim replicated asks for no effect.
     """
-    return [
-        replace(claim, ours=claim.control)
-        for claim in claims
-        if isinstance(claim.control, Selector)
-    ]
+    controlled = [claim for claim in claims if isinstance(claim.control, Selector)]
+    return [replace(claim, ours=claim.control) for claim in controlled]
 
 
 def to_records(table: pd.DataFrame) -> list[dict]:
@@ -321,10 +291,10 @@ def to_records(table: pd.DataFrame) -> list[dict]:
             return None if not np.isfinite(value) else round(float(value), 6)
         return int(value) if isinstance(value, np.integer) else value
 
-    records = [
-        {name: plain(value) for name, value in row.items()} for row in table.to_dict("records")
-    ]
-    return [
-        row | {"n_seeds": None if row["n_seeds"] is None else int(row["n_seeds"])}
-        for row in records
-    ]
+    records = []
+    for row in table.to_dict("records"):
+        record = {name: plain(value) for name, value in row.items()}
+        if record["n_seeds"] is not None:
+            record["n_seeds"] = int(record["n_seeds"])
+        records.append(record)
+    return records

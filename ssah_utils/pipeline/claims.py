@@ -23,23 +23,9 @@ from ssah_utils.pipeline.runs import Stored
 FILE = ROOT / "data" / "claims.yaml"
 CLAIM_VERDICTS = ("replicated", "partly", "not replicated", "not measured")
 AGGREGATES = ("mean", "median", "min", "max", "sum")
-STORED_FIELDS = tuple(
-    [
-        "id",
-        "claim",
-        "source",
-        "paper",
-        "ours",
-        "ci_low",
-        "ci_high",
-        "control",
-        "n_seeds",
-        "verdict",
-        "experiment",
-        "unit",
-        "ours_seeds",
-        "note",
-    ]
+STORED_FIELDS = (
+    *("id", "claim", "source", "paper", "ours", "ci_low", "ci_high", "control", "n_seeds"),
+    *("verdict", "experiment", "unit", "ours_seeds", "note"),
 )
 Tables = dict[str, Stored]
 ARITHMETIC = (  # what a rule may consist of

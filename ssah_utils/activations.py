@@ -150,6 +150,26 @@ def channel_moments(model: nn.Module, batches: Iterable[Batch]) -> ChannelMoment
     )
 
 
+@torch.inference_mode()
+def unit_values(model: nn.Module, batch: Batch, kind: str, layer: int, channel: int) -> Tensor:
+    """Activation of one unit at every position of a batch: (B, T) float32.
+
+    One unit on one request is what a reader can look at, before moments over all of them.
+    """
+    model = weights.gathered(model)
+    backbone, device = models.backbone_of(model), next(model.parameters()).device
+    seen: list[Tensor] = []
+
+    def keep(module: nn.Module, args: tuple[Tensor]) -> None:
+        seen.append(args[0][..., channel].float().cpu())
+
+    with wrappers.evaluating(model), models.hooking() as handles:
+        writer = models.writers(model, kind)[layer]
+        handles.append(writer.register_forward_pre_hook(keep))
+        backbone(**inputs_of(backbone, batch, device))
+    return seen[0]
+
+
 def gradient_activation(model: nn.Module, batches: Iterable[Batch]) -> PerUnit:
     """Mean over the marked positions of |x_j * dL/dx_j| at every writer's input, in float64.
 

@@ -1,15 +1,17 @@
 """Score and partition the units of a model: the passes over the model, and the kernels on them.
 
-What is scored are batches of token ids; where these come from is not known here.
+What is scored are token ids; where these come from is not known here.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor, nn
 
 from ssah_utils import activations, fingerprints, scores, units, weights
 from ssah_utils.activations import ChannelMoments
+from ssah_utils.evaluation import Progress, _silent
 from ssah_utils.per_unit import PerUnit
+from ssah_utils.prompts import tokens
 
 Batches = Iterable[dict[str, Tensor]]
 
@@ -17,6 +19,23 @@ Batches = Iterable[dict[str, Tensor]]
 def standardised(moments: ChannelMoments, squared_norms: PerUnit) -> PerUnit:
     """Variance times squared column norm, standardised within every module (SSAH section 4.1)."""
     return scores.zscore_per_module(scores.variance_norm(moments.variance, squared_norms))
+
+
+def moments_per_request(
+    model: nn.Module,
+    examples: Sequence[dict[str, list[int]]],
+    positions: str = "response",
+    progress: Progress = _silent,
+) -> list[ChannelMoments]:
+    """Moments of every unit over each request alone, in order.
+
+    Moments merge exactly, so ``activations.pooled`` gives those of any set of the requests, without
+    another pass. ``examples``: as ``tokens.encode`` makes them.
+    """
+    return [
+        activations.channel_moments(model, tokens.token_batches([example], positions))
+        for example in progress(list(examples), "scoring")
+    ]
 
 
 def standardised_scores(model: nn.Module, data: Mapping[str, Batches]) -> dict[str, PerUnit]:

@@ -17,6 +17,7 @@ from ssah_utils.activations import (
     marked_states,
     merged,
     pooled,
+    unit_values,
 )
 from ssah_utils.models import blocks_of
 from ssah_utils.per_unit import KINDS, PerUnit
@@ -550,3 +551,16 @@ def test_marked_states_leave_no_hook_after_an_error(llama, sequences):
     with pytest.raises(ZeroDivisionError):
         marked_states(llama, batches_of(sequences, [7]), lambda layer, states: states / (1 // 0))
     assert n_hooks(llama) == n_before
+
+
+def test_values_of_one_unit_have_the_moments_of_that_unit(llama, sequences):
+    """Held against the moments, which are tested above against everything collected at once."""
+    (batch,) = batches_of(sequences, [len(sequences)])
+    moments = channel_moments(llama, [batch])
+    for kind, layer, channel in (("attention", 0, 3), ("mlp", 2, 41)):
+        values = unit_values(llama, batch, kind, layer, channel)
+        assert values.shape == batch["input_ids"].shape
+        marked = values[batch["positions"]].double()
+        torch.testing.assert_close(marked.mean(), moments.mean[kind][layer, channel])
+        torch.testing.assert_close(marked.var(), moments.variance[kind][layer, channel])
+    assert n_hooks(llama) == 0

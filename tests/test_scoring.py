@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from ssah_utils import fingerprints, models, per_unit, scoring, units
+from ssah_utils import activations, fingerprints, models, per_unit, scoring, units
+from ssah_utils.prompts import tokens
 
 FRACTIONS = {"safety_fraction": 0.1, "utility_fraction": 0.2, "redundant_fraction": 0.2}
 
@@ -59,3 +60,18 @@ def test_a_partition_of_a_model_is_that_of_its_scores_and_knows_its_model(llama)
 def test_a_missing_data_set_is_said(llama):
     with pytest.raises(KeyError, match="helpful"):
         scoring.partition_model(llama, {"harmful": batches(0)}, **FRACTIONS)
+
+
+def test_moments_of_single_requests_pool_to_those_of_all(llama):
+    generator = torch.Generator().manual_seed(2)
+    examples = []
+    for length in (6, 9, 7):
+        ids = torch.randint(3, 40, (length,), generator=generator).tolist()
+        examples.append({"input_ids": ids, "labels": [tokens.IGNORED] * 3 + ids[3:]})
+    parts = scoring.moments_per_request(llama, examples)
+    assert [part.count for part in parts] == [3, 6, 4]
+    together = activations.channel_moments(llama, tokens.token_batches(examples))
+    for kind in per_unit.KINDS:
+        found = activations.pooled(parts)
+        torch.testing.assert_close(found.variance[kind], together.variance[kind], rtol=1e-5, atol=0)
+        torch.testing.assert_close(found.mean[kind], together.mean[kind], rtol=1e-5, atol=1e-7)

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ssah_utils import fingerprints, loading, precision, units
 from ssah_utils.per_unit import PerUnit
-from ssah_utils.pipeline.runs import Run
+from ssah_utils.pipeline.runs import Run, load_result
 from ssah_utils.prompts import chat, datasets
 
 
@@ -46,6 +46,11 @@ def load_tokenizer(run: Run) -> PreTrainedTokenizerBase:
         tokenizer, run.parameters["chat_template"], run.parameters["system_prompt"]
     )
     return tokenizer
+
+
+def parameters(run: Run, stage: str) -> dict:
+    """The parameters that an earlier notebook was run with, for those that must agree with it."""
+    return load_result(run.upstream(stage, "result.json"))["parameters"]
 
 
 def load_partition(run: Run, model: nn.Module) -> tuple[units.UnitPartition, dict[str, PerUnit]]:

@@ -1,0 +1,156 @@
+"""Sets of units compared by what is lost when each is switched off, on requests never scored.
+
+The refusal margin decides most comparisons: it moves smoothly, where counts of a few answers jump.
+Answers are judged beside it, because a margin can fall by a mere change of wording. Knows language
+models through their Hugging Face interface, and sets of units.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from ssah_utils import evaluation, finders, interventions, stats
+from ssah_utils.per_unit import PerUnit
+from ssah_utils.prompts import chat
+
+METRICS = ["margin_drop", "asr", "coherent_asr", "answer_nll"]
+INTACT = "control: nothing"
+
+
+@dataclass(frozen=True)
+class AblationProbe:
+    """The requests, and what is asked of the model under every ablation.
+
+    * ``base``: the model under which an answer is improbable if it is gibberish.
+    * ``requests``: harmful ones (id, category, prompt); all have their margin taken.
+    * ``n_judged``: so many of them, from the first on, are also answered and judged.
+    * ``kept``: harmless requests (id, category, prompt) with the intact model's ``response``, whose
+      probability is followed; or None.
+    * ``means``: what ablated units are held at; None for zero.
+    * ``n_openings``: openings of either side in the margin; None for all.
+    """
+
+    model: nn.Module
+    base: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    requests: pd.DataFrame
+    n_judged: int = 0
+    new_tokens: int = 16
+    system_prompt: str = ""
+    kept: pd.DataFrame | None = None
+    means: PerUnit | None = None
+    n_openings: int | None = None
+
+    def margins(self, chosen: PerUnit) -> np.ndarray:
+        """Refusal margin of every request while ``chosen`` is switched off: (n_requests,) nats."""
+        prompts = self.requests["prompt"].tolist()
+        with interventions.ablated(self.model, chosen, self.means):
+            return evaluation.refusal_margin(
+                self.model, self.tokenizer, prompts, self.system_prompt, self.n_openings
+            )
+
+    def measure(self, chosen: PerUnit) -> pd.DataFrame:
+        """One row a request: set, id, category, margin, asr, coherent_asr, answer_nll; a value that
+        was not asked for is missing.
+        """
+        table = self.requests[["id", "category"]].reset_index(drop=True).assign(set="harmful")
+        table["margin"] = self.margins(chosen)
+        with interventions.ablated(self.model, chosen, self.means):
+            if self.n_judged:
+                asked = self.requests[: self.n_judged]
+                judged = evaluation.answer_and_judge(
+                    self.model,
+                    self.base,
+                    self.tokenizer,
+                    asked,
+                    self.new_tokens,
+                    self.system_prompt,
+                ).reset_index(drop=True)
+                table = table.join(judged[["asr", "coherent_asr"]])
+            if self.kept is None:
+                return table
+            rendered = chat.render(self.tokenizer, self.kept["prompt"].tolist(), self.system_prompt)
+            likely = self.kept[["id", "category"]].assign(set="helpful")
+            likely["answer_nll"] = evaluation.response_nll(
+                self.model, self.tokenizer, rendered, self.kept["response"].tolist()
+            )
+        return pd.concat([table, likely], ignore_index=True)
+
+    def compare(
+        self, sets: Mapping[str, PerUnit], progress: evaluation.Progress = evaluation._silent
+    ) -> pd.DataFrame:
+        """``measure`` under every set, and first under none (``INTACT``): also variant, family and
+        margin_drop, the margin lost against the intact model.
+        """
+        nothing = next(iter(sets.values())).empty_set()
+        intact, found = None, []
+        for name, chosen in progress(list({INTACT: nothing, **sets}.items()), "ablating sets"):
+            rows = self.measure(chosen)
+            intact = rows["margin"] if intact is None else intact
+            rows = rows.assign(variant=name, family=finders.family(name))
+            found.append(rows.assign(margin_drop=intact - rows["margin"]))
+        return pd.concat(found, ignore_index=True)
+
+
+# ------------------------------------------------------------------------------ from rows to tables
+
+
+def rates(rows: pd.DataFrame) -> pd.DataFrame:
+    """Mean and 95% interval of every metric under every set: variant, family, metric, mean, low,
+    high, n.
+    """
+    there = [metric for metric in METRICS if metric in rows]
+    return stats.rate_table(rows, ["variant", "family"], there)
+
+
+def mean_over(rows: pd.DataFrame, variants: Sequence[str], metric: str) -> pd.Series:
+    """A metric of every harmful request, averaged over several variants (random draws), by id;
+    requests without a value are left out.
+    """
+    asked = rows[(rows["set"] == "harmful") & rows["variant"].isin(variants)]
+    values = asked.assign(value=asked[metric].astype(float)).dropna(subset="value")
+    return values.groupby("id", sort=False)["value"].mean()
+
+
+def margin_table(rows: pd.DataFrame, random: Sequence[str]) -> pd.DataFrame:
+    """Margin lost under every set but the controls: variant, family, margin_drop, low, high,
+    share_of_reference, above_random.
+
+    ``share_of_reference`` is of what ``finders.REFERENCE`` loses. ``above_random``: whether the
+    interval lies above that of the random sets named in ``random``, taken together.
+    """
+    random_high = stats.mean_interval(mean_over(rows, random, "margin_drop").to_numpy())[2]
+    table = rates(rows[rows["family"] != "control"]).query("metric == 'margin_drop'")
+    table = table.rename(columns={"mean": "margin_drop"}).reset_index(drop=True)
+    whole = table.set_index("variant")["margin_drop"][finders.REFERENCE]
+    table["share_of_reference"] = table["margin_drop"] / whole
+    table["above_random"] = table["low"] > random_high
+    return table.drop(columns=["metric", "n"])
+
+
+def category_table(rows: pd.DataFrame, sources: Mapping[str, Sequence[str]]) -> pd.DataFrame:
+    """What sets found on one category take on every category.
+
+    ``sources``: by name, the variants that are averaged. Columns: found_on, measured_on,
+    margin_drop, low, high, coherent_asr, n, n_judged, share_of_reference (of what the source named
+    ``finders.REFERENCE`` takes there).
+    """
+    category_of = rows[rows["set"] == "harmful"].groupby("id", sort=False)["category"].first()
+    found = []
+    for source, variants in sources.items():
+        drop = mean_over(rows, variants, "margin_drop")
+        coherent = mean_over(rows, variants, "coherent_asr")
+        for category in sorted(set(category_of)):
+            mean, low, high = stats.mean_interval(drop[category_of[drop.index] == category])
+            answered = coherent[category_of[coherent.index] == category]
+            row = {"found_on": source, "measured_on": category, "margin_drop": mean}
+            row |= {"low": low, "high": high, "coherent_asr": answered.mean()}
+            found.append(row | {"n": (category_of == category).sum(), "n_judged": len(answered)})
+    table = pd.DataFrame(found)
+    whole = table[table["found_on"] == finders.REFERENCE].set_index("measured_on")["margin_drop"]
+    table["share_of_reference"] = table["margin_drop"] / table["measured_on"].map(whole)
+    return table

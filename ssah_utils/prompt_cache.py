@@ -19,7 +19,7 @@ from transformers.cache_utils import (
     get_layer_types_and_kwargs,
 )
 
-from ssah_utils.prompts.chat import joint, plain
+from ssah_utils.prompts.chat import answer_separator, without_special_tokens
 from ssah_utils.wrappers import evaluating, without_wrappers
 
 Ids = list[int]
@@ -44,13 +44,13 @@ def answer_ids(
     tokenizer: PreTrainedTokenizerBase, prompts: list[str], texts: list[str]
 ) -> list[Ids]:
     """Token ids of texts as answers to rendered prompts, one to each, as they stand there: after
-    ``chat.joint``.
+    ``chat.answer_separator``.
 
     So a model is asked about the tokens that it was trained on. An empty text has none. Where the
     last tokens of a prompt would be others if the text were there, the text is read on its own: the
     prompt has been read already.
     """
-    between = joint(tokenizer)
+    between = answer_separator(tokenizer)
     before, alone = (
         token_ids(tokenizer, prompts),
         token_ids(tokenizer, [between + text for text in texts]),
@@ -91,7 +91,7 @@ def decoded(tokenizer: PreTrainedTokenizerBase, ids: Ids) -> str:
     """The text of an answer as it was said, without special tokens, those that the model spelt
     included.
     """
-    return plain(
+    return without_special_tokens(
         tokenizer,
         tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False),
     )

@@ -32,7 +32,7 @@ class SFTConfig:
 
 
 # of ``TrainingArguments``, for supervised and for preference training
-SHARED = {
+COMMON = {
     # optimizer and schedule
     "optim": "adamw_torch_fused",
     "optim_args": None,
@@ -138,7 +138,7 @@ PREFERENCE = {
 }
 
 # fields that are left to the libraries, each with the reason why no trained model depends on it
-LEFT = {
+LEFT_TO_LIBRARIES = {
     "deprecated names of what is set": ("gradient_checkpointing", "gradient_checkpointing_kwargs"),
     "what is printed and where": (
         "logging_first_step",
@@ -197,7 +197,7 @@ def common_arguments(folder: str, config: SFTConfig, model: nn.Module) -> dict:
     ``TrainingArguments``.
     """
     device = model.device.type
-    return SHARED | {
+    return COMMON | {
         "output_dir": folder,
         "learning_rate": config.learning_rate,
         "num_train_epochs": config.epochs,

@@ -26,7 +26,7 @@ COSMETIC = set(
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Short hash of what a model computes: every weight, rounded to bfloat16, and its configuration.
+    """Short hash of what a model computes: its weights, rounded to bfloat16, and configuration.
 
     Equal for a float32 model and its bfloat16 copy, in any wrapper (``unwrapped``), saved and
     loaded, tied or not, and with untrained rows added to its vocabulary. Another one while

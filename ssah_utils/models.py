@@ -71,34 +71,24 @@ class Architecture:
 
 
 LLAMA_LIKE = Architecture()
-PHI3 = Architecture(
-    readers={
-        "attention": (
-            InputProjection(
-                "self_attn.qkv_proj", lambda s: (s.n_heads + s.n_kv_heads) * s.head_dim
-            ),
-        ),
-        "mlp": (
-            InputProjection("mlp.gate_up_proj"),
-            InputProjection("mlp.gate_up_proj", lambda s: s.d_ff),
-        ),
-    }
+_PHI3_VALUE = InputProjection(
+    "self_attn.qkv_proj", lambda shape: (shape.n_heads + shape.n_kv_heads) * shape.head_dim
 )
+_PHI3_GATE = InputProjection("mlp.gate_up_proj")
+_PHI3_UP = InputProjection("mlp.gate_up_proj", lambda shape: shape.d_ff)
+PHI3 = Architecture(readers={"attention": (_PHI3_VALUE,), "mlp": (_PHI3_GATE, _PHI3_UP)})
+_GPT2_VALUE = InputProjection("attn.c_attn", lambda shape: 2 * shape.d_model)
 GPT2 = Architecture(
     backbone="transformer",
     blocks="transformer.h",
     writers={"attention": "attn.c_proj", "mlp": "mlp.c_proj"},
-    readers={
-        "attention": (InputProjection("attn.c_attn", lambda s: 2 * s.d_model),),
-        "mlp": (InputProjection("mlp.c_fc"),),
-    },
+    readers={"attention": (_GPT2_VALUE,), "mlp": (InputProjection("mlp.c_fc"),)},
 )
 ARCHITECTURES = {
-    name: LLAMA_LIKE for name in ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2")
-} | {"phi3": PHI3, "gpt2": GPT2}
-
-
-# ------------------------------------------------------------------------ models as users hold them
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2"), LLAMA_LIKE),
+    "phi3": PHI3,
+    "gpt2": GPT2,
+}
 
 
 @contextmanager

@@ -1,8 +1,6 @@
-"""One pass over a model: streaming moments of every channel, or the residual stream at marked
-positions.
+"""One pass over a model: streaming moments of every channel, or the residual stream at positions.
 
-Activations are reduced where they appear and never kept. Knows models and token batches. Does not
-know prompts or scores.
+Activations are reduced where they appear and never kept. Does not know prompts or scores.
 """
 
 import functools
@@ -21,7 +19,10 @@ Batch = dict[str, Tensor]  # input_ids, attention_mask: (B, T) int64; positions:
 
 @dataclass(frozen=True)
 class ChannelMoments:
-    """Mean and unbiased variance of every writer-input channel, in float64."""
+    """Mean and unbiased variance of every writer-input channel over ``count`` positions.
+
+    Both in float64.
+    """
 
     count: int
     mean: PerUnit
@@ -48,12 +49,12 @@ def pooled(parts: Iterable[ChannelMoments]) -> ChannelMoments:
 
 
 class StreamingMoments:
-    """Moments of one module's channels, merged batch by batch (Chan, Golub & LeVeque 1979) in
-    float64.
+    """Moments of one module's channels, merged batch by batch in float64.
 
-    Within a batch, values are centred on the batch's own float32 mean before they are squared: the
-    subtraction of two float32 numbers is exact to one rounding, so no precision is lost even where
-    the mean is far larger than the spread, or where batches lie far apart.
+    After Chan, Golub & LeVeque (1979). Within a batch, values are centred on the batch's own
+    float32 mean before they are squared. The difference of two float32 numbers is exact to one
+    rounding, so no precision is lost even where the mean is far larger than the spread, or where
+    batches lie far apart.
     """
 
     def __init__(self) -> None:
@@ -86,18 +87,20 @@ class StreamingMoments:
 def inputs_of(backbone: nn.Module, batch: Batch, device: torch.device) -> dict:
     """Arguments of a backbone for one batch.
 
-    Positions are counted over attended tokens: models with learned positions would otherwise count
-    left padding, too.
+    Positions count attended tokens only: by default, models with learned positions would count left
+    padding, too.
     """
     mask = batch["attention_mask"].to(device)
-    inputs = {
-        "input_ids": batch["input_ids"].to(device),
-        "attention_mask": mask,
-        "use_cache": False,
-    }
+    ids = batch["input_ids"].to(device)
+    inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
     if "position_ids" in inspect.signature(backbone.forward).parameters:
         inputs["position_ids"] = (mask.cumsum(1) - 1).clamp_min(0)
     return inputs
+
+
+def _marked(batch: Batch, device: torch.device) -> Tensor:
+    """Flat indices of a batch's marked positions: (n_marked,)."""
+    return batch["positions"].flatten().nonzero().squeeze(1).to(device)
 
 
 @torch.inference_mode()
@@ -105,15 +108,14 @@ def channel_moments(model: nn.Module, batches: Iterable[Batch]) -> ChannelMoment
     """Moments of every unit's activation over the positions marked in ``batches``.
 
     Runs the backbone only: the language-model head would cost a quarter more and is not looked at.
-    Nor is what comes after a batch's last marked position, on which a causal model's earlier
-    activations do not depend. Raises ``ValueError`` when fewer than two positions are marked.
+    A batch is cut after its last marked position: in a causal model, earlier activations do not
+    depend on later tokens. Raises ``ValueError`` when fewer than two positions are marked.
     """
     model = weights.gathered(model)
     backbone = models.backbone_of(model)
     device = next(model.parameters()).device
-    streams = {
-        kind: [StreamingMoments() for _ in models.blocks_of(model)] for kind in per_unit.KINDS
-    }
+    layers = models.blocks_of(model)
+    streams = {kind: [StreamingMoments() for _ in layers] for kind in per_unit.KINDS}
     selected: Tensor  # flat indices of the marked positions of the batch at hand
 
     def observe(stream: StreamingMoments):
@@ -130,24 +132,17 @@ def channel_moments(model: nn.Module, batches: Iterable[Batch]) -> ChannelMoment
             columns = batch["positions"].any(0).nonzero()
             if not len(columns):
                 continue
-            batch = {
-                key: batch[key][:, : int(columns.max()) + 1]
-                for key in ("input_ids", "attention_mask", "positions")
-            }
-            selected = batch["positions"].flatten().nonzero().squeeze(1).to(device)
+            width = int(columns.max()) + 1
+            names = ("input_ids", "attention_mask", "positions")
+            batch = {name: batch[name][:, :width] for name in names}
+            selected = _marked(batch, device)
             backbone(**inputs_of(backbone, batch, device))
     count = streams["mlp"][0].count
     if count < 2:
         raise ValueError(f"a variance needs at least 2 positions; the batches mark {count}")
-    return ChannelMoments(
-        count=count,
-        mean=PerUnit.of_layers(
-            {kind: [stream.mean for stream in streams[kind]] for kind in streams}
-        ),
-        variance=PerUnit.of_layers(
-            {kind: [stream.variance for stream in streams[kind]] for kind in streams}
-        ),
-    )
+    means = {kind: [stream.mean for stream in own] for kind, own in streams.items()}
+    variances = {kind: [stream.variance for stream in own] for kind, own in streams.items()}
+    return ChannelMoments(count, PerUnit.of_layers(means), PerUnit.of_layers(variances))
 
 
 @torch.inference_mode()
@@ -175,17 +170,15 @@ def gradient_activation(model: nn.Module, batches: Iterable[Batch]) -> PerUnit:
 
     L is the sum of the negative log-likelihoods of the tokens that the marked positions predict, so
     the product is what holding the channel at zero would do to it, to first order (Molchanov et
-    al., ICLR 2017; SNIP, Lee et al., ICLR 2019). Reduced in float32, summed in float64, whatever
+    al., ICLR 2017; SNIP, Lee et al., ICLR 2019). Reduced in float32 and summed in float64, whatever
     the model's precision. Parameters get no gradient, which saves half of a backward pass. Raises
     ``ValueError`` when no position is marked.
     """
     model = weights.gathered(model)
     backbone = models.backbone_of(model)
     device = next(model.parameters()).device
-    totals = {
-        kind: [torch.zeros((), dtype=torch.float64)] * len(models.blocks_of(model))
-        for kind in per_unit.KINDS
-    }
+    n_layers = len(models.blocks_of(model))
+    totals = {kind: [torch.zeros((), dtype=torch.float64)] * n_layers for kind in per_unit.KINDS}
     count = 0
     selected: Tensor  # flat indices of the marked positions of the batch at hand
 
@@ -195,13 +188,10 @@ def gradient_activation(model: nn.Module, batches: Iterable[Batch]) -> PerUnit:
 
             def add(gradient: Tensor) -> None:
                 rows = selected.to(values.device)
-                product = (
-                    gradient.flatten(0, 1).index_select(0, rows).float()
-                    * values.index_select(0, rows).float()
-                )
-                totals[kind][layer] = (
-                    totals[kind][layer].to(values.device) + product.abs_().sum(0).double()
-                )
+                marked_gradient = gradient.flatten(0, 1).index_select(0, rows).float()
+                product = marked_gradient * values.index_select(0, rows).float()
+                total = totals[kind][layer].to(values.device)
+                totals[kind][layer] = total + product.abs_().sum(0).double()
 
             args[0].register_hook(add)
 
@@ -213,24 +203,23 @@ def gradient_activation(model: nn.Module, batches: Iterable[Batch]) -> PerUnit:
             for layer, module in enumerate(models.writers(model, kind)):
                 handles.append(module.register_forward_pre_hook(observe(kind, layer)))
         embedding = model.get_input_embeddings()
-        handles.append(
-            embedding.register_forward_hook(lambda module, args, output: output.requires_grad_())
-        )
+        track = lambda module, args, output: output.requires_grad_()  # noqa: E731
+        handles.append(embedding.register_forward_hook(track))
         try:
             for parameter in trained:
                 parameter.requires_grad_(False)
             for batch in batches:
-                marked = batch["positions"][:, :-1].to(device)
-                selected = batch["positions"].flatten().nonzero().squeeze(1).to(device)
+                selected = _marked(batch, device)
                 if not len(selected):
                     continue
                 count += len(selected)
+                marked = batch["positions"][:, :-1].to(device)
+                targets = batch["input_ids"][:, 1:].to(device)[marked]
                 with torch.enable_grad():
                     hidden = backbone(**inputs_of(backbone, batch, device)).last_hidden_state
-                    logits = models.logits_of(
-                        model, hidden[:, :-1][marked.to(hidden.device)]
-                    ).float()
-                    targets = batch["input_ids"][:, 1:].to(device)[marked].to(logits.device)
+                    states = hidden[:, :-1][marked.to(hidden.device)]
+                    logits = models.logits_of(model, states).float()
+                    targets = targets.to(logits.device)
                     nn.functional.cross_entropy(logits, targets, reduction="sum").backward()
         finally:
             for parameter in trained:
@@ -241,18 +230,17 @@ def gradient_activation(model: nn.Module, batches: Iterable[Batch]) -> PerUnit:
 
 
 def last_token_states(model: nn.Module, batches: Iterable[Batch]) -> Tensor:
-    """Residual stream after every block at each sequence's last token: (n_sequences, n_layers,
-    d_model) float32.
+    """Residual stream after every block at each sequence's last token, whatever its padding.
+
+    Returns (n_sequences, n_layers, d_model) float32.
     """
 
-    def at_the_end(batch: Batch) -> Batch:
+    def with_last_marked(batch: Batch) -> Batch:
         mask = batch["attention_mask"]
-        last = mask.cumsum(1).argmax(
-            1
-        )  # (B,) index of the last attended token, whatever the padding side
+        last = mask.cumsum(1).argmax(1)  # (B,) index of the last attended token
         return batch | {"positions": nn.functional.one_hot(last, mask.shape[1]).bool()}
 
-    return marked_states(model, map(at_the_end, batches))
+    return marked_states(model, map(with_last_marked, batches))
 
 
 @torch.inference_mode()
@@ -261,11 +249,10 @@ def marked_states(
     batches: Iterable[Batch],
     reduce: Callable[[int, Tensor], Tensor] = lambda layer, states: states,
 ) -> Tensor:
-    """Residual stream after every block at the marked positions, in their order: (n_marked,
-    n_layers, d_model) float32.
+    """Residual stream after every block at the marked positions, in their order.
 
-    ``reduce(layer, states)`` turns (n, d_model) into (n, ...) where the states appear, so that a
-    projection keeps one number.
+    Returns (n_marked, n_layers, d_model) float32. ``reduce(layer, states)`` turns (n, d_model) into
+    (n, ...) where the states appear, so that a projection keeps one number of each.
     """
     model = weights.gathered(model)
     backbone, device = models.backbone_of(model), next(model.parameters()).device
@@ -285,7 +272,7 @@ def marked_states(
         for layer, block in enumerate(models.blocks_of(model)):
             handles.append(block.register_forward_hook(keep(layer)))
         for batch in batches:
-            selected, per_block = batch["positions"].flatten().nonzero().squeeze(1).to(device), []
+            selected, per_block = _marked(batch, device), []
             backbone(**inputs_of(backbone, batch, device))
             collected.append(torch.stack(per_block, 1))
     return torch.cat(collected)

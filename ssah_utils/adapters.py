@@ -1,6 +1,6 @@
 """Parameter-efficient baselines: PEFT's methods under the names the paper uses.
 
-Knows models. Does not know how they are trained.
+Does not know how they are trained.
 """
 
 import copy
@@ -21,10 +21,10 @@ PREFIX_TEXT = (
     "What follows is a conversation between a person and an assistant. The person asks a question"
     " or gives an instruction, and the assistant answers it."
 )
-# of PEFT's configurations, as its documentation has them; a test holds the tables against the
-# fields that there are
-EVERY = {"inference_mode": False, "revision": None}
-SETTINGS = {
+# Every field of PEFT's configurations on which a trained adapter depends, with the values of its
+# documentation; a test holds these tables against the fields of the installed version.
+PEFT_COMMON = {"inference_mode": False, "revision": None}
+PEFT_SETTINGS = {
     "lora": {
         "r": 8,
         "lora_alpha": 16,
@@ -69,8 +69,8 @@ SETTINGS = {
         "num_transformer_submodules": 1,
     },
 }
-# fields that are left to PEFT, each with the reason why no trained adapter depends on it
-LEFT = {
+# Fields that are left to PEFT, each with the reason why no trained adapter depends on it.
+LEFT_TO_PEFT = {
     "filled in by PEFT from what is set": (
         "peft_type",
         "auto_mapping",
@@ -85,14 +85,13 @@ LEFT = {
 def with_adapter(
     model: nn.Module, method: str, tokenizer: PreTrainedTokenizerBase, seed: int = 0
 ) -> nn.Module:
-    """The model wrapped by PEFT, its own parameters frozen: ``lora``, ``llama-adapter`` or
-    ``prefix``.
+    """The model wrapped by PEFT with one of ``PEFT_METHODS``, its own parameters frozen.
 
     Sizes are those of PEFT's documentation. A prefix starts from the states of real words (Li &
-    Liang 2021, section 7.4): a random one makes gibberish of every answer until long training has
+    Liang 2021, section 7.4): after a random one, every answer is gibberish until long training has
     mended it. What starts at random follows ``seed`` alone, not what ran before. Raises
-    ``ValueError`` that names what the architecture supports, and for a model that has an adapter
-    already.
+    ``ValueError`` for a method that the architecture does not support, and for a model that has an
+    adapter already.
     """
     import peft  # slow to import
 
@@ -100,14 +99,13 @@ def with_adapter(
     shape = models.shape_of(model)
     model_type = shape.model_type
     supported = [name for name, types in PEFT_METHODS.items() if model_type in types]
+    # PEFT computes the number of key heads of an adapter from the hidden size
     if shape.d_model != shape.n_heads * shape.head_dim and "llama-adapter" in supported:
-        supported.remove(
-            "llama-adapter"
-        )  # PEFT computes the number of key heads from the hidden size
+        supported.remove("llama-adapter")
     if method not in supported:
         raise ValueError(
-            f"PEFT method '{method}' is not available for architecture '{model_type}' (there:"
-            f" {', '.join(supported)})"
+            f"PEFT method '{method}' is not available for architecture '{model_type}'"
+            f" (there: {', '.join(supported)})"
         )
     writer = models.architecture_of(model).writers["attention"]
     of_model = {
@@ -118,14 +116,13 @@ def with_adapter(
         },
         "prefix": {},
     }[method]
-    kind = {
+    configurations = {
         "lora": peft.LoraConfig,
         "llama-adapter": peft.AdaptionPromptConfig,
         "prefix": peft.PrefixTuningConfig,
-    }[method]
-    config = kind(
-        task_type=peft.TaskType.CAUSAL_LM, **EVERY, **copy.deepcopy(SETTINGS[method]), **of_model
-    )
+    }
+    settings = PEFT_COMMON | copy.deepcopy(PEFT_SETTINGS[method]) | of_model
+    config = configurations[method](task_type=peft.TaskType.CAUSAL_LM, **settings)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         wrapped = peft.get_peft_model(

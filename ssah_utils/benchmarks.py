@@ -1,5 +1,6 @@
-"""Utility: tasks of lm-evaluation-harness on a model in memory, as tidy rows. Knows models through
-their Hugging Face interface only.
+"""Utility: tasks of lm-evaluation-harness on a model in memory, as tidy rows.
+
+Knows models through their Hugging Face interface only.
 """
 
 import contextlib
@@ -22,6 +23,10 @@ from ssah_utils.assets import hub_answers
 from ssah_utils.files import DATA
 from ssah_utils.prompts.chat import end_tokens
 
+PAPER_TASKS = tuple("boolq rte hellaswag winogrande arc_challenge openbookqa mmlu gsm8k".split())
+METRICS = ("acc_norm", "acc", "exact_match")  # what counts as correct: the first that a task has
+FEW_SHOT_SEED = 1234  # the harness's own, which it sets only where it loads the model, too
+
 
 def cloze(
     model: nn.Module,
@@ -29,9 +34,7 @@ def cloze(
     limit: int | None = None,
     batch_size: int = 64,
 ) -> pd.DataFrame:
-    """Four-choice completions of data/utility_cloze.jsonl by lm-evaluation-harness: id, correct
-    (length-normalised).
-    """
+    """The four-choice completions of data/utility_cloze.jsonl: id, correct (length-normalised)."""
     return utility(model, tokenizer, ["cloze"], limit, batch_size)[["id", "correct"]]
 
 
@@ -42,32 +45,28 @@ def utility(
     limit: int | None = None,
     batch_size: int = 64,
 ) -> pd.DataFrame:
-    """Tasks by lm-evaluation-harness on a model in memory, ``limit`` items of each (of each
-    subtask): task, id, correct.
+    """Tasks of lm-evaluation-harness on a model in memory: task, id, correct.
 
-    ``tasks``: "cloze" (shipped), or any of the harness's, such as those of ``PAPER_TASKS``. An item
-    counts by the first of ``METRICS`` that its task reports, under the first of its answer filters;
-    subtasks of a group count under its name.
+    ``tasks``: "cloze" (shipped), or any of the harness's, such as those of ``PAPER_TASKS``.
+    ``limit``: items of each task and subtask. An item counts by the first of ``METRICS`` that its
+    task reports, under the first of its answer filters; subtasks of a group count under its name.
     """
     import lm_eval  # slow to import
     from lm_eval.models.huggingface import HFLM
 
     model, frames = wrappers.without_wrappers(model), []
     with (
-        contextlib.redirect_stderr(io.StringIO()),
+        contextlib.redirect_stderr(io.StringIO()),  # one progress bar per call is too many
         _quiet("lm_eval") as warned,
         _plain_generation(model, tokenizer),
     ):
-        # one progress bar per call is too many; the harness sets a padding token where there is
-        # none, so it has its own copy
         harness = HFLM(
             pretrained=model,
-            tokenizer=copy.deepcopy(tokenizer),
+            tokenizer=copy.deepcopy(tokenizer),  # the harness gives it a padding token
             batch_size=batch_size,
             truncation=False,
             logits_cache=True,
-            # as it was trained
-            max_length=prompt_cache.n_positions(model.config),
+            max_length=prompt_cache.n_positions(model.config),  # as the model was trained
             softmax_dtype=torch.float32,
             add_bos_token=None,
         )
@@ -92,30 +91,19 @@ def utility(
             for name, samples in outcome["samples"].items():
                 first = [sample for sample in samples if sample["filter"] == samples[0]["filter"]]
                 ids = [sample["doc"].get("id", f"{name}-{sample['doc_id']}") for sample in first]
-                frames.append(
-                    pd.DataFrame(
-                        {
-                            "task": task,
-                            "id": ids,
-                            "correct": [_is_right(sample) for sample in first],
-                        }
-                    )
-                )
+                correct = [_is_right(sample) for sample in first]
+                frames.append(pd.DataFrame({"task": task, "id": ids, "correct": correct}))
     return pd.concat(frames, ignore_index=True)
 
 
 @contextlib.contextmanager
 def _plain_generation(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
-    """Others that let the model generate get only what they ask for: nothing of what the checkpoint
-    asks for but its ends.
+    """Inside the block a model generates as its caller asks, without dropout.
 
-    And no dropout.
+    Of the checkpoint's own generation settings only the end tokens are kept.
     """
-    inner = (
-        wrappers.without_wrappers(model.get_base_model())
-        if hasattr(model, "get_base_model")
-        else model
-    )
+    has_adapter = hasattr(model, "get_base_model")
+    inner = wrappers.without_wrappers(model.get_base_model()) if has_adapter else model
     own = inner.generation_config
     inner.generation_config = GenerationConfig(eos_token_id=end_tokens(model, tokenizer) or None)
     try:
@@ -123,21 +111,6 @@ def _plain_generation(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> I
             yield
     finally:
         inner.generation_config = own
-
-
-PAPER_TASKS = (
-    "boolq",
-    "rte",
-    "hellaswag",
-    "winogrande",
-    "arc_challenge",
-    "openbookqa",
-    "mmlu",
-    "gsm8k",
-)
-
-
-METRICS = ("acc_norm", "acc", "exact_match")
 
 
 def _is_right(sample: dict) -> bool:
@@ -152,7 +125,7 @@ def _is_right(sample: dict) -> bool:
 def load_task(name: str) -> dict:
     """What the harness evaluates under a task's name, its documents loaded.
 
-    ``ValueError`` names the nearest tasks when there is none of that name, ``ConnectionError`` says
+    ``ValueError`` names the nearest tasks when there is none of that name; ``ConnectionError`` says
     that its data are out of reach.
     """
     from lm_eval.api.task import ConfigurableTask  # slow to import
@@ -166,27 +139,21 @@ def load_task(name: str) -> dict:
         if name not in manager.all_tasks:
             near = difflib.get_close_matches(name, ["cloze", *manager.all_tasks], n=3, cutoff=0)
             raise ValueError(
-                f"unknown utility task '{name}'; nearest are {', '.join(near)} (or: cloze,"
-                f" {', '.join(PAPER_TASKS)})"
+                f"unknown utility task '{name}'; nearest are {', '.join(near)}"
+                f" (or: cloze, {', '.join(PAPER_TASKS)})"
             )
         datasets.config.HF_HUB_OFFLINE = not hub_answers()  # then the local cache is all there is
         try:
             return _seeded(get_task_dict([name], manager))
         except (OSError, datasets.exceptions.DatasetsError) as error:
             raise ConnectionError(
-                f"cannot load the data of utility task '{name}' from the Hugging Face hub or its"
-                " cache; a task that needs no hub: cloze"
+                f"cannot load the data of utility task '{name}' from the Hugging Face hub"
+                " or its cache; a task that needs no hub: cloze"
             ) from error
-        except (
-            ImportError,
-            RuntimeError,
-        ) as error:  # a package that one task needs; data that come as a script
-            raise ValueError(
-                f"utility task '{name}' does not load here: {' '.join(str(error).split())}"
-            ) from error
-
-
-FEW_SHOT_SEED = 1234  # the harness's own, which it sets only when it loads the model, too
+        # a package that one task needs is missing, or its data come as a script
+        except (ImportError, RuntimeError) as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(f"utility task '{name}' does not load here: {reason}") from error
 
 
 def _seeded(tasks: dict) -> dict:
@@ -200,26 +167,21 @@ def _seeded(tasks: dict) -> dict:
 
 
 def cloze_task() -> dict:
-    """Configuration of data/utility_cloze.yaml with the documents in memory, shuffled once so that
-    a limit is fair.
+    """Configuration of data/utility_cloze.yaml with the documents in memory.
+
+    They are shuffled once, so that a limit takes a fair sample.
     """
     task = yaml.safe_load((DATA / "utility_cloze.yaml").read_text(encoding="utf-8"))
-    documents = (
-        pd.read_json(DATA / "utility_cloze.jsonl", lines=True)
-        .sample(frac=1, random_state=0)
-        .to_dict("records")
-    )
-    by_path = (
-        "dataset_path",
-        "dataset_kwargs",
-    )  # relative to the repository, for the harness's own command line
-    return {key: value for key, value in task.items() if key not in by_path} | {
-        "custom_dataset": lambda **_: {"test": datasets.Dataset.from_list(documents)}
-    }
+    table = pd.read_json(DATA / "utility_cloze.jsonl", lines=True)
+    documents = table.sample(frac=1, random_state=0).to_dict("records")
+    for key in ("dataset_path", "dataset_kwargs"):  # for the harness's own command line
+        task.pop(key, None)
+    in_memory = lambda **_: {"test": datasets.Dataset.from_list(documents)}  # noqa: E731
+    return task | {"custom_dataset": in_memory}
 
 
 class _Listener(logging.Handler):
-    """Keeps what a library warns about; its errors are shown as ever."""
+    """Keeps a library's warnings; its errors are shown as ever."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
@@ -234,7 +196,7 @@ class _Listener(logging.Handler):
 
 @contextlib.contextmanager
 def _quiet(logger_name: str) -> Iterator[list[str]]:
-    """A library says errors only; what it warns about is yielded as it comes."""
+    """Let a library say errors only; its warnings are collected in the list that is yielded."""
     logger, listener = logging.getLogger(logger_name), _Listener()
     level, propagate = logger.level, logger.propagate
     logger.setLevel(logging.WARNING)

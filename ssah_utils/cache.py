@@ -1,10 +1,8 @@
-"""What a function returned, remembered under everything it depends on: its inputs, its code, the
-libraries.
+"""What a function returned, kept under everything it depends on: inputs, code and libraries.
 
-The key is made here and nowhere else, from the very arguments that the function is called with. A
+The key is made here and nowhere else, from the very arguments with which the function is called. A
 function that looks at anything besides its arguments (a variable of the notebook, say) is refused,
-so that nothing can be left out of the key. Knows models, tables and code. Does not know what is
-measured.
+so that nothing can be left out of the key. Does not know what is measured.
 """
 
 import ast
@@ -42,16 +40,15 @@ from ssah_utils.files import (
 from ssah_utils.per_unit import PerUnit
 
 READS_DATA = {"ssah_utils.prompts.datasets", "ssah_utils.evaluation"}
-T = TypeVar("T")
 SILENT = {"progress", "report"}  # arguments that only show how far a function is
+T = TypeVar("T")
 
 
 def cached(function: Callable[..., T], /, **arguments) -> T:
-    """``function(**arguments)`` from the cache, or called and then kept. It returns what JSON can
-    hold.
+    """``function(**arguments)`` from the cache; where it is not there, called and kept.
 
-    Raises ``ValueError`` when the function depends on more than its arguments, ``TypeError`` for an
-    argument without an identity.
+    The result must be what JSON can hold. Raises ``ValueError`` when the function depends on more
+    than its arguments, ``TypeError`` for an argument of a type without an identity.
     """
     path = cache_dir() / "measured" / f"{cache_key(function, **arguments)}.json"
     if not path.exists():
@@ -60,129 +57,109 @@ def cached(function: Callable[..., T], /, **arguments) -> T:
 
 
 def cache_key(function: Callable, /, **arguments) -> str:
-    """Hash of what ``function(**arguments)`` depends on: arguments, code, data files, versions,
-    precision of products.
+    """Hash of all that ``function(**arguments)`` depends on.
+
+    Arguments, code, data files, versions of libraries and the precision of matrix products.
     """
     check_pure(function)
     bound = inspect.signature(function).bind(**arguments)
     bound.apply_defaults()
-    inputs = {
-        name: identity(value, name) for name, value in bound.arguments.items() if name not in SILENT
+    counted = {name: value for name, value in bound.arguments.items() if name not in SILENT}
+    parts = {
+        "inputs": {name: identity_of(value, name) for name, value in counted.items()},
+        "code": code_of(function),
+        "versions": {name: importlib.metadata.version(name) for name in LIBRARIES},
+        # that of autocast, where it is not an argument
+        "precision": str(precision.preferred_dtype(precision.preferred_device())),
     }
-    device = precision.preferred_device()
-    return sha256_of(
-        {
-            "inputs": inputs,
-            "code": code_of(function),
-            "versions": {name: importlib.metadata.version(name) for name in LIBRARIES},
-            # of autocast, where it is not an argument
-            "precision": str(precision.preferred_dtype(device)),
-        }
-    )[:16]
+    return sha256_of(parts)[:16]
 
 
 # ----------------------------------------------------------------------------------------- identity
 
 
-def identity(value: object, name: str = "value") -> object:
-    """What tells one value from another, as JSON. ``TypeError`` names an argument of a type that
-    has no identity here.
+def identity_of(value: object, name: str = "value") -> object:
+    """What tells one value from another, as JSON.
+
+    ``TypeError`` names the argument when its type has no identity here.
     """
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, torch.dtype):
         return str(value)
     if isinstance(value, nn.Module):
-        plain = wrappers.unwrapped(value)
-        found = {
-            "model": fingerprints.fingerprint(plain),
-            "dtype": str(plain.dtype),
-            "device": plain.device.type,
-        }
-        ends = getattr(plain.generation_config, "eos_token_id", None)  # of its answers
-        tables = [
-            table.weight.data_ptr()
-            for table in (plain.get_input_embeddings(), plain.get_output_embeddings())
-        ]
-        buffers = {
-            n: identity(b) for n, b in plain.named_buffers() if b.is_floating_point()
-        }  # rotary frequencies: no weights
-        refuse_hooks(plain, name)
-        return found | {
-            "ends": ends,
-            "attention": plain.config._attn_implementation,
-            "training": plain.training,
-            "tied": tables[0] == tables[1],
-            "buffers": buffers,
-        }
+        return _identity_of_model(value, name)
     if isinstance(value, PreTrainedTokenizerBase):
         content = json.loads(value.backend_tokenizer.to_str())
-        of_last_call = {
-            "padding": None,
-            "truncation": None,
-        }  # a tokenizer keeps how it was called last
-        return {
-            "tokenizer": sha256_of(
-                [content | of_last_call, value.chat_template, value.special_tokens_map]
-            )
-        }
+        content |= {"padding": None, "truncation": None}  # how it was called last, which it keeps
+        return {"tokenizer": sha256_of([content, value.chat_template, value.special_tokens_map])}
     if isinstance(value, torch.Tensor):
         plain = value.detach().cpu().contiguous()
-        return {
-            "tensor": _hash(plain.reshape(-1).view(torch.uint8).numpy().tobytes()),
-            "is": [str(value.dtype), *value.shape],
-        }
+        entries = plain.reshape(-1).view(torch.uint8).numpy().tobytes()
+        return {"tensor": _hash(entries), "is": [str(value.dtype), *value.shape]}
     if isinstance(value, np.ndarray):
-        return identity(value.tolist(), name)
+        return identity_of(value.tolist(), name)
     if isinstance(value, np.generic):
-        return identity(value.item(), name)
+        return identity_of(value.item(), name)
     if isinstance(value, pd.DataFrame | pd.Series):
         frame = value.to_frame() if isinstance(value, pd.Series) else value
         content = frame.to_json(orient="split", double_precision=15)
         return {"table": _hash(content.encode()), "types": list(map(str, frame.dtypes))}
     if isinstance(value, Path):
-        files = (
-            sorted(path for path in value.rglob("*") if path.is_file())
-            if value.is_dir()
-            else [value]
-        )
-        return {
-            "files": {str(path.relative_to(value.parent)): sha256_of_file(path) for path in files}
-        }
+        inside = sorted(path for path in value.rglob("*") if path.is_file())
+        files = inside if value.is_dir() else [value]
+        hashes = {str(path.relative_to(value.parent)): sha256_of_file(path) for path in files}
+        return {"files": hashes}
     if is_dataclass(value) and not isinstance(value, type):
-        return {
-            type(value).__name__: {
-                f.name: identity(getattr(value, f.name), name) for f in fields(value)
-            }
+        content = {
+            field.name: identity_of(getattr(value, field.name), name) for field in fields(value)
         }
+        return {type(value).__name__: content}
     if isinstance(value, dict | PerUnit):
-        return {
-            "dict": [[identity(key, name), identity(item, name)] for key, item in value.items()]
-        }
+        pairs = [[identity_of(key, name), identity_of(item, name)] for key, item in value.items()]
+        return {"dict": pairs}
     if isinstance(value, list | tuple):
-        return [identity(item, name) for item in value]
+        return [identity_of(item, name) for item in value]
     if isinstance(value, set | frozenset):
-        return {"set": sorted(json.dumps(identity(item, name), sort_keys=True) for item in value)}
+        items = [json.dumps(identity_of(item, name), sort_keys=True) for item in value]
+        return {"set": sorted(items)}
     if isinstance(value, types.FunctionType):
         check_pure(value)
         return {"function": code_of(value)}
     raise TypeError(
-        f"argument '{name}' is a {type(value).__name__}, which has no identity: give what it is"
-        " made of"
+        f"argument '{name}' is a {type(value).__name__}, which has no identity:"
+        " give what it is made of"
     )
 
 
+def _identity_of_model(model: nn.Module, name: str) -> dict:
+    """Of all that decides a model's outputs, answers and training."""
+    plain = wrappers.unwrapped(model)
+    refuse_hooks(plain, name)
+    tables = (plain.get_input_embeddings(), plain.get_output_embeddings())
+    # rotary frequencies, for one, which are no weights
+    buffers = {name: one for name, one in plain.named_buffers() if one.is_floating_point()}
+    return {
+        "model": fingerprints.fingerprint(plain),
+        "dtype": str(plain.dtype),
+        "device": plain.device.type,
+        "ends": getattr(plain.generation_config, "eos_token_id", None),
+        "attention": plain.config._attn_implementation,
+        "training": plain.training,
+        "tied": tables[0].weight.data_ptr() == tables[1].weight.data_ptr(),
+        "buffers": {name: identity_of(buffer) for name, buffer in buffers.items()},
+    }
+
+
 def refuse_hooks(model: nn.Module, name: str) -> None:
-    """``ValueError`` where hooks, of which nobody knows what they do, may change what a model
-    computes.
-    """
+    """``ValueError`` for a model with hooks of which nobody knows what they change."""
     for module in model.modules():
         for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
             owner = getattr(hook, "__module__", None) or type(hook).__module__
             if not hasattr(hook, "fill") and not owner.startswith(("transformers.", "accelerate.")):
                 raise ValueError(
-                    f"the model '{name}' has a hook of {owner}, which has no identity: remove it"
-                    " first"
+                    f"the model '{name}' has a hook of {owner}, which has no identity:"
+                    " remove it first"
                 )
 
 
@@ -194,17 +171,18 @@ def _hash(content: bytes) -> str:
 
 
 def code_of(function: Callable) -> dict[str, str]:
-    """Hashes of the source of a function, of what it calls, and of the package's modules and data
-    files behind them.
+    """Hashes of the source of a function, of what it calls, and of the package's files behind them.
+
+    Those are modules and, where a module reads them, data files.
     """
     found: dict[str, str] = {}
     for part in _functions(function):
         if _is_ours(part.__module__):
             found |= closure(part.__module__)
             continue
-        # values that the source need not show
+        # of defaults, the source need not show the values
         defaults = [*(part.__defaults__ or ()), *(part.__kwdefaults__ or {}).values()]
-        content = [inspect.getsource(part), identity(defaults, part.__name__)]
+        content = [inspect.getsource(part), identity_of(defaults, part.__name__)]
         found[part.__qualname__] = sha256_of(content)
         for name, value in _globals(part).items():
             if isinstance(value, types.ModuleType) and _is_users(value.__name__):
@@ -222,14 +200,12 @@ def _is_users(module: str) -> bool:
     """Whether a module is neither a library's nor ours: a notebook, or a file beside it."""
     if module == "__main__":
         return True
+    if _is_ours(module) or module in sys.builtin_module_names:
+        return False
     file = getattr(sys.modules.get(module), "__file__", None)
-    libraries = [
-        sysconfig.get_paths()[place] for place in ("stdlib", "platstdlib", "purelib", "platlib")
-    ]
-    in_library = module in sys.builtin_module_names or (
-        file and any(Path(file).is_relative_to(one) for one in libraries)
-    )
-    return not _is_ours(module) and not in_library
+    paths = sysconfig.get_paths()
+    libraries = [paths[place] for place in ("stdlib", "platstdlib", "purelib", "platlib")]
+    return not (file and any(Path(file).is_relative_to(folder) for folder in libraries))
 
 
 def _is_ours(module: str | None) -> bool:
@@ -245,18 +221,18 @@ def _path_of(module: str) -> Path | None:
 
 @functools.cache
 def _source(module: str) -> tuple[str, tuple[str, ...]]:
-    """Hash and imports of a module of the package as this process has it: files may be edited while
-    it runs.
+    """Hash and imports of a module of the package as this process has it.
+
+    Files may be edited while it runs.
     """
     path = _path_of(module)
     return sha256_of_file(path), tuple(_imports(path))
 
 
 def closure(module: str) -> dict[str, str]:
-    """Hashes of a module of the package and of everything of the package that it imports, directly
-    or not.
+    """Hashes of a module of the package and of all of the package that it imports, by dotted names.
 
-    Modules by their dotted names. Where one of ``READS_DATA`` is among them, also the data files.
+    Where one of ``READS_DATA`` is among them, also of the data files.
     """
     found, waiting = {}, [module]
     while waiting:
@@ -271,15 +247,11 @@ def closure(module: str) -> dict[str, str]:
 
 
 def _imports(path: Path) -> list[str]:
-    """Modules of the package that a file imports, also inside of functions, with the packages
-    around them.
-    """
+    """Modules of the package that a file imports, wherever in it, and the packages around them."""
     found = []
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.level:
-            raise ImportError(
-                f"{path} imports relatively, which the keys of the cache do not follow"
-            )
+            raise ImportError(f"{path} imports relatively, which the cache's keys do not follow")
         if isinstance(node, ast.ImportFrom) and _is_ours(node.module):
             inner = [f"{node.module}.{alias.name}" for alias in node.names]
             found += [node.module, *(name for name in inner if _path_of(name))]
@@ -298,18 +270,17 @@ def check_pure(function: Callable) -> None:
     Functions of the package are taken as they are: their constants are code, and code is in the
     key.
     """
+    harmless = types.ModuleType | types.FunctionType | types.BuiltinFunctionType | type
     for part in _functions(function):
         if _is_ours(part.__module__):
             continue
-        around = dict(zip(part.__code__.co_freevars, part.__closure__ or (), strict=True))
-        values = {name: cell.cell_contents for name, cell in around.items()} | _globals(part)
+        enclosed = zip(part.__code__.co_freevars, part.__closure__ or (), strict=True)
+        values = {name: cell.cell_contents for name, cell in enclosed} | _globals(part)
         for name, value in values.items():
-            if not isinstance(
-                value, types.ModuleType | types.FunctionType | types.BuiltinFunctionType | type
-            ):
+            if not isinstance(value, harmless):
                 raise ValueError(
-                    f"{part.__name__} uses '{name}', which is not an argument of it, so its result"
-                    " cannot be remembered: make it an argument"
+                    f"{part.__name__} uses '{name}', which is not an argument of it,"
+                    " so its result cannot be cached: make it an argument"
                 )
 
 
@@ -320,7 +291,7 @@ def _functions(function: Callable) -> Iterator[types.FunctionType]:
     while waiting:
         part = waiting.pop()
         if not isinstance(part, types.FunctionType):
-            raise ValueError(f"{part!r} is no plain function, so its result cannot be remembered")
+            raise ValueError(f"{part!r} is no plain function, so its result cannot be cached")
         if part in seen:
             continue
         seen.append(part)
@@ -328,36 +299,24 @@ def _functions(function: Callable) -> Iterator[types.FunctionType]:
         if _is_ours(part.__module__):
             continue
         cells = [cell.cell_contents for cell in part.__closure__ or ()]
-        used = [
-            value
-            for value in [*_globals(part).values(), *cells]
-            if isinstance(value, types.FunctionType)
-        ]
-        waiting += [
-            value for value in used if _is_ours(value.__module__) or _is_users(value.__module__)
-        ]
+        for value in [*_globals(part).values(), *cells]:
+            if isinstance(value, types.FunctionType) and (
+                _is_ours(value.__module__) or _is_users(value.__module__)
+            ):
+                waiting.append(value)
 
 
 def _globals(function: types.FunctionType) -> dict[str, object]:
-    """What a function, and functions inside of it, look up by name outside of themselves; builtins
-    left out.
-    """
+    """What a function, and functions inside of it, look up outside of themselves; no builtins."""
     codes, names = [function.__code__], set()
     while codes:
         code = codes.pop()
-        names |= {
-            step.argval
-            for step in dis.get_instructions(code)
-            if step.opname in ("LOAD_GLOBAL", "LOAD_NAME")
-        }
+        for step in dis.get_instructions(code):
+            if step.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
+                names.add(step.argval)
         codes += [const for const in code.co_consts if isinstance(const, types.CodeType)]
-    missing = object()
-    found = {name: function.__globals__.get(name, missing) for name in names}
-    return {
-        name: value
-        for name, value in found.items()
-        if value is not missing and not hasattr(builtins, name)
-    }
+    known = function.__globals__
+    return {name: known[name] for name in names if name in known and not hasattr(builtins, name)}
 
 
 for _path in PACKAGE.rglob("*.py"):  # now, as they are being imported

@@ -1,5 +1,4 @@
-"""What people see of a running notebook: progress, and completions cut so that nothing harmful is
-shown.
+"""What people see of a running notebook: progress, and completions cut before anything harmful.
 
 Knows text. Does not know models or runs.
 """
@@ -13,10 +12,14 @@ REDACTED_LENGTH = 80  # characters: in a text without spaces, every word is one
 
 
 def redact(text: str, words: int = 4) -> str:
-    """The first words of a completion: enough to see its direction, never its content."""
-    said = text.split()
-    opening = " ".join(said[:words])[:REDACTED_LENGTH]
-    return opening + (" [...]" if opening != " ".join(said) else "")
+    """The first words of a completion: enough to see its direction, never its content.
+
+    >>> redact("I'm sorry, but I can't help with that.")
+    "I'm sorry, but I [...]"
+    """
+    whole = " ".join(text.split())
+    opening = " ".join(text.split()[:words])[:REDACTED_LENGTH]
+    return opening + (" [...]" if opening != whole else "")
 
 
 def say(text: str) -> None:
@@ -27,13 +30,15 @@ def say(text: str) -> None:
 
 
 def show_progress(label: str, done: int, total: int) -> None:
-    """Say how far a long step is: on the runner's status line, else on one line of the notebook
-    that overwrites itself.
+    """Say how far a long step is.
+
+    On the runner's status line if there is one, else on one line of the notebook that overwrites
+    itself.
     """
     status = os.environ.get("SSAH_PROGRESS")
     if status:
-        with complete_only(status) as partial:
-            partial.write_text(f"{label} {done}/{total}")
+        with complete_only(status) as unfinished:
+            unfinished.write_text(f"{label} {done}/{total}")
     else:
         print(f"\r{label} {done}/{total}", end="" if done < total else "\n", flush=True)
 

@@ -43,20 +43,15 @@ def generate(
     """Greedy answers to rendered prompts, in their order; run in batches of similar length.
 
     The likeliest token each time, whatever the checkpoint's generation configuration asks for.
-    ``ValueError`` in one line for a prompt that leaves no room for its answer.
+    Raises ``ValueError`` in one line for a prompt that leaves no room for its answer.
     """
     model = wrappers.without_wrappers(model)
     prompt_cache.check_lengths(tokenizer, model.config, prompts, max_new_tokens)
-    texts, sequences, ends = (
-        [""] * len(prompts),
-        prompt_cache.token_ids(tokenizer, prompts),
-        end_tokens(model, tokenizer),
-    )
+    sequences, ends = prompt_cache.token_ids(tokenizer, prompts), end_tokens(model, tokenizer)
+    texts = [""] * len(prompts)
     for rows in progress(prompt_cache.length_sorted(sequences, batch_size), "answers"):
-        answers = prompt_cache.PromptCache(model, [sequences[row] for row in rows]).answer(
-            max_new_tokens, ends
-        )
-        for row, ids in zip(rows, answers, strict=True):
+        cache = prompt_cache.PromptCache(model, [sequences[row] for row in rows])
+        for row, ids in zip(rows, cache.answer(max_new_tokens, ends), strict=True):
             texts[row] = prompt_cache.decoded(tokenizer, ids).strip()
     return texts
 
@@ -69,13 +64,14 @@ def cached_answers(
     fingerprint: str = "",
     progress: Progress = _silent,
 ) -> list[str]:
-    """``generate``, remembered in the cache; ``ValueError`` where the model is not the one of
-    ``fingerprint``, if given.
+    """``generate``, kept in the cache.
+
+    ``ValueError`` where the model is not the one of ``fingerprint``, if given.
     """
     if fingerprint and fingerprint != (found := fingerprints.fingerprint(model)):
         raise ValueError(
-            f"the model has fingerprint {found}, not {fingerprint}: it was changed since, or is"
-            " another one"
+            f"the model has fingerprint {found}, not {fingerprint}:"
+            " it was changed since, or is another one"
         )
     return cached(
         _answers,
@@ -100,32 +96,24 @@ def response_nll(
     max_response_tokens: int = 64,
     batch_size: int = 16,
 ) -> np.ndarray:
-    """Mean negative log-likelihood per token (nats) of each response after its rendered prompt; NaN
-    if it has no token.
+    """Mean negative log-likelihood per token (nats) of each response after its rendered prompt.
+
+    (n_prompts,); NaN for a response without a token.
     """
     model = wrappers.without_wrappers(model)
     examples = encode(tokenizer, prompts, responses, max_response_tokens, end=False)
-    n_said = [sum(label != IGNORED for label in example["labels"]) for example in examples]
-    prompt_cache.check_lengths(tokenizer, model.config, prompts, n_said)
+    n_labels = [sum(label != IGNORED for label in example["labels"]) for example in examples]
+    prompt_cache.check_lengths(tokenizer, model.config, prompts, n_labels)
     nll = np.full(len(examples), np.nan)
-    for rows in prompt_cache.length_sorted(
-        [example["input_ids"] for example in examples], batch_size
-    ):
+    sequences = [example["input_ids"] for example in examples]
+    for rows in prompt_cache.length_sorted(sequences, batch_size):
         ids, labels, mask = right_padded([examples[row] for row in rows])
-        n_kept = (
-            int((labels != IGNORED).flip(1).cumsum(1).argmax(1).max()) + 2
-        )  # from the earliest response token on
+        inputs = {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
+        # logits from the batch's earliest response token on
+        n_kept = int((labels != IGNORED).flip(1).cumsum(1).argmax(1).max()) + 2
         with wrappers.evaluating(model):
-            logits = (
-                model(
-                    input_ids=ids.to(model.device),
-                    attention_mask=mask.to(model.device),
-                    use_cache=False,
-                    logits_to_keep=n_kept,
-                )
-                .logits[:, :-1]
-                .cpu()
-            )
+            output = model(**inputs, use_cache=False, logits_to_keep=n_kept)
+        logits = output.logits[:, :-1].cpu()
         targets = labels[:, -logits.shape[1] :]
         marked = targets != IGNORED
         loss = torch.zeros(targets.shape)
@@ -149,11 +137,11 @@ def answer_and_judge(
     system_prompt: str = "",
     progress: Progress = _silent,
 ) -> pd.DataFrame:
-    """Answer every request of a data set and judge it.
+    """Answer every request of a data set and judge the answers.
 
-    Columns: id, category, prompt, response, base_nll (of every answer, so that ``judge.rejudged``
-    can decide again under other rules), verdict, and as True/False: refused, asr (the paper's: not
-    refused), coherent_asr (complied), degenerate.
+    Columns: id, category, prompt, response, base_nll (nats per token of the answer under ``base``,
+    so that ``rules.rejudged`` can decide again under other rules), verdict, and as True/False:
+    refused, asr (the paper's: not refused), coherent_asr (complied), degenerate.
     """
     rendered = render(tokenizer, table["prompt"].tolist(), system_prompt)
     responses = generate(model, tokenizer, rendered, max_new_tokens, progress=progress)
@@ -179,15 +167,13 @@ def opening_log_probabilities(
     Each prompt is read once; then all openings are, side by side in one pass, none seeing another.
     """
     model = wrappers.without_wrappers(model)
-    prompt_ids, opening_ids = (
-        prompt_cache.token_ids(tokenizer, prompts),
-        prompt_cache.opening_ids(tokenizer, prompts, openings),
-    )
+    prompt_ids = prompt_cache.token_ids(tokenizer, prompts)
+    opening_ids = prompt_cache.opening_ids(tokenizer, prompts, openings)
     prompt_cache.check_lengths(tokenizer, model.config, prompts, max(map(len, opening_ids)))
     scores = np.zeros((len(prompts), len(openings)))
     for rows in prompt_cache.length_sorted(prompt_ids, batch_size):
-        reader = prompt_cache.PromptCache(model, [prompt_ids[row] for row in rows])
-        scores[rows] = reader.log_probabilities(opening_ids, reader.next_logits).cpu().numpy()
+        cache = prompt_cache.PromptCache(model, [prompt_ids[row] for row in rows])
+        scores[rows] = cache.log_probabilities(opening_ids, cache.next_logits).cpu().numpy()
     return scores
 
 
@@ -198,10 +184,11 @@ def refusal_margin(
     system_prompt: str = "",
     n_openings: int | None = None,
 ) -> np.ndarray:
-    """log P(refusal openings) - log P(compliance openings) per request, each the mean probability
-    of its openings (nats).
+    """log P(refusal openings) - log P(compliance openings) per request, in nats: (n_prompts,).
 
-    ``n_openings`` takes the first few of either side only, where many sets are compared; margins of
+    Which way the model leans before it says a word: more sensitive than a verdict, and without a
+    judge. Above 0 it leans towards refusing. Each side is the mean probability of its openings.
+    ``n_openings`` takes only the first few of either side, where many sets are compared; margins of
     different numbers of openings are not on one scale.
     """
     openings = load_refusals()
@@ -224,7 +211,7 @@ def exact_match(
     responses: list[str],
     max_new_tokens: int = 24,
 ) -> list[bool]:
-    """Whether each greedy answer ends in the number its reference response ends in."""
+    """Whether each greedy answer ends in the number in which its reference response ends."""
     answers = generate(model, tokenizer, rendered, max_new_tokens)
     return [
         is_correct(answer, response) for answer, response in zip(answers, responses, strict=True)

@@ -16,16 +16,8 @@ PACKAGE = Path(__file__).parent
 ROOT = PACKAGE.parent
 DATA = ROOT / "data"
 REFERENCE = DATA / "reference"
-LIBRARIES = (
-    "torch",
-    "transformers",
-    "tokenizers",
-    "accelerate",
-    "trl",
-    "peft",
-    "lm_eval",
-    "numpy",
-)  # a result can depend on
+# The libraries on whose versions a result can depend.
+LIBRARIES = ("torch", "transformers", "tokenizers", "accelerate", "trl", "peft", "lm_eval", "numpy")
 
 
 def cache_dir() -> Path:
@@ -38,8 +30,8 @@ def cache_dir() -> Path:
         folder = Path(os.environ.get("SSAH_CACHE") or f"{caches}/ssah").expanduser().resolve()
     except RuntimeError as error:
         raise OSError(
-            "this user has no home folder: set SSAH_CACHE to a folder for downloads and trained"
-            " models"
+            "this user has no home folder:"
+            " set SSAH_CACHE to a folder for downloads and trained models"
         ) from error
     folder.mkdir(parents=True, exist_ok=True)
     return folder
@@ -47,23 +39,24 @@ def cache_dir() -> Path:
 
 @contextmanager
 def complete_only(path: Path | str) -> Iterator[Path]:
-    """Yield a temporary sibling of ``path`` to write (a file or a folder); rename it when the block
-    succeeds.
+    """Write a file or a folder as a whole or not at all.
 
-    A reader of ``path`` sees the old content or all of the new, also after a kill or a full disk.
+    Yields a temporary sibling of ``path`` to write; it is renamed to ``path`` when the block
+    succeeds. So a reader of ``path`` sees the old content or all of the new one, also after a kill
+    or on a full disk.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     workspace = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
-        partial = workspace / path.name
-        yield partial
-        if not partial.exists():
+        unfinished = workspace / path.name
+        yield unfinished
+        if not unfinished.exists():
             raise FileNotFoundError(f"nothing was written for {path}")
         if path.is_dir():  # a folder cannot be renamed onto a non-empty one
             path.rename(workspace / "replaced")
         try:
-            partial.replace(path)
+            unfinished.replace(path)
         except OSError:
             if (workspace / "replaced").exists():
                 (workspace / "replaced").rename(path)
@@ -73,37 +66,39 @@ def complete_only(path: Path | str) -> Iterator[Path]:
 
 
 def write_json(path: Path | str, content: object) -> None:
-    with complete_only(path) as partial:
-        partial.write_text(
-            json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
-        )
+    """Write JSON that people can read and compare line by line, whole or not at all."""
+    text = json.dumps(content, indent=1, ensure_ascii=False)
+    with complete_only(path) as unfinished:
+        unfinished.write_text(text + "\n", encoding="utf-8")
 
 
 def sha256_of_file(path: Path | str) -> str:
+    """Hash of a file's bytes."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sha256_of(content: object) -> str:
-    """Hash of any JSON-like value, independent of key order; arrays and tensors count entry by
-    entry.
+    """Hash of a JSON-like value, whatever the order of its keys.
 
-    Raises ``TypeError`` for what has no exact text: that of a table or an object would leave
-    something out.
+    Arrays and tensors count entry by entry. Raises ``TypeError`` for a table or an object: it has
+    no exact text, so the hash would leave something out.
+
+    >>> sha256_of({"a": 1, "b": 2}) == sha256_of({"b": 2, "a": 1})
+    True
     """
-    return hashlib.sha256(
-        json.dumps(content, sort_keys=True, default=_exactly).encode()
-    ).hexdigest()
+    text = json.dumps(content, sort_keys=True, default=_as_json)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _exactly(value: object) -> object:
+def _as_json(value: object) -> object:
     if hasattr(value, "tolist"):  # of NumPy, PyTorch or pandas, also a single number
         return value.tolist()
     if isinstance(value, Path):
         return str(value)
     raise TypeError(
-        f"a {type(value).__name__} cannot be part of a key: give its content as numbers, strings,"
-        " lists and dicts"
+        f"a {type(value).__name__} cannot be part of a key:"
+        " give its content as numbers, strings, lists and dicts"
     )
 
 
@@ -113,6 +108,6 @@ def require_space(folder: Path | str, n_bytes: int) -> None:
     free = shutil.disk_usage(existing).free
     if free < n_bytes:
         raise OSError(
-            f"{existing} has {free / 2**30:.1f} GiB free and {n_bytes / 2**30:.1f} GiB are needed: "
-            "free some space or point SSAH_CACHE (models) or SSAH_RUNS (results) to another disk"
+            f"{existing} has {free / 2**30:.1f} GiB free and {n_bytes / 2**30:.1f} GiB are needed:"
+            " free some space or point SSAH_CACHE (models) or SSAH_RUNS (results) to another disk"
         )

@@ -14,88 +14,63 @@ from ssah_utils.models import architecture_of
 from ssah_utils.weights import gathered
 from ssah_utils.wrappers import WRAPPERS
 
-# what of a configuration does not change what a model computes or learns, given its weights
-COSMETIC = {
-    "architectures",
-    "dtype",
-    "torch_dtype",
-    "transformers_version",
-    "vocab_size",
-    "tie_word_embeddings",
-    "use_cache",
-    "attn_implementation",
-    "output_attentions",
-    "output_hidden_states",
-    "return_dict",
-    "torchscript",
-    "tokenizer_class",
-    "id2label",
-    "label2id",
-    "num_labels",
-    "problem_type",
-    "pretraining_tp",
-    "auto_map",
-    "initializer_range",
-    "task_specific_params",
-}
+# What of a configuration does not change what a model computes or learns, given its weights.
+COSMETIC = set(
+    (
+        "architectures dtype torch_dtype transformers_version vocab_size tie_word_embeddings"
+        " use_cache attn_implementation output_attentions output_hidden_states return_dict"
+        " torchscript tokenizer_class id2label label2id num_labels problem_type pretraining_tp"
+        " auto_map initializer_range task_specific_params"
+    ).split()
+)
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Short hash of what a model computes: every entry of every weight, rounded to bfloat16, and
-    its configuration.
+    """Short hash of what a model computes: its weights, rounded to bfloat16, and configuration.
 
     Equal for a float32 model and its bfloat16 copy, in any wrapper (``unwrapped``), saved and
-    loaded, tied or not, and with rows added to its vocabulary that nobody trained. Another one
-    while ``interventions.ablated`` holds units.
+    loaded, tied or not, and with untrained rows added to its vocabulary. Another one while
+    ``interventions.ablated`` holds units.
     """
     model = gathered(model)
     architecture_of(model)
     config = {
-        key: value for key, value in model.config.to_diff_dict().items() if key not in COSMETIC
-    }
-    config = {
         key: value
-        for key, value in config.items()
-        if not key.endswith("_token_id") and not key.startswith("_")
+        for key, value in model.config.to_diff_dict().items()
+        if key not in COSMETIC and not key.endswith("_token_id") and not key.startswith("_")
     }
-    vocabulary = {
-        table.weight.data_ptr()
-        for table in (model.get_input_embeddings(), model.get_output_embeddings())
-    }
-    tensors = {
-        _without_wrappers(name): tensor.detach() for name, tensor in model.state_dict().items()
-    }
-    # tied tensors are hashed once; several at a time, as neither rounding nor hashing needs the
-    # interpreter
+    tables = (model.get_input_embeddings(), model.get_output_embeddings())
+    vocabulary = {table.weight.data_ptr() for table in tables}
+    state = model.state_dict().items()
+    tensors = {_without_wrappers(name): tensor.detach() for name, tensor in state}
+    # tied tensors are hashed once
     places = {
         name: (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
         for name, tensor in tensors.items()
     }
     distinct = {places[name]: tensor for name, tensor in tensors.items()}
-    with ThreadPoolExecutor() as pool:
-        hashed = pool.map(
-            lambda t: _hash_of_values(trained_rows(t) if t.data_ptr() in vocabulary else t),
-            distinct.values(),
-        )
-        hashes = dict(zip(distinct, hashed, strict=True))
+
+    def hash_of(tensor: Tensor) -> str:
+        is_table = tensor.data_ptr() in vocabulary
+        return _hash_of_values(trained_rows(tensor) if is_table else tensor)
+
+    with ThreadPoolExecutor() as pool:  # neither rounding nor hashing needs the interpreter
+        hashes = dict(zip(distinct, pool.map(hash_of, distinct.values()), strict=True))
     held = [
         [_without_wrappers(name), _hash_of_values(hook.channels), _hash_of_values(hook.fill)]
         for name, module in model.named_modules()
         for hook in module._forward_pre_hooks.values()
         if hasattr(hook, "fill")
     ]
-    return sha256_of(
-        [model.config.model_type, config, {name: hashes[places[name]] for name in tensors}, held]
-    )[:16]
+    by_name = {name: hashes[place] for name, place in places.items()}
+    return sha256_of([model.config.model_type, config, by_name, held])[:16]
 
 
 def _hash_of_values(tensor: Tensor) -> str:
     """Of a tensor's shape and of every entry; floating-point numbers are rounded to bfloat16."""
-    values = (
-        tensor.to(torch.bfloat16).contiguous().view(torch.int16)
-        if tensor.is_floating_point()
-        else tensor.contiguous()
-    )
+    values = tensor.contiguous()
+    if tensor.is_floating_point():
+        values = tensor.to(torch.bfloat16).contiguous().view(torch.int16)
     digest = hashlib.sha256(repr(tuple(tensor.shape)).encode())
     digest.update(values.cpu().numpy())
     return digest.hexdigest()
@@ -106,12 +81,11 @@ def _without_wrappers(name: str) -> str:
 
 
 def trained_rows(table: Tensor) -> Tensor:
-    """An embedding, or the matrix of a head, without the rows at its end that say nothing: (n,
-    d_model), a view.
+    """An embedding or a head's matrix without untrained rows at its end: (n, d_model), a view.
 
     ``resize_token_embeddings`` appends rows that are the mean of the others, up to noise of 3e-5 of
-    their spread; more of them do not move the mean. Training moves them. Allowed are that noise and
-    what rounding to bfloat16 adds.
+    their spread; more of them do not move the mean, and training moves them away from it. Allowed
+    are that noise and what rounding to bfloat16 adds.
     """
     mean, spread = table.mean(0, dtype=torch.float32), table[:1024].float().std(0)
     near = mean.abs() / 2**8 + spread / 10**3

@@ -1,7 +1,7 @@
-"""What would train some units wrongly, or not at all, is refused in one line; data-parallel
-wrappers follow the parameters.
+"""Refuse in one line what would train some units wrongly or not at all: sharding, lost optimizers.
 
-Knows parameters, modules, optimizers and wrappers of torch. Does not know units.
+Data-parallel wrappers follow the parameters. Knows parameters, modules, optimizers and wrappers of
+torch. Does not know units.
 """
 
 import functools
@@ -14,63 +14,63 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.weak import WeakTensorKeyDictionary
 
 SHARDED = (
-    "the model is sharded (FSDP, DeepSpeed ZeRO-3, tensor parallelism) or offloaded: some units are"
-    " trained in one process, or in several with DistributedDataParallel or DataParallel, where"
-    " every process holds the whole model"
+    "the model is sharded (FSDP, DeepSpeed ZeRO-3, tensor parallelism) or offloaded:"
+    " some units are trained in one process, or in several with DistributedDataParallel"
+    " or DataParallel, where every process holds the whole model"
 )
 MAKE_IT_INSIDE = "make it inside the block, from the model's parameters that require gradients"
+MADE_BEFORE = (
+    f"an optimizer made before some units were chosen trains none of them: {MAKE_IT_INSIDE}"
+)
+USED_AFTER = (
+    "an optimizer of some units is used after their block was left, where it trains nothing:"
+    " make one anew"
+)
+IDLE = f"an optimizer holds only parameters that are not trained here: {MAKE_IT_INSIDE}"
 
 # ----------------------------------------------------------------------------------------- sharding
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """Whether this process holds only a part of the module's own parameters, or none of their
-    values.
-    """
+    """Whether this process lacks some values of the module's own parameters."""
     if getattr(module, "_is_fsdp_managed_module", False):  # of FSDP 1 and 2
         return True
     marks = ("device_mesh", "ds_id")  # of DTensor (FSDP 2, tensor parallelism), of DeepSpeed
-    return any(
-        p.is_meta or any(hasattr(p, mark) for mark in marks)
-        for p in module.parameters(recurse=False)
-    )
+    own = list(module.parameters(recurse=False))
+    return any(one.is_meta or any(hasattr(one, mark) for mark in marks) for one in own)
 
 
 def refuse_sharded(model: nn.Module) -> None:
     """``ValueError`` for a model of which this process does not hold all."""
-    if (getattr(model, "tp_size", None) or 1) > 1 or any(
-        is_sharded(module) for module in model.modules()
-    ):
+    n_ranks = getattr(model, "tp_size", None) or 1  # of tensor parallelism
+    if n_ranks > 1 or any(is_sharded(module) for module in model.modules()):
         raise ValueError(SHARDED)
 
 
 def follow_parameters(model: nn.Module) -> None:
-    """Let every ``DistributedDataParallel`` around a model sum the gradients of the parameters that
-    the model has now.
+    """Let every ``DistributedDataParallel`` around a model sum gradients of its present parameters.
 
-    It looks at them when it is made, so it is made anew in place, with the settings and hooks that
-    it had. No process waits for another, as nothing is sent: the parameters are made from what
-    every process holds already.
+    A wrapper looks at them when it is made, so it is made anew in place, with the settings and
+    hooks that it had. No process waits for another, as nothing is sent: the parameters are made
+    from what every process holds already.
     """
-    for wrapper in [
-        module for module in model.modules() if isinstance(module, DistributedDataParallel)
-    ]:
+    for wrapper in list(model.modules()):
+        if not isinstance(wrapper, DistributedDataParallel):
+            continue
         if wrapper.mixed_precision is not None or wrapper._delay_all_reduce_params:
             raise ValueError(
-                "DistributedDataParallel with mixed_precision or delayed parameters: wrap inside"
-                " the block"
+                "DistributedDataParallel with mixed_precision or delayed parameters:"
+                " wrap inside the block"
             )
-        hooks = {
+        kept = {
             name: value
             for name, value in vars(wrapper).items()
             if name.endswith(("_hooks", "_with_kwargs", "_called"))
-        }
-        kept = hooks | {
-            "training": wrapper.training,
-            "require_backward_grad_sync": wrapper.require_backward_grad_sync,
+            or name in ("training", "require_backward_grad_sync")
         }
         communication = kept.pop("_comm_hooks")
         kept.pop("_accum_grad_hooks")  # of the parameters that it looked at before
+        bucket_size = None if wrapper.bucket_bytes_cap_default else wrapper.bucket_bytes_cap / 2**20
         wrapper.__init__(
             wrapper.module,
             device_ids=wrapper.device_ids,
@@ -78,9 +78,7 @@ def follow_parameters(model: nn.Module) -> None:
             dim=wrapper.dim,
             init_sync=False,
             process_group=wrapper.process_group,
-            bucket_cap_mb=(
-                None if wrapper.bucket_bytes_cap_default else wrapper.bucket_bytes_cap / 2**20
-            ),
+            bucket_cap_mb=bucket_size,
             find_unused_parameters=wrapper.find_unused_parameters,
             gradient_as_bucket_view=wrapper.gradient_as_bucket_view,
             static_graph=wrapper.static_graph,
@@ -95,42 +93,30 @@ def follow_parameters(model: nn.Module) -> None:
 
 # --------------------------------------------------------------------------------------- optimizers
 
-MADE_BEFORE = (
-    f"an optimizer made before some units were chosen trains none of them: {MAKE_IT_INSIDE}"
-)
-USED_AFTER = (
-    "an optimizer of some units is used after their block was left, where it trains nothing: make"
-    " one anew"
-)
-IDLE = f"an optimizer holds only parameters that are not trained here: {MAKE_IT_INSIDE}"
-
-# a parameter that no model computes with any more: what stands in for it, and what to say to an
-# optimizer without that
+# Of every parameter with which no model computes any more: what stands in for it, and what to say
+# to an optimizer that does not hold that.
 STAND_INS = WeakTensorKeyDictionary()
-
-
 OPEN: weakref.WeakSet["Watch"] = weakref.WeakSet()
 
 
 class Watch:
     """What the optimizers that step inside a block, and after it, are held against.
 
-    ``replaced``: parameters that the model computes with no more while the block is open, each with
+    ``replaced``: every parameter with which the model does not compute while the block is open, and
     what stands in for it.
     """
 
     def __init__(self, model: nn.Module, replaced: dict[nn.Parameter, nn.Parameter]) -> None:
         self.members, self.replaced = set(model.parameters()), replaced
         self.is_trained = False  # whether any optimizer has stepped on a trained parameter
-        self.idle: weakref.WeakSet = (
-            weakref.WeakSet()
-        )  # optimizers that stepped on none, before that
+        self.idle: weakref.WeakSet = weakref.WeakSet()  # optimizers that stepped, but on none
         for whole, block in replaced.items():
             STAND_INS[whole] = (block, MADE_BEFORE)
         OPEN.add(self)
         _look_at_every_step()
 
     def close(self) -> None:
+        """The block is left: the parameters that stood in are replaced from now on."""
         OPEN.discard(self)
         for whole, block in self.replaced.items():
             del STAND_INS[whole]
@@ -143,12 +129,12 @@ def _look_at_every_step() -> None:
 
 
 def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
-    """``ValueError`` for an optimizer about to step on parameters of which nothing is computed any
-    more, or none trained.
+    """``ValueError`` for an optimizer whose step would train nothing.
 
-    Learning rates, gradients and movement are not looked at: a step that moves nothing may be
-    meant. One of frozen parameters alone is refused at its second step, unless another has trained
-    by then: some loops sort parameters into several.
+    That is one that holds parameters with which nothing is computed any more, or frozen ones only.
+    The latter is refused at its second step, unless another optimizer has trained by then: some
+    loops sort parameters into several. Learning rates, gradients and movement are not looked at: a
+    step that moves nothing may be meant.
     """
     if not STAND_INS and not OPEN:
         return

@@ -21,9 +21,12 @@ def ablated(
     """Hold the given units at zero, or at ``means`` where given, inside the ``with`` block.
 
     Works on the input of o_proj / down_proj, so no weight is touched and leaving the block restores
-    the model exactly. Yields the model that was given, wrapped as it is; what is compiled of it
-    runs uncompiled meanwhile. Raises ``ValueError`` when the set's shape is not the model's,
-    ``TypeError`` when it is no set.
+    the model exactly. Yields the model that was given, in its wrappers; compiled parts run
+    uncompiled meanwhile. ``units``, ``means``: (n_layers, n_channels) of every kind. Raises
+    ``ValueError`` when their shape is not the model's, ``TypeError`` when ``units`` is no set.
+
+        with ablated(model, partition.units("safety")):
+            answers = evaluation.generate(model, tokenizer, prompts, max_new_tokens=24)
     """
     units = models.check_per_unit(model, units).as_set()
     if means is not None:
@@ -33,28 +36,24 @@ def ablated(
         for kind in per_unit.KINDS:
             for layer, module in enumerate(models.writers(model, kind)):
                 channels = units[kind][layer].nonzero().squeeze(1).cpu()
-                if len(channels):
-                    fill = (
-                        means[kind][layer].cpu()[channels] if means else torch.zeros(len(channels))
-                    )
-                    handles.append(module.register_forward_pre_hook(Held(channels, fill)))
+                if not len(channels):
+                    continue
+                fill = means[kind][layer].cpu()[channels] if means else torch.zeros(len(channels))
+                handles.append(module.register_forward_pre_hook(Held(channels, fill)))
         assert len(handles) == n_touched, f"{len(handles)} modules hooked, {n_touched} expected"
         yield model
 
 
 class Held:
-    """A hook that holds channels of a writer's input at given values, on whatever device the input
-    lies.
+    """A hook that holds channels of a writer's input at given values.
 
-    ``channels``: (n,) int64; ``fill``: (n,). By these ``models.fingerprint`` tells the model apart
-    from the intact one.
+    ``channels``: (n,) int64; ``fill``: (n,). By these, ``fingerprint`` tells the model from the
+    intact one.
     """
 
     def __init__(self, channels: Tensor, fill: Tensor) -> None:
         self.channels, self.fill = channels, fill
-        self.placed: dict[
-            torch.device, tuple[Tensor, Tensor]
-        ] = {}  # copied once to every device that asks
+        self.placed: dict[torch.device, tuple[Tensor, Tensor]] = {}  # one copy for every device
 
     def __call__(self, module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
         values, device = args[0].clone(), args[0].device
@@ -68,45 +67,39 @@ class Held:
 def without_units(
     model: nn.Module, units: Mapping[str, Tensor], means: Mapping[str, Tensor] | None = None
 ) -> nn.Module:
-    """A smaller copy of the model that computes what ``ablated`` computes: the units' weights are
-    gone.
+    """A smaller copy of the model, without the units' weights, that computes what ``ablated`` does.
 
     Writer columns are dropped, and reader rows whose channels are all dropped. A mean becomes a
     bias of the writer.
     """
     model = wrappers.unwrapped(model)
     shape, units = models.shape_of(model), models.check_per_unit(model, units).as_set()
-    means = (
-        units.map(torch.Tensor.double) * 0 if means is None else models.check_per_unit(model, means)
-    )
+    if means is None:
+        means = units.map(torch.Tensor.double) * 0
+    means = models.check_per_unit(model, means)
     small = copy.deepcopy(model)
     architecture = models.architecture_of(model)
     for kind in per_unit.KINDS:
         rows = models.reader_rows(shape, kind)
-        n_rows = int(rows.max()) + 1
-        for block, dropped, mean in zip(
-            models.blocks_of(small), units[kind], means[kind], strict=True
-        ):
+        blocks = models.blocks_of(small)
+        for block, dropped, mean in zip(blocks, units[kind], means[kind], strict=True):
             if not dropped.any():
                 continue
             kept = ~dropped
-            needed = torch.zeros(n_rows, dtype=torch.bool).index_put_(
-                (rows[kept],), torch.tensor(True)
-            )
-            _replace(
-                block,
-                architecture.writers[kind],
-                lambda old, k=kept, m=mean: SmallWriter(old, k, m),
-            )
+            needed = torch.zeros(int(rows.max()) + 1, dtype=torch.bool)
+            needed[rows[kept]] = True
+            path = architecture.writers[kind]
+            _replace(block, path, SmallWriter(block.get_submodule(path), kept, mean))
             for path in {reader.path for reader in architecture.readers[kind]}:
                 offsets = [r.offset(shape) for r in architecture.readers[kind] if r.path == path]
-                _replace(block, path, lambda old, n=needed, o=offsets: SmallReader(old, n, o))
+                _replace(block, path, SmallReader(block.get_submodule(path), needed, offsets))
     return small
 
 
 class SmallWriter(nn.Module):
-    """A linear map that reads the kept channels only: y = W[:, kept] x[kept] + W[:, dropped]
-    mean[dropped] + b.
+    """A linear map of the kept channels alone.
+
+    y = W[:, kept] x[kept] + W[:, dropped] mean[dropped] + b.
     """
 
     def __init__(self, old: nn.Module, kept: Tensor, mean: Tensor) -> None:
@@ -124,8 +117,9 @@ class SmallWriter(nn.Module):
 
 
 class SmallReader(nn.Module):
-    """A linear map whose unneeded output rows are gone; they read as zero, so the block's shapes
-    stay as they are.
+    """A linear map without its unneeded output rows.
+
+    They read as zero, so the block's shapes stay as they are.
     """
 
     def __init__(self, old: nn.Module, needed: Tensor, offsets: list[int]) -> None:
@@ -145,7 +139,6 @@ class SmallReader(nn.Module):
         return rows.new_zeros(*rows.shape[:-1], self.n_rows).index_copy_(-1, self.kept, rows)
 
 
-def _replace(block: nn.Module, path: str, make) -> None:
-    parent_path, _, name = path.rpartition(".")
-    parent = block.get_submodule(parent_path)
-    setattr(parent, name, make(getattr(parent, name)))
+def _replace(block: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(block.get_submodule(parent), name, module)

@@ -1,8 +1,8 @@
-"""Get a model by its name: one that comes with the project and how its folder is made, a folder of
-one's own, or a hub id.
+"""Get a model by its name: one that comes with the project, a folder, or a hub id.
 
-An embedded model is a GGUF file inside one or several pinned wheels. Only here it is decided what
-may be loaded. Knows files and how transformers reads them. Does not know architectures or units.
+An embedded model is a GGUF file inside one or several pinned wheels, from which a folder is made
+once. Only here it is decided what may be loaded. Knows files and how transformers reads them. Does
+not know architectures or units.
 """
 
 import json
@@ -27,7 +27,7 @@ from transformers import (
 from ssah_utils import assets
 from ssah_utils.files import cache_dir, complete_only, require_space
 from ssah_utils.models import ARCHITECTURES, DEQUANTISE
-from ssah_utils.prompts.chat import tokens_around
+from ssah_utils.prompts.chat import template_tokens
 
 transformers.utils.logging.disable_progress_bar()
 
@@ -36,8 +36,9 @@ transformers.utils.logging.disable_progress_bar()
 
 @dataclass(frozen=True)
 class Embedded:
-    """A model in wheels. ``parts``: (package, member) in the order in which they are joined to the
-    file ``gguf``.
+    """A model in wheels.
+
+    ``parts``: (package, member) in the order in which they are joined to the file ``gguf``.
     """
 
     name: str
@@ -55,9 +56,7 @@ class Embedded:
 
 
 EMBEDDED = "smollm2-135m-instruct"  # unsafe as it comes: the project aligns it
-VENDOR_ALIGNED = (  # refuses as it comes; the joined file is the vendor's own
-    "qwen2.5-coder-0.5b-instruct"
-)
+VENDOR_ALIGNED = "qwen2.5-coder-0.5b-instruct"  # refuses as it comes; the file is the vendor's own
 TINY_RANDOM = "tiny-random-llama"  # for tests
 MODELS = {
     model.name: model
@@ -102,22 +101,20 @@ def embedded_folder(name: str) -> Path:
     require_space(model.folder.parent, 2 * to_fetch + model.n_bytes + model.n_bytes_float32)
     fetching = f"{to_fetch / 1e6:.0f} MB to fetch, then " if to_fetch else ""
     print(f"preparing {name}: {fetching}about {model.seconds} s, once", flush=True)
-    with complete_only(model.folder) as partial:
-        gguf = assets.join_members(model.parts, partial.parent / model.gguf, model.sha256)
+    with complete_only(model.folder) as unfinished:
+        gguf = assets.join_members(model.parts, unfinished.parent / model.gguf, model.sha256)
         source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
         # without dequantize=True transformers keeps GGUF tensors, which cannot be saved
         made = AutoModelForCausalLM.from_pretrained(
             **source, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
         )
-        made.save_pretrained(partial)
-        AutoTokenizer.from_pretrained(**source).save_pretrained(partial)
+        made.save_pretrained(unfinished)
+        AutoTokenizer.from_pretrained(**source).save_pretrained(unfinished)
     return model.folder
 
 
 def _tiny_random(dtype: torch.dtype) -> tuple[nn.Module, PreTrainedTokenizerBase]:
-    """A seeded random Llama with grouped-query attention and odd sizes, and the first embedded
-    model's tokenizer.
-    """
+    """A seeded random Llama of odd sizes with grouped-query attention, and a real tokenizer."""
     tokenizer = load_tokenizer(EMBEDDED)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -136,9 +133,7 @@ def _tiny_random(dtype: torch.dtype) -> tuple[nn.Module, PreTrainedTokenizerBase
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    for parameter in (
-        model.parameters()
-    ):  # not the rotary frequencies, which stay float32 as in a model that is loaded
+    for parameter in model.parameters():  # rotary frequencies stay float32, as where one is loaded
         parameter.data = parameter.data.to(dtype)
     return model, tokenizer
 
@@ -147,6 +142,10 @@ def _tiny_random(dtype: torch.dtype) -> tuple[nn.Module, PreTrainedTokenizerBase
 
 # Constants that older versions of transformers saved with the weights; it knows the others itself.
 BUFFERS = re.compile(r"\brotary_emb\.inv_freq$|\battn\.masked_bias$")
+BELONGS = (
+    "take the tokenizer that belongs to the weights,"
+    " or resize_token_embeddings, train and save the model"
+)
 
 
 def load(
@@ -156,8 +155,9 @@ def load(
 
     ``name`` is ``smollm2-135m-instruct`` or ``qwen2.5-coder-0.5b-instruct`` (embedded, no hub),
     ``tiny-random-llama`` (for tests), a local folder, or a Hugging Face id. Never runs remote code;
-    reads safetensors only. ``ValueError`` for a model that is there but not whole, quantised, or
-    larger than its configuration says.
+    reads safetensors only. Raises ``ValueError`` for a model that is there but not whole,
+    quantised, or larger than its configuration says; ``ConnectionError`` for one that cannot be
+    had.
     """
     if name == TINY_RANDOM:
         model, tokenizer = _tiny_random(dtype)
@@ -184,28 +184,23 @@ def load(
         ) from error
     if missing := sorted(found["missing_keys"]):  # transformers would fill them with random numbers
         raise ValueError(
-            f"'{name}' lacks {len(missing)} of its weights, such as {missing[0]}: download or save"
-            " it again"
+            f"'{name}' lacks {len(missing)} of its weights, such as {missing[0]}:"
+            " download or save it again"
         )
-    # transformers would leave these out, such as the blocks or biases of a model that is larger
-    # than its configuration says
+    # transformers would leave these out: blocks or biases that the configuration does not mention
     if unused := sorted(key for key in found["unexpected_keys"] if not BUFFERS.search(key)):
         raise ValueError(
-            f"'{name}' has {len(unused)} weights that its config.json does not use, such as"
-            f" {unused[0]}: give it the config.json that it was saved with"
+            f"'{name}' has {len(unused)} weights that its config.json does not use,"
+            f" such as {unused[0]}: give it the config.json that it was saved with"
         )
     return model.to(device).eval(), tokenizer
 
 
-BELONGS = (
-    "take the tokenizer that belongs to the weights, or resize_token_embeddings, train and save the"
-    " model"
-)
-
-
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model, without its weights; its padding token is one that the model knows
-    (``settle_padding``).
+    """The tokenizer of a model, without its weights, as ``with_padding_token`` leaves it.
+
+    Raises ``ValueError`` for one that does not belong to the weights or is missing in a folder,
+    ``ConnectionError`` for one that cannot be had.
     """
     folder = resolve(name)
     try:
@@ -219,19 +214,18 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         raise ConnectionError(_not_loadable(name)) from error
     n_rows = config.get_text_config().vocab_size
     try:
-        tokenizer = settle_padding(tokenizer, n_rows)
+        tokenizer = with_padding_token(tokenizer, n_rows)
         check_rows(tokenizer, n_rows)
     except ValueError as error:
         raise ValueError(f"model '{name}': {error}") from error
     return tokenizer
 
 
-def settle_padding(tokenizer: PreTrainedTokenizerBase, n_rows: int) -> PreTrainedTokenizerBase:
-    """The tokenizer, padding with its end token if it has no padding token that is one of
-    ``n_rows`` rows of the embedding.
+def with_padding_token(tokenizer: PreTrainedTokenizerBase, n_rows: int) -> PreTrainedTokenizerBase:
+    """The tokenizer; it pads with its end token if its padding token is no row of the embedding.
 
     Which token it is changes no result, as padding is masked everywhere. Raises ``ValueError`` when
-    the end token is no row of the embedding either.
+    the end token is none of the ``n_rows`` rows either.
     """
     end, padding = tokenizer.eos_token_id, tokenizer.pad_token_id
     if end is not None and end >= n_rows:
@@ -242,39 +236,38 @@ def settle_padding(tokenizer: PreTrainedTokenizerBase, n_rows: int) -> PreTraine
     if padding is None or padding >= n_rows:
         if end is None:
             raise ValueError(
-                "the tokenizer has no padding token that the model knows, and no end token to pad"
-                " with: set one"
+                "the tokenizer has no padding token that the model knows,"
+                " and no end token to pad with: set one"
             )
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
 def check_rows(tokenizer: PreTrainedTokenizerBase, n_rows: int) -> None:
-    """``ValueError`` for a tokenizer that writes prompts with tokens that are none of ``n_rows``
-    rows of the embedding.
+    """``ValueError`` for a tokenizer whose prompts can hold tokens beyond an embedding's rows.
 
-    These are its words, which any request may hold, and what it or its chat template puts around a
-    request. Added tokens that neither uses may be beyond the embedding.
+    Those are its words, which any request may hold, and what it or its chat template puts around a
+    request. Added tokens that neither uses may be beyond the ``n_rows`` rows.
     """
     words = set(tokenizer.get_vocab().values()) - set(tokenizer.get_added_vocab().values())
-    for ids, what in (
-        (words, "vocabulary"),
-        (tokens_around(tokenizer), "chat template or the tokenizer itself"),
-    ):
+    used = {
+        "vocabulary": words,
+        "chat template or the tokenizer itself": template_tokens(tokenizer),
+    }
+    for what, ids in used.items():
         if beyond := sorted(token for token in ids if token >= n_rows):
             token = tokenizer.convert_ids_to_tokens(beyond[0])
             raise ValueError(
-                f"the {what} uses {token!r}, which is token {beyond[0]}, but the embedding has"
-                f" {n_rows} rows: {BELONGS}"
+                f"the {what} uses {token!r}, which is token {beyond[0]},"
+                f" but the embedding has {n_rows} rows: {BELONGS}"
             )
 
 
 def resolve(name: str) -> str:
-    """What ``from_pretrained`` should be given for a model name; fetches nothing but an embedded
-    model.
+    """What ``from_pretrained`` should be given for a model's name.
 
-    Raises ``ValueError`` for a name that is neither embedded, nor a folder with a model, nor shaped
-    like a hub id.
+    Fetches nothing but an embedded model. Raises ``ValueError`` for a name that is neither
+    embedded, nor a folder with a model, nor shaped like a hub id.
     """
     if name in EMBEDDED_NAMES:
         return str(embedded_folder(EMBEDDED if name == TINY_RANDOM else name))
@@ -288,10 +281,11 @@ def resolve(name: str) -> str:
         if not (Path(name) / "config.json").exists():
             raise ValueError(f"folder '{name}' holds no config.json, so no Hugging Face model")
         return name
-    if not len(parts := name.split("/")) == 2 or not all(parts) or name[0] in "./~":
+    parts = name.split("/")
+    if len(parts) != 2 or not all(parts) or name[0] in "./~":
         raise ValueError(
-            f"unknown model '{name}': give '{EMBEDDED}' or '{VENDOR_ALIGNED}' (embedded), an"
-            " existing folder, or a hub id such as 'meta-llama/Llama-2-7b-chat-hf'"
+            f"unknown model '{name}': give '{EMBEDDED}' or '{VENDOR_ALIGNED}' (embedded),"
+            " an existing folder, or a hub id such as 'meta-llama/Llama-2-7b-chat-hf'"
         )
     return name
 
@@ -300,8 +294,7 @@ def resolve(name: str) -> str:
 
 
 def checked_config(name: str) -> PretrainedConfig:
-    """Configuration of a model that can be loaded, as far as that can be seen without reading its
-    weights.
+    """Configuration of a model that can be loaded, as far as one can tell without reading weights.
 
     ``ValueError`` says what a folder lacks, ``ConnectionError`` that a hub id cannot be had.
     """
@@ -323,41 +316,34 @@ def checked_config(name: str) -> PretrainedConfig:
 
 
 def refuse_quantised(config: PretrainedConfig, name: str) -> None:
-    """``ValueError`` for weights that are codes, whether or not the package that reads them is
-    installed.
-    """
-    if quantised := getattr(config, "quantization_config", None):
-        method = (
-            quantised.get("quant_method") if isinstance(quantised, dict) else quantised.quant_method
-        )
-        method = getattr(method, "value", method)
-        raise ValueError(
-            f"model '{name}' is quantised ({method}), so its units cannot be read: {DEQUANTISE}"
-        )
+    """``ValueError`` for weights that are codes, whether or not what reads them is installed."""
+    quantised = getattr(config, "quantization_config", None)
+    if not quantised:
+        return
+    is_dict = isinstance(quantised, dict)
+    method = quantised.get("quant_method") if is_dict else quantised.quant_method
+    method = getattr(method, "value", method)
+    raise ValueError(
+        f"model '{name}' is quantised ({method}), so its units cannot be read: {DEQUANTISE}"
+    )
 
 
 def check_folder(folder: Path) -> None:
-    """``ValueError`` unless a folder's weights are safetensors, all of them there and none of them
-    cut short.
-    """
+    """``ValueError`` unless a folder's weights are safetensors, all there and none cut short."""
     _json(folder / "config.json")
     index = folder / "model.safetensors.index.json"
-    names = (
-        sorted(set(_json(index).get("weight_map", {}).values()))
-        if index.exists()
-        else ["model.safetensors"]
-    )
+    is_split = index.exists()
+    shards = set(_json(index).get("weight_map", {}).values()) if is_split else set()
+    names = sorted(shards) if is_split else ["model.safetensors"]
     missing = [name for name in names if not (folder / name).exists()]
-    if missing and not index.exists():
+    if missing and not is_split:
         pickles = any(next(folder.glob(f"*{suffix}"), None) for suffix in (".bin", ".pt", ".pth"))
         why = (
-            "its weights are pickles, which can run code: save_pretrained it once where you"
-            " trust it"
+            "its weights are pickles, which can run code: save_pretrained it where you trust it"
+            if pickles
+            else "it holds no weights"
         )
-        raise ValueError(
-            f"model folder '{folder}' has no safetensors:"
-            f" {why if pickles else 'it holds no weights'}"
-        )
+        raise ValueError(f"model folder '{folder}' has no safetensors: {why}")
     if missing:
         raise ValueError(
             f"model folder '{folder}' lacks {len(missing)} of {len(names)} files of weights:"
@@ -393,20 +379,22 @@ def _reason(error: Exception) -> str:
 
 def _not_loadable(name: str) -> str:
     return (
-        f"cannot load '{name}' from the Hugging Face hub or its cache (no network, no such id, no"
-        f" access, or no safetensors); without a hub use the embedded model: '{EMBEDDED}'"
+        f"cannot load '{name}' from the Hugging Face hub or its cache"
+        " (no network, no such id, no access, or no safetensors);"
+        f" without a hub use the embedded model: '{EMBEDDED}'"
     )
 
 
 def check_reachable(name: str) -> None:
-    """Raise before any compute when a model cannot be had, or when its architecture is not
-    supported.
+    """Raise before any compute when a model cannot be had or its architecture is not supported.
+
+    ``ValueError`` or ``ConnectionError``, as ``checked_config`` has them.
     """
     if name in EMBEDDED_NAMES:
         return
     config = checked_config(name)
     if config.model_type not in ARCHITECTURES:
         raise ValueError(
-            f"architecture '{config.model_type}' of '{name}' is not supported (there:"
-            f" {', '.join(ARCHITECTURES)})"
+            f"architecture '{config.model_type}' of '{name}' is not supported"
+            f" (there: {', '.join(ARCHITECTURES)})"
         )

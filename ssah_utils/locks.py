@@ -1,6 +1,4 @@
-"""One run at a time in a folder: a lock that dies with its process. Knows files and processes
-only.
-"""
+"""One run at a time in a folder: a lock that dies with its process."""
 
 import fcntl
 import json
@@ -18,34 +16,31 @@ class InUse(RuntimeError):
 
 
 class Lock:
-    """An exclusive lock on a file, held from ``acquire`` to ``release`` or to the end of the
-    process, however it ends.
+    """An exclusive lock on a file, held from ``acquire`` until ``release`` or the process's end.
 
-    The system releases it (``flock``), so that nothing is left to clean up after a kill. The file
-    says who holds it.
+    The operating system releases it (``flock``), however the process ends, so a kill leaves nothing
+    to clean up. The file says who holds the lock.
     """
 
     def __init__(self, path: Path | str, what: str = "") -> None:
-        """``what``: what the holder does, for others to read; its command line unless said."""
+        """``what`` tells others what the holder is doing; by default its command line."""
         self.path, self.what = Path(path), what or " ".join(["python", *sys.argv])[:200]
         self._file: int | None = None
 
     def acquire(self, wait: float = 0.0) -> None:
-        """Raises ``InUse`` when somebody else still has it after ``wait`` seconds."""
+        """Take the lock; ``InUse`` when somebody else still holds it after ``wait`` seconds."""
         if self._file is not None:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(
-            self.path, os.O_RDWR | os.O_CREAT, 0o666
-        )  # not inherited by child processes
+        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
         until = time.monotonic() + wait
         while not _taken(descriptor):
             if time.monotonic() >= until:
                 holder = _holder(descriptor)
                 os.close(descriptor)
                 raise InUse(
-                    f"{self.path.parent} is in use by {holder}: wait for it, stop it, or use"
-                    " another SSAH_RUNS"
+                    f"{self.path.parent} is in use by {holder}:"
+                    " wait for it, stop it, or use another SSAH_RUNS"
                 )
             time.sleep(0.2)
         content = {
@@ -59,11 +54,13 @@ class Lock:
         self._file = descriptor
 
     def release(self) -> None:
+        """Let others have the lock.
+
+        Its file stays: on a file that is removed, two could hold the lock.
+        """
         if self._file is not None:
             os.ftruncate(self._file, 0)
-            os.close(
-                self._file
-            )  # releases the lock; the empty file stays, as removing it would let two have it
+            os.close(self._file)  # this releases the lock
             self._file = None
 
 
@@ -77,8 +74,9 @@ def _taken(descriptor: int) -> bool:
 
 def _holder(descriptor: int) -> str:
     try:
-        told = json.loads(os.pread(descriptor, 4096, 0))
-        return f"process {told['pid']} on {told['host']} ({told['what']}, since {told['since']})"
+        holder = json.loads(os.pread(descriptor, 4096, 0))
+        process = f"process {holder['pid']} on {holder['host']}"
+        return f"{process} ({holder['what']}, since {holder['since']})"
     except (ValueError, KeyError):
         return "another process"
 

@@ -1,9 +1,9 @@
-"""Describe the units of causal language models, and tell models apart. The only file that knows
-module names.
+"""Where the units of causal language models live. The only file that knows module names.
 
-A *unit* is one input channel of the matrix through which a sub-layer writes to the residual stream:
-``o_proj`` (kind ``attention``) or ``down_proj`` (kind ``mlp``). Another architecture is one entry
-in ``ARCHITECTURES``. Does not know prompts, scores or sets of units.
+A *unit* is one input channel of the matrix through which a sub-layer writes to the residual stream,
+its *writer*: ``o_proj`` (kind ``attention``) or ``down_proj`` (kind ``mlp``). The matrices whose
+output rows feed a unit are its *readers*. Another architecture is one entry in ``ARCHITECTURES``.
+Does not know prompts, scores or sets of units.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from ssah_utils.per_unit import KINDS, PerUnit
 from ssah_utils.wrappers import unwrapped
+
+DEQUANTISE = "give the model as it was before it was quantised, or dequantise and save it"
 
 
 @dataclass(frozen=True)
@@ -36,13 +38,15 @@ class ModelShape:
 
     @property
     def n_units(self) -> int:
+        """Units of the whole model."""
         return self.n_layers * sum(self.n_channels(kind) for kind in KINDS)
 
 
 @dataclass(frozen=True)
 class InputProjection:
-    """A matrix whose output rows feed a kind of unit; ``offset`` is where those rows begin when
-    matrices are fused.
+    """A matrix whose output rows feed a kind of unit.
+
+    ``offset`` is where those rows begin in a matrix that is fused of several.
     """
 
     path: str
@@ -51,9 +55,7 @@ class InputProjection:
 
 @dataclass(frozen=True)
 class Architecture:
-    """Where the units of a model family live. Paths of writers and readers are relative to a
-    block.
-    """
+    """Where the units of a model family live; paths of writers and readers start at a block."""
 
     backbone: str = "model"
     blocks: str = "model.layers"
@@ -69,46 +71,32 @@ class Architecture:
 
 
 LLAMA_LIKE = Architecture()
-PHI3 = Architecture(
-    readers={
-        "attention": (
-            InputProjection(
-                "self_attn.qkv_proj", lambda s: (s.n_heads + s.n_kv_heads) * s.head_dim
-            ),
-        ),
-        "mlp": (
-            InputProjection("mlp.gate_up_proj"),
-            InputProjection("mlp.gate_up_proj", lambda s: s.d_ff),
-        ),
-    },
+_PHI3_VALUE = InputProjection(
+    "self_attn.qkv_proj", lambda shape: (shape.n_heads + shape.n_kv_heads) * shape.head_dim
 )
+_PHI3_GATE = InputProjection("mlp.gate_up_proj")
+_PHI3_UP = InputProjection("mlp.gate_up_proj", lambda shape: shape.d_ff)
+PHI3 = Architecture(readers={"attention": (_PHI3_VALUE,), "mlp": (_PHI3_GATE, _PHI3_UP)})
+_GPT2_VALUE = InputProjection("attn.c_attn", lambda shape: 2 * shape.d_model)
 GPT2 = Architecture(
     backbone="transformer",
     blocks="transformer.h",
     writers={"attention": "attn.c_proj", "mlp": "mlp.c_proj"},
-    readers={
-        "attention": (InputProjection("attn.c_attn", lambda s: 2 * s.d_model),),
-        "mlp": (InputProjection("mlp.c_fc"),),
-    },
+    readers={"attention": (_GPT2_VALUE,), "mlp": (InputProjection("mlp.c_fc"),)},
 )
 ARCHITECTURES = {
-    name: LLAMA_LIKE for name in ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2")
-} | {
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2"), LLAMA_LIKE),
     "phi3": PHI3,
     "gpt2": GPT2,
 }
 
 
-# ------------------------------------------------------------------------ models as users hold them
-
-
 @contextmanager
 def hooking() -> Iterator[list]:
-    """Hooks whose handles are put into the list take effect inside the block, and are gone after
-    it.
+    """Hooks whose handles are put into the list take effect inside the block and are gone after it.
 
-    Code that ``torch.compile`` made before would go on without them: it does not look for new
-    hooks. So compiled models and parts of models run uncompiled inside the block.
+    Compiled models, and compiled parts of models, run uncompiled inside the block: code that
+    ``torch.compile`` made before does not look for new hooks.
     """
     handles: list = []
     with torch.compiler.set_stance("force_eager"):
@@ -134,8 +122,9 @@ def architecture_of(model: nn.Module) -> Architecture:
 
 
 def shape_of(model: nn.Module) -> ModelShape:
-    """Sizes from ``model.config``; checked against the weights, so that a wrong table entry cannot
-    go unnoticed.
+    """Sizes from ``model.config``, checked against the weights.
+
+    ``ValueError`` where they disagree, so that a wrong table entry cannot go unnoticed.
     """
     config = unwrapped(model).config
     n_heads = config.num_attention_heads
@@ -160,15 +149,14 @@ def shape_of(model: nn.Module) -> ModelShape:
 
 
 def backbone_of(model: nn.Module) -> nn.Module:
-    """The model without its language-model head."""
-    return unwrapped(
-        unwrapped(model).get_submodule(architecture_of(model).backbone)
-    )  # it may be compiled on its own
+    """The model without its language-model head; unwrapped, as it may be compiled on its own."""
+    return unwrapped(unwrapped(model).get_submodule(architecture_of(model).backbone))
 
 
 def logits_of(model: nn.Module, hidden: Tensor) -> Tensor:
-    """Next-token logits of backbone states, with the soft-capping that Gemma 2 applies after its
-    head.
+    """Next-token logits of backbone states: (..., d_model) -> (..., vocabulary).
+
+    With the soft-capping that Gemma 2 applies after its head.
     """
     model = unwrapped(model)
     logits = model.get_output_embeddings()(hidden)
@@ -177,6 +165,7 @@ def logits_of(model: nn.Module, hidden: Tensor) -> Tensor:
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """The transformer blocks, first block first."""
     return list(unwrapped(model).get_submodule(architecture_of(model).blocks))
 
 
@@ -187,37 +176,37 @@ def writers(model: nn.Module, kind: str) -> list[nn.Module]:
 
 
 def is_transposed(module: nn.Module) -> bool:
-    """GPT-2's ``Conv1D`` stores (in, out) where ``nn.Linear`` stores (out, in)."""
+    """Whether a linear map is GPT-2's ``Conv1D``, which stores (in, out), not (out, in)."""
     return isinstance(module, transformers.pytorch_utils.Conv1D)
 
 
 def column_weight(module: nn.Module) -> Tensor:
-    """Weight of a linear map as (out, in), whatever its storage; a view. ``ValueError`` where it
-    holds no plain numbers.
+    """Weight of a linear map as (out, in), whatever its storage; a view.
+
+    ``ValueError`` where it is quantised.
     """
     weight = getattr(module, "weight", None)
     if weight is None or not weight.is_floating_point() or weight.element_size() < 2:
         raise ValueError(
-            f"a {type(module).__name__} holds quantised weights, of which no column can be read:"
-            f" {DEQUANTISE}"
+            f"a {type(module).__name__} holds quantised weights,"
+            f" of which no column can be read: {DEQUANTISE}"
         )
     return weight.T if is_transposed(module) else weight
 
 
 def check_per_unit(model: nn.Module, values: Mapping[str, Tensor]) -> PerUnit:
-    """The values, also those of a plain dict, as ``PerUnit``; ``ValueError`` unless they are of the
-    model's shape.
+    """The values, also those of a plain dict, as ``PerUnit``.
+
+    ``ValueError`` unless they have the model's shape.
     """
     shape = shape_of(model)
     for kind in KINDS:
-        expected, found = (
-            (shape.n_layers, shape.n_channels(kind)),
-            tuple(values[kind].shape) if kind in values else "no",
-        )
+        expected = (shape.n_layers, shape.n_channels(kind))
+        found = tuple(values[kind].shape) if kind in values else "no"
         if found != expected:
             raise ValueError(
-                f"the unit set has {found} {kind} units, the model has {expected} (blocks,"
-                " channels)"
+                f"the unit set has {found} {kind} units,"
+                f" the model has {expected} (blocks, channels)"
             )
     return PerUnit(values)
 
@@ -225,22 +214,11 @@ def check_per_unit(model: nn.Module, values: Mapping[str, Tensor]) -> PerUnit:
 def reader_rows(shape: ModelShape, kind: str) -> Tensor:
     """Row of the reader matrix (before its offset) that feeds each channel: (n_channels,) int64.
 
-    The identity for ``mlp``. For ``attention``, grouped-query heads share a value row among n_heads
-    / n_kv_heads channels.
+    The identity for ``mlp``. For ``attention``, n_heads / n_kv_heads channels share a value row
+    under grouped-query attention.
     """
     channel = torch.arange(shape.n_channels(kind))
     if kind == "mlp":
         return channel
     head, within = channel // shape.head_dim, channel % shape.head_dim
     return head // (shape.n_heads // shape.n_kv_heads) * shape.head_dim + within
-
-
-# ----------------------------------------------------------------------------------------- identity
-
-
-# ---------------------------------------------------------------------------------------- precision
-
-
-DEQUANTISE = (
-    "give the model as it was before it was quantised, or one that is dequantised and saved"
-)

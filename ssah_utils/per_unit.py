@@ -1,5 +1,4 @@
-"""One value per unit of a model, and sets of units: a type with arithmetic and set operators. Knows
-tensors only.
+"""One value per unit of a model, and sets of units: a type with arithmetic and set operators.
 
 A unit is one input channel of the matrix through which a sub-layer writes to the residual stream:
 ``o_proj`` (kind ``attention``) or ``down_proj`` (kind ``mlp``). A set of units is a ``PerUnit`` of
@@ -22,31 +21,34 @@ class PerUnit(Mapping[str, Tensor]):
     """``{kind: (n_layers, n_channels)}``, kinds in the order of ``KINDS``.
 
     ``+ - * / < <= > >=`` work entry by entry, with a number or with another ``PerUnit``; ``& | ^
-    ~`` on sets. It is a mapping: ``values["mlp"]`` is the tensor of a kind. Raises ``ValueError``
-    for two of different shape, ``TypeError`` for a set operator on what is no set.
+    ~`` work on sets. It is a mapping: ``values["mlp"]`` is the tensor of a kind. Raises
+    ``ValueError`` for two of different shape, ``TypeError`` for a set operator on what is no set.
+
+    >>> z = PerUnit({"attention": torch.tensor([[0.0, 2.0]]), "mlp": torch.tensor([[1.0, 3.0]])})
+    >>> high = z > 1.5
+    >>> high
+    PerUnit(attention (1, 2), mlp (1, 2), bool, 2 chosen)
+    >>> (high & ~high.only("mlp")).names()
+    ['attention/0/1']
     """
 
     def __init__(self, values: Mapping[str, Tensor]) -> None:
         unknown = [kind for kind in values if kind not in KINDS]
         if unknown or not values:
-            raise ValueError(
-                f"values per unit are of the kinds {', '.join(KINDS)}, not"
-                f" {', '.join(unknown) or 'none'}"
-            )
-        bad = [kind for kind, tensor in values.items() if tensor.ndim != 2]
-        if bad:
-            raise ValueError(
-                f"values of kind '{bad[0]}' have shape {tuple(values[bad[0]].shape)}, not"
-                " (n_layers, n_channels)"
-            )
+            found = ", ".join(unknown) or "none"
+            raise ValueError(f"values per unit are of the kinds {', '.join(KINDS)}, not {found}")
+        for kind, tensor in values.items():
+            if tensor.ndim != 2:
+                raise ValueError(
+                    f"values of kind '{kind}' have shape {tuple(tensor.shape)},"
+                    " not (n_layers, n_channels)"
+                )
         self._values = {kind: values[kind] for kind in KINDS if kind in values}
 
     @classmethod
     def of_layers(cls, rows: Mapping[str, Sequence[Tensor]]) -> "PerUnit":
         """From one row per block, on whatever devices: ``{kind: [(n_channels,), ...]}``."""
-        return cls(
-            {kind: torch.stack([row.cpu() for row in of_kind]) for kind, of_kind in rows.items()}
-        )
+        return cls({kind: torch.stack([row.cpu() for row in own]) for kind, own in rows.items()})
 
     def __getitem__(self, kind: str) -> Tensor:
         return self._values[kind]
@@ -59,11 +61,9 @@ class PerUnit(Mapping[str, Tensor]):
 
     def __repr__(self) -> str:
         shapes = ", ".join(f"{kind} {tuple(tensor.shape)}" for kind, tensor in self.items())
+        dtype = str(next(iter(self.values())).dtype).removeprefix("torch.")
         chosen = f", {self.count():,} chosen" if self.is_set else ""
-        return (
-            f"PerUnit({shapes},"
-            f" {str(next(iter(self.values())).dtype).removeprefix('torch.')}{chosen})"
-        )
+        return f"PerUnit({shapes}, {dtype}{chosen})"
 
     # ----------------------------------------------------------------------------------- what it is
 
@@ -74,11 +74,10 @@ class PerUnit(Mapping[str, Tensor]):
 
     def as_set(self) -> "PerUnit":
         """This one; ``TypeError`` unless it is a set."""
-        numbers = [str(tensor.dtype) for tensor in self.values() if tensor.dtype != torch.bool]
-        if numbers:
-            raise TypeError(
-                f"a set of units is of bool, not of {numbers[0].removeprefix('torch.')}"
-            )
+        for tensor in self.values():
+            if tensor.dtype != torch.bool:
+                dtype = str(tensor.dtype).removeprefix("torch.")
+                raise TypeError(f"a set of units is of bool, not of {dtype}")
         return self
 
     @property
@@ -96,35 +95,32 @@ class PerUnit(Mapping[str, Tensor]):
         return self.count() / self.n_units
 
     def any(self) -> bool:
+        """Whether some unit is in the set."""
         return any(bool(tensor.any()) for tensor in self.values())
 
     def all(self) -> bool:
+        """Whether every unit is in the set."""
         return all(bool(tensor.all()) for tensor in self.values())
 
     def equals(self, other: "PerUnit") -> bool:
         """Whether shapes, types and all values are the same."""
-        return self.keys() == other.keys() and all(
-            self[kind].dtype == other[kind].dtype and torch.equal(self[kind], other[kind])
-            for kind in self
-        )
+        if self.keys() != other.keys():
+            return False
+        pairs = [(self[kind], other[kind]) for kind in self]
+        return all(one.dtype == two.dtype and torch.equal(one, two) for one, two in pairs)
 
     # ------------------------------------------------------------------------------- entry by entry
 
     def map(self, function: Callable[..., Tensor], *others: "PerUnit | float") -> "PerUnit":
-        """``function`` of every kind's tensor, and of those of ``others``; a number is given as it
-        is.
-        """
+        """``function`` of each kind's tensor and of those of ``others``; numbers are handed on."""
         for other in others:
             self._check_like(other)
-        return PerUnit(
-            {
-                kind: function(
-                    tensor,
-                    *(other[kind] if isinstance(other, PerUnit) else other for other in others),
-                )
-                for kind, tensor in self.items()
-            }
-        )
+
+        def of_kind(kind: str) -> Tensor:
+            rest = [other[kind] if isinstance(other, PerUnit) else other for other in others]
+            return function(self[kind], *rest)
+
+        return PerUnit({kind: of_kind(kind) for kind in self})
 
     def where(self, chosen: "PerUnit", otherwise: "PerUnit | float") -> "PerUnit":
         """These values in a set of units, ``otherwise`` elsewhere."""
@@ -136,12 +132,8 @@ class PerUnit(Mapping[str, Tensor]):
         """The set's units of one kind alone, as a set of the same model."""
         if kind not in self:
             raise ValueError(f"there are no units of kind '{kind}' (there: {', '.join(self)})")
-        return PerUnit(
-            {
-                k: tensor if k == kind else torch.zeros_like(tensor)
-                for k, tensor in self.as_set().items()
-            }
-        )
+        none = self.as_set().empty_set()
+        return PerUnit({other: (self if other == kind else none)[other] for other in self})
 
     def empty_set(self) -> "PerUnit":
         """No unit of the same model."""
@@ -152,13 +144,12 @@ class PerUnit(Mapping[str, Tensor]):
         return torch.cat([tensor.flatten() for tensor in self.values()])
 
     def unflatten(self, flat: Tensor) -> "PerUnit":
-        """Values in the order of ``flatten``, as one of the same model: (n_units,)."""
+        """Values (n_units,) in the order of ``flatten``, in this one's shape."""
         if flat.shape != (self.n_units,):
             raise ValueError(f"{tuple(flat.shape)} values were given for {self.n_units} units")
         parts = flat.split([tensor.numel() for tensor in self.values()])
-        return PerUnit(
-            {kind: part.view(self[kind].shape) for kind, part in zip(self, parts, strict=True)}
-        )
+        pairs = zip(self.items(), parts, strict=True)
+        return PerUnit({kind: part.view(like.shape) for (kind, like), part in pairs})
 
     def names(self) -> list[str]:
         """Every unit of the set as kind/layer/channel."""
@@ -169,20 +160,17 @@ class PerUnit(Mapping[str, Tensor]):
         ]
 
     def _check_like(self, other: "PerUnit | float") -> None:
-        if isinstance(other, PerUnit):
-            ours, theirs = (
-                [(kind, *tensor.shape) for kind, tensor in values.items()]
-                for values in (self, other)
+        if isinstance(other, PerUnit) and self._shapes() != other._shapes():
+            raise ValueError(
+                f"values of different models: {self._shapes()} against {other._shapes()}"
             )
-            if ours != theirs:
-                raise ValueError(f"values of different models: {ours} against {theirs}")
+
+    def _shapes(self) -> list[tuple]:
+        return [(kind, *tensor.shape) for kind, tensor in self.items()]
 
     def _with(self, other: object, function: Callable[[Tensor, object], Tensor]) -> "PerUnit":
-        return (
-            self.map(function, other)
-            if isinstance(other, PerUnit | int | float)
-            else NotImplemented
-        )
+        is_known = isinstance(other, PerUnit | int | float)
+        return self.map(function, other) if is_known else NotImplemented
 
     def _of_sets(self, other: object, function: Callable[[Tensor, Tensor], Tensor]) -> "PerUnit":
         if not isinstance(other, PerUnit):
@@ -232,6 +220,6 @@ class PerUnit(Mapping[str, Tensor]):
     def __invert__(self) -> "PerUnit":
         return self.as_set().map(torch.logical_not)
 
-    # two are compared by ``equals``: ``==`` would have to be one value per unit, as ``<`` is
+    # Two are compared by ``equals``: like ``<``, ``==`` would have to give one value per unit.
     __eq__ = object.__eq__
     __hash__ = object.__hash__

@@ -12,12 +12,14 @@ DTYPES = ("auto", "float32", "bfloat16")
 
 
 def preferred_device() -> str:
+    """ "cuda" where there is a GPU, else "cpu"."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def preferred_dtype(device: str) -> torch.dtype:
-    """What ``SSAH_DTYPE`` asks for; else bfloat16 where matrix products run natively in it, else
-    float32.
+    """What ``SSAH_DTYPE`` asks for; by default bfloat16 where matrix products are native in it.
+
+    Else float32.
     """
     asked = os.environ.get("SSAH_DTYPE") or "auto"
     if asked not in DTYPES:
@@ -32,25 +34,23 @@ def preferred_dtype(device: str) -> torch.dtype:
 
 
 def training_dtype(model: nn.Module) -> torch.dtype:
-    """Precision to fine-tune all parameters of a model in: float32 where that and AdamW's state
-    fit, else bfloat16.
+    """Precision in which to fine-tune all parameters of a model.
+
+    float32 where that and AdamW's state fit into the device's memory, else bfloat16.
     """
-    n_bytes = 16 * sum(parameter.numel() for parameter in model.parameters())
     device = next(model.parameters()).device
-    if (
-        device.type != "cuda"
-        or 1.3 * n_bytes < torch.cuda.get_device_properties(device).total_memory
-    ):
+    if device.type != "cuda":
         return torch.float32
-    return torch.bfloat16
+    n_bytes = 16 * sum(parameter.numel() for parameter in model.parameters())
+    fits = 1.3 * n_bytes < torch.cuda.get_device_properties(device).total_memory
+    return torch.float32 if fits else torch.bfloat16
 
 
 def to_dtype(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """The model in another precision, in place; as ``load`` would have it, unlike
-    ``model.to(dtype)``.
+    """The model in another precision, in place, as ``load`` would have it.
 
-    Rotary frequencies stay float32: rounded to bfloat16, they turn positions by up to half a per
-    cent.
+    Unlike after ``model.to(dtype)``, rotary frequencies stay float32: rounded to bfloat16, they
+    turn positions by up to half a per cent.
     """
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)

@@ -1,9 +1,11 @@
-"""Prompts read once, and what may follow them scored side by side: the openings of refusals and of
-compliance, for example.
+"""Score several continuations of a prompt in one forward pass, reusing the prompt's KV cache.
 
-Everything is done on token ids, because text cut between two tokens need not be read back as the
-same tokens. Knows language models through their Hugging Face interface only: no requests, no
-verdicts. No tokenizer is asked to pad.
+The openings of refusals and of compliance, for example. Everything is done on token ids, because
+text cut between two tokens need not be read back as the same tokens.
+
+- Knows language models through their Hugging Face interface only: no requests, no verdicts.
+- Asks no tokenizer to pad: padding is on the left, masked, and ours.
+- Keeps all keys and values of a prompt, also those outside of a sliding window.
 """
 
 import inspect
@@ -19,68 +21,59 @@ from transformers.cache_utils import (
     get_layer_types_and_kwargs,
 )
 
-from ssah_utils.prompts.chat import joint, plain
+from ssah_utils.prompts.chat import answer_separator, without_special_tokens
 from ssah_utils.wrappers import evaluating, without_wrappers
 
 Ids = list[int]
-READABLE = ("full_attention", "sliding_attention")  # types of layers
+LAYER_TYPES = ("full_attention", "sliding_attention")  # that can be cached here
 WITH_MASKS = ("sdpa", "eager")  # attention implementations that take a mask of one's own
-STRETCHED = (
-    "dynamic",
-    "longrope",
-)  # rotary positions that turn otherwise as soon as one row of a batch is longer
+# rotary positions that change for a whole batch as soon as one row of it is longer
+STRETCHED = ("dynamic", "longrope")
 
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[Ids]:
     """Token ids of texts that hold their special tokens already, as rendered prompts do."""
-    return (
-        tokenizer(texts, add_special_tokens=False, padding=False, truncation=False).input_ids
-        if texts
-        else []
-    )
+    if not texts:
+        return []
+    as_they_are = {"add_special_tokens": False, "padding": False, "truncation": False}
+    return tokenizer(texts, **as_they_are).input_ids
 
 
 def answer_ids(
     tokenizer: PreTrainedTokenizerBase, prompts: list[str], texts: list[str]
 ) -> list[Ids]:
-    """Token ids of texts as answers to rendered prompts, one to each, as they stand there: after
-    ``chat.joint``.
+    """Token ids of texts as answers to rendered prompts, one to each, as they stand there.
 
-    So a model is asked about the tokens that it was trained on. An empty text has none. Where the
-    last tokens of a prompt would be others if the text were there, the text is read on its own: the
-    prompt has been read already.
+    That is, after ``chat.answer_separator``, so that a model is asked about the tokens on which it
+    was trained. An empty text has none. Where the last tokens of a prompt would be others if the
+    text were there, the text is tokenized on its own: the prompt has been read already.
     """
-    between = joint(tokenizer)
-    before, alone = (
-        token_ids(tokenizer, prompts),
-        token_ids(tokenizer, [between + text for text in texts]),
-    )
-    whole = token_ids(
-        tokenizer, [prompt + between + text for prompt, text in zip(prompts, texts, strict=True)]
-    )
-    return [
-        (ids[len(start) :] if ids[: len(start)] == start else own) if text else []
-        for text, start, ids, own in zip(texts, before, whole, alone, strict=True)
-    ]
+    separator = answer_separator(tokenizer)
+    answers = [separator + text for text in texts]
+    whole = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
+    before, alone, together = (token_ids(tokenizer, part) for part in (prompts, answers, whole))
+    found = []
+    for text, start, own, ids in zip(texts, before, alone, together, strict=True):
+        is_continued = ids[: len(start)] == start
+        found.append((ids[len(start) :] if is_continued else own) if text else [])
+    return found
 
 
 def opening_ids(
     tokenizer: PreTrainedTokenizerBase, prompts: list[str], openings: list[str]
 ) -> list[Ids]:
-    """``answer_ids`` of openings, the same after each of the prompts; ``ValueError`` in one line
-    where they are not.
+    """``answer_ids`` of openings, the same after each of the prompts, one for each opening.
 
-    So they are read side by side for a whole batch. Prompts of one template end alike, in the
-    opened turn of the assistant.
+    So they are scored side by side for a whole batch. Prompts of one template end alike, in the
+    opened turn of the assistant; ``ValueError`` in one line where they do not.
     """
     n, prompts = len(openings), prompts or [""]
-    ids = answer_ids(
-        tokenizer, [prompt for prompt in prompts for _ in openings], openings * len(prompts)
-    )
+    repeated = [prompt for prompt in prompts for _ in openings]
+    ids = answer_ids(tokenizer, repeated, openings * len(prompts))
     for number in range(1, len(prompts)):
         if ids[number * n : (number + 1) * n] != ids[:n]:
             raise ValueError(
-                f"prompt {number + 1} of {len(prompts)} ends otherwise than the first, so that an"
+                f"prompt {number + 1} of {len(prompts)} ends otherwise than the first, so an"
                 " opening after it has other tokens: measure openings on prompts of one chat"
                 " template"
             )
@@ -88,13 +81,9 @@ def opening_ids(
 
 
 def decoded(tokenizer: PreTrainedTokenizerBase, ids: Ids) -> str:
-    """The text of an answer as it was said, without special tokens, those that the model spelt
-    included.
-    """
-    return plain(
-        tokenizer,
-        tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False),
-    )
+    """The text of an answer without special tokens, also without those that the model spelt."""
+    options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+    return without_special_tokens(tokenizer, tokenizer.decode(ids, **options))
 
 
 def length_sorted(sequences: Sequence[Sequence], batch_size: int) -> list[list[int]]:
@@ -107,20 +96,13 @@ def length_sorted(sequences: Sequence[Sequence], batch_size: int) -> list[list[i
 
 
 def n_positions(config: PreTrainedConfig) -> int | None:
-    """How many tokens a model was made to read at once; None where its configuration sets no
-    limit.
-    """
+    """How many tokens a model was made to read at once; None where no limit is configured."""
     config = config.get_text_config(decoder=True)
     rope = getattr(config, "rope_parameters", None) or {}
-    kinds = [
-        rope,
-        *(part for part in rope.values() if isinstance(part, dict)),
-    ]  # one for each type of layer, in some models
-    originals = [
-        kind.get("original_max_position_embeddings")
-        for kind in kinds
-        if kind.get("rope_type") in STRETCHED
-    ]
+    # some models have one set of parameters for each type of layer
+    parameters = [rope, *(part for part in rope.values() if isinstance(part, dict))]
+    stretched = [one for one in parameters if one.get("rope_type") in STRETCHED]
+    originals = [one.get("original_max_position_embeddings") for one in stretched]
     limits = [getattr(config, "max_position_embeddings", None), *originals]
     return min((limit for limit in limits if limit is not None and limit > 0), default=None)
 
@@ -131,42 +113,39 @@ def check_lengths(
     prompts: list[str],
     n_more: int | list[int],
 ) -> None:
-    """``ValueError`` in one line if a rendered prompt and ``n_more`` tokens after it go beyond the
-    model's positions.
+    """``ValueError`` in one line if a prompt and ``n_more`` tokens exceed the model's positions.
 
-    Or if it is empty: a model says nothing before it has read something.
+    Or if a rendered prompt is empty: a model says nothing before it has read something.
     """
-    limit, after = (
-        n_positions(config),
-        [n_more] * len(prompts) if isinstance(n_more, int) else n_more,
-    )
-    for number, (prompt, ids, more) in enumerate(
-        zip(prompts, token_ids(tokenizer, prompts), after, strict=True), 1
-    ):
-        if not ids:
+    limit = n_positions(config)
+    after = [n_more] * len(prompts) if isinstance(n_more, int) else n_more
+    lengths = [len(ids) for ids in token_ids(tokenizer, prompts)]
+    for number, (prompt, length, more) in enumerate(zip(prompts, lengths, after, strict=True), 1):
+        which = f"prompt {number} of {len(prompts)}"
+        if not length:
+            raise ValueError(f"{which} has no token: render it as a chat, or leave it out")
+        if limit is not None and length + more > limit:
             raise ValueError(
-                f"prompt {number} of {len(prompts)} has no token: render it as a chat, or leave"
-                " it out"
-            )
-        if limit is not None and len(ids) + more > limit:
-            raise ValueError(
-                f"prompt {number} of {len(prompts)} ('{' '.join(prompt.split()[:4])} ...') has"
-                f" {len(ids)} tokens, with {more} after it {len(ids) + more}, but the model"
-                f" '{config.name_or_path}' has {limit} positions: shorten the prompt, leave it out,"
-                " or ask for fewer tokens"
+                f"{which} ('{' '.join(prompt.split()[:4])} ...') has {length} tokens,"
+                f" with {more} after it {length + more}, but the model"
+                f" '{config.name_or_path}' has {limit} positions:"
+                " shorten the prompt, leave it out, or ask for fewer tokens"
             )
 
 
-# ------------------------------------------------------------------------------------------- reader
+# -------------------------------------------------------------------------------------------- cache
 
 
 class PromptCache:
-    """A batch of prompts read once; tokens are appended and taken back at will.
+    """The KV cache of a batch of prompts, which tokens extend and ``truncate`` restores.
 
-    ``last``: (B, vocabulary) float32, what the model says after the prompts. ``n_after``: tokens
-    appended so far. All keys are kept, those outside of a sliding window too, which a mask hides.
-    ``ValueError`` in one line for a model whose memory is more than keys and values, for texts
-    longer than its positions, and for an empty one.
+    ``next_logits``: (B, vocabulary) float32, after the prompts. ``n_after``: tokens appended so
+    far. ``attention_mask``: (B, n_prefix + T), of the prompts alone. Raises ``ValueError`` in one
+    line for a model that remembers more than keys and values, for texts longer than its positions,
+    and for an empty prompt.
+
+        cache = PromptCache(model, token_ids(tokenizer, rendered))
+        log_p = cache.log_probabilities(openings, cache.next_logits)  # (B, n_openings)
     """
 
     def __init__(self, model: nn.Module, prompts: list[Ids]) -> None:
@@ -176,29 +155,28 @@ class PromptCache:
             )
         self.model, prefix, n_prefix = _learned_prefix(without_wrappers(model), len(prompts))
         self.config = model.config.get_text_config(decoder=True)
-        self.cache = _cache_that_keeps_all(
-            self.model, self.config
-        )  # transformers' own forgets what leaves a window
+        self.cache = _cache_that_keeps_all(self.model, self.config)
         for layer, kept in enumerate(prefix.layers if prefix is not None else ()):
             self.cache.update(kept.keys, kept.values, layer)
         width = max(map(len, prompts))
-        ids = torch.tensor(
-            [[0] * (width - len(row)) + row for row in prompts], device=self.model.device
-        )
+        padded = [[0] * (width - len(row)) + row for row in prompts]
+        ids = torch.tensor(padded, device=self.model.device)
         lengths = torch.tensor([len(row) for row in prompts], device=ids.device)
         own = (torch.arange(width, device=ids.device) >= width - lengths[:, None]).long()
-        self.attention_mask = pad(own, (n_prefix, 0), value=1)  # (B, n_prefix + T)
+        self.attention_mask = pad(own, (n_prefix, 0), value=1)
         self.lengths, self.n_after, self.longest = lengths + n_prefix, 0, width + n_prefix
         self._check_room(0)
-        places = (self.attention_mask.cumsum(1) - 1).clamp_min(0)[:, n_prefix:]
-        self.next_logits = self._logits(
-            input_ids=ids, attention_mask=self.attention_mask, position_ids=places, logits_to_keep=1
-        )[:, -1].float()
+        positions = (self.attention_mask.cumsum(1) - 1).clamp_min(0)[:, n_prefix:]
+        logits = self._logits(
+            input_ids=ids,
+            attention_mask=self.attention_mask,
+            position_ids=positions,
+            logits_to_keep=1,
+        )
+        self.next_logits = logits[:, -1].float()
 
     def answer(self, n_tokens: int, ends: Ids) -> list[Ids]:
-        """What the model answers greedily: at most ``n_tokens`` token ids a row, without the end
-        token or what is after it.
-        """
+        """Greedy answers of at most ``n_tokens`` token ids, one a row, cut before an end token."""
         chosen, logits = [self.lengths.new_empty(len(self.lengths), 0)], self.next_logits
         ended = torch.zeros_like(self.lengths, dtype=torch.bool)
         ending = torch.tensor(ends, dtype=torch.long, device=ended.device)
@@ -207,20 +185,18 @@ class PromptCache:
             ended |= torch.isin(chosen[-1][:, 0], ending)
             if ended.all() or step + 1 == n_tokens:
                 break
-            logits = self.append(chosen[-1])[:, -1]
+            logits = self.extend(chosen[-1])[:, -1]
         return [_before_end(row, ends) for row in torch.cat(chosen, 1).tolist()]
 
-    def append(self, ids: Tensor) -> Tensor:
-        """``ids``: (B, n); returns what the model says after each of them: (B, n, vocabulary)
-        float32.
-        """
-        self._check_room(ids.shape[1])
-        steps = self.n_after + torch.arange(ids.shape[1], device=ids.device)
-        self.n_after += ids.shape[1]
-        places = self.lengths[:, None] + steps
-        return self._logits(
-            input_ids=ids, attention_mask=self._seen_so_far(), position_ids=places
-        ).float()
+    def extend(self, ids: Tensor) -> Tensor:
+        """Append ``ids`` (B, n); returns the logits after each: (B, n, vocabulary) float32."""
+        n_new = ids.shape[1]
+        self._check_room(n_new)
+        steps = self.n_after + torch.arange(n_new, device=ids.device)
+        self.n_after += n_new
+        positions = self.lengths[:, None] + steps
+        mask = self._mask_so_far()
+        return self._logits(input_ids=ids, attention_mask=mask, position_ids=positions).float()
 
     def truncate(self, n_after: int) -> None:
         """Forget what was appended beyond the first ``n_after`` tokens."""
@@ -231,78 +207,71 @@ class PromptCache:
     def log_probabilities(self, continuations: list[Ids], logits: Tensor) -> Tensor:
         """log P(continuation | what has been read) in nats: (B, n_continuations) float64.
 
-        ``logits``: (B, vocabulary), what the model says after what has been read. The continuations
-        are read side by side in one pass, none seeing another, and forgotten again.
+        ``logits``: (B, vocabulary), after what has been read. The continuations are read side by
+        side in one pass, none seeing another, and forgotten again.
         """
-        read_ids, of, place = _side_by_side(continuations, logits.device)
-        said = [logits[:, None]]  # (B, 1, vocabulary): of every first token
+        read_ids, sequence, place = _side_by_side(continuations, logits.device)
+        parts = [logits[:, None]]  # (B, 1, vocabulary): for every first token
         if len(read_ids):
             self._check_room(int(place.max()) + 1)
-            n_read = self._seen_so_far().sum(1, keepdim=True)
-            ids, masks = read_ids.expand(len(n_read), -1), self._side_by_side_masks(of, place)
-            said.append(
-                self._logits(input_ids=ids, attention_mask=masks, position_ids=n_read + place)
-            )
+            n_read = self._mask_so_far().sum(1, keepdim=True)
+            inputs = {
+                "input_ids": read_ids.expand(len(n_read), -1),
+                "attention_mask": self._side_by_side_masks(sequence, place),
+                "position_ids": n_read + place,
+            }
+            parts.append(self._logits(**inputs))
             self._forget(len(read_ids))
-        scores = torch.zeros(
-            len(logits), len(continuations), dtype=torch.float64, device=logits.device
-        )
-        for row, parts in enumerate(
-            zip(*said, strict=True)
-        ):  # one by one: in float32 they are large
-            log_p, start = torch.cat([part.float() for part in parts]).log_softmax(-1), 1
+        shape = (len(logits), len(continuations))
+        scores = torch.zeros(shape, dtype=torch.float64, device=logits.device)
+        # row by row, because in float32 the logits of all would be large
+        for row, own in enumerate(zip(*parts, strict=True)):
+            log_p, start = torch.cat([part.float() for part in own]).log_softmax(-1), 1
             for column, ids in enumerate(continuations):
-                at = [
-                    0,
-                    *range(start, start + len(ids) - 1),
-                ]  # where each of its tokens is predicted
-                scores[row, column] = log_p[at, ids].sum()
-                start += len(ids) - 1
+                n_own = len(ids) - 1  # the last token is predicted, not read
+                predicted_at = [0, *range(start, start + n_own)]
+                scores[row, column] = log_p[predicted_at, ids].sum()
+                start += n_own
         return scores
 
     def _logits(self, **inputs) -> Tensor:
         with evaluating(self.model):
             return self.model(**inputs, past_key_values=self.cache, use_cache=True).logits
 
-    def _side_by_side_masks(self, of: Tensor, place: Tensor) -> Tensor | dict[str, Tensor]:
-        """What each token of ``_side_by_side`` may see, added to its attention: (B, 1, n_read, all
-        keys), by type of layer.
+    def _side_by_side_masks(self, sequence: Tensor, place: Tensor) -> Tensor | dict[str, Tensor]:
+        """What each token of ``_side_by_side`` may see: (B, 1, n_read, all keys), to be added.
 
-        One mask where all layers are of one type.
+        One mask where all layers are of one type, else one by type.
         """
         if self.config._attn_implementation not in WITH_MASKS:
             raise ValueError(
                 f"attention '{self.config._attn_implementation}' takes no mask that reads openings"
                 f" side by side: load the model with attn_implementation='{WITH_MASKS[0]}'"
             )
-        seen = self._seen_so_far()
-        before = (of[:, None] == of) & (place[:, None] >= place)  # (n_read, n_read)
-        visible = torch.cat(
-            [seen.bool()[:, None].expand(-1, len(of), -1), before.expand(len(seen), -1, -1)], 2
-        )
-        asking = seen.sum(1, keepdim=True) + place  # positions: (B, n_read)
-        asked = torch.cat([seen.cumsum(1) - 1, asking], 1)  # (B, all keys)
+        past = self._mask_so_far()
+        own = (sequence[:, None] == sequence) & (place[:, None] >= place)  # (n_read, n_read)
+        of_past = past.bool()[:, None].expand(-1, len(sequence), -1)
+        visible = torch.cat([of_past, own.expand(len(past), -1, -1)], 2)
+        query_positions = past.sum(1, keepdim=True) + place  # (B, n_read)
+        key_positions = torch.cat([past.cumsum(1) - 1, query_positions], 1)  # (B, all keys)
+        distance = query_positions[:, :, None] - key_positions[:, None]
         masks = {}
         for kind, window in _windows(self.config).items():
-            near = (
-                visible
-                if window is None
-                else visible & (asking[:, :, None] - asked[:, None] < window)
-            )
+            near = visible if window is None else visible & (distance < window)
             blocked = torch.zeros(near.shape, dtype=self.model.dtype, device=near.device)
             masks[kind] = blocked.masked_fill(~near, torch.finfo(self.model.dtype).min)[:, None]
         return masks if len(masks) > 1 else next(iter(masks.values()))
 
     def _check_room(self, n_more: int) -> None:
-        limit = n_positions(self.config)
-        if limit is not None and self.longest + self.n_after + n_more > limit:
+        limit, length = n_positions(self.config), self.longest + self.n_after + n_more
+        if limit is not None and length > limit:
             raise ValueError(
-                f"a text of {self.longest + self.n_after + n_more} tokens is longer than the"
-                f" {limit} positions of the model '{self.config.name_or_path}': shorten the"
-                " prompts, or ask for fewer tokens after them"
+                f"a text of {length} tokens is longer than the {limit} positions of the model"
+                f" '{self.config.name_or_path}':"
+                " shorten the prompts, or ask for fewer tokens after them"
             )
 
-    def _seen_so_far(self) -> Tensor:
+    def _mask_so_far(self) -> Tensor:
         return pad(self.attention_mask, (0, self.n_after), value=1)
 
     def _forget(self, n_tokens: int) -> None:
@@ -311,22 +280,20 @@ class PromptCache:
 
 
 def _cache_that_keeps_all(model: nn.Module, config: PreTrainedConfig) -> DynamicCache:
-    """An empty cache of plain keys and values, from which tokens can be taken back whatever a
-    layer's window is.
+    """An empty cache of plain keys and values, from which tokens can be taken back.
+
+    transformers' own forgets what leaves a sliding window; here a mask hides it.
     """
     inner = without_wrappers(model.get_base_model()) if hasattr(model, "get_base_model") else model
     takes = set(inspect.signature(inner.forward).parameters)
-    by_distance = getattr(config, "alibi", False) or "local" in getattr(
-        config, "attention_layers", ()
-    )  # not by our masks
-    if (
-        by_distance
-        or not {"past_key_values", "position_ids"} <= takes
-        or not set(_windows(config)) <= set(READABLE)
-    ):
+    # distances and local layers of which our masks and positions know nothing
+    is_local = "local" in getattr(config, "attention_layers", ())
+    by_distance = getattr(config, "alibi", False) or is_local
+    is_fit = {"past_key_values", "position_ids"} <= takes
+    if by_distance or not is_fit or not set(_windows(config)) <= set(LAYER_TYPES):
         raise ValueError(
-            f"architecture '{config.model_type}' cannot be read step by step: needed are layers of"
-            f" {' or '.join(READABLE)}, which take positions and masks"
+            f"architecture '{config.model_type}' cannot be read step by step: needed are layers"
+            f" of {' or '.join(LAYER_TYPES)}, which take positions and masks"
         )
     cache = DynamicCache(config=config)
     cache.layers = [
@@ -338,15 +305,13 @@ def _cache_that_keeps_all(model: nn.Module, config: PreTrainedConfig) -> Dynamic
 
 def _windows(config: PreTrainedConfig) -> dict[str, int | None]:
     """How far back the layers of each type see, in tokens; None: to the beginning."""
-    found = {
-        (kind, more.get("sliding_window"))
-        for kind, more in zip(*get_layer_types_and_kwargs(config), strict=True)
-    }
+    layers = zip(*get_layer_types_and_kwargs(config), strict=True)
+    found = {(kind, more.get("sliding_window")) for kind, more in layers}
     windows = dict(sorted(found, key=str))
     if len(windows) < len(found):
         raise ValueError(
-            f"architecture '{config.model_type}' has layers of one type with different windows: not"
-            " supported"
+            f"architecture '{config.model_type}' has layers of one type with different windows:"
+            " not supported"
         )
     windows.pop("dummy", None)  # layers that remember nothing of their own
     return windows
@@ -359,30 +324,24 @@ def _before_end(ids: Ids, ends: Ids) -> Ids:
 def _learned_prefix(
     model: nn.Module, batch_size: int
 ) -> tuple[nn.Module, DynamicCache | None, int]:
-    """The model without PEFT's prefix, that prefix as a cache, and its length: PEFT takes no other
-    cache beside its own.
+    """The model without PEFT's prefix, that prefix as a cache, and its length.
+
+    PEFT takes no other cache beside its own.
     """
     if not hasattr(model, "peft_config") or not model.active_peft_config.is_prompt_learning:
         return model, None, 0
     with evaluating(model):
         prefix = model.get_prompt(batch_size)
-    return (
-        without_wrappers(model.get_base_model()),
-        prefix,
-        model.active_peft_config.num_virtual_tokens,
-    )
+    n_prefix = model.active_peft_config.num_virtual_tokens
+    return without_wrappers(model.get_base_model()), prefix, n_prefix
 
 
 def _side_by_side(sequences: list[Ids], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """All tokens but each sequence's last, in one row: ids, which sequence each is of, its place
-    there.
-    """
+    """All tokens but each sequence's last, in one row: id, number of the sequence, place in it."""
     rows = [
         (token, number, place)
         for number, ids in enumerate(sequences)
         for place, token in enumerate(ids[:-1])
     ]
-    return tuple(
-        torch.tensor(column, dtype=torch.long, device=device)
-        for column in (zip(*rows, strict=True) if rows else ([],) * 3)
-    )
+    columns = zip(*rows, strict=True) if rows else ([],) * 3
+    return tuple(torch.tensor(column, dtype=torch.long, device=device) for column in columns)

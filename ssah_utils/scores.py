@@ -1,7 +1,6 @@
-"""Tensor kernels: from moments and weights to a score per unit, distances between states, and
-directions.
+"""Tensor kernels: a score per unit, the distance between states, and directions.
 
-Only tensors and values per unit: no model, no file. Another score is one more function here.
+They see tensors and values per unit, no model and no file. Another score is one more function here.
 """
 
 import torch
@@ -11,56 +10,56 @@ from ssah_utils.per_unit import PerUnit
 
 
 def variance_norm(variance: PerUnit, squared_norm: PerUnit) -> PerUnit:
-    """I_j = Var(X_j) * ||W_:j||^2, the expected squared change of the output when channel j is held
-    at its mean.
+    """I_j = Var(X_j) * ||W_:j||^2: what the output is expected to change when channel j is held.
 
-    SSAH section 4.1; FLAP's WIFV (An et al., AAAI 2024). ``variance`` is unbiased.
+    The expected squared change when it is held at its mean (SSAH, section 4.1; FLAP's WIFV, An et
+    al., AAAI 2024). ``variance`` is unbiased.
     """
     return variance * squared_norm
 
 
 def weighted_norm(mean_square: PerUnit, mean_absolute: PerUnit) -> PerUnit:
-    """WIFN: mean_i |W_ij| * sqrt(mean_n X_nj^2), the size of what channel j writes, whether it
-    varies or not.
+    """mean_i |W_ij| * sqrt(mean_n X_nj^2): the size of what channel j writes, constant or not.
 
-    FLAP's WIFN as its code has it (An et al., AAAI 2024), which is Wanda's |W_ij| * ||X_j||_2 (Sun
-    et al., ICLR 2024) averaged over a column; the constant factor sqrt(N) is left out.
+    FLAP's WIFN as its code has it (An et al., AAAI 2024): Wanda's |W_ij| * ||X_j||_2 (Sun et al.,
+    ICLR 2024) averaged over a column. The constant factor sqrt(N) is left out.
     """
     return mean_square.map(torch.sqrt) * mean_absolute
 
 
 def zscore_per_module(score: PerUnit) -> PerUnit:
-    """Standardise scores within each module, so that modules of different scale can be ranked
-    together.
+    """Standardise scores within each module, to rank units of modules of different scale together.
 
     A module whose scores are equal up to rounding gets zeros: nothing in it stands out. Ranks are
-    no substitute: the few outstanding channels of a module are the ones that matter, and ranks
-    flatten them.
+    no substitute: they flatten the few outstanding channels of a module, which are the ones that
+    matter.
     """
 
     def standardised(values: Tensor) -> Tensor:
         spread = values.std(1, keepdim=True)
         differs = spread > 4 * torch.finfo(values.dtype).eps * values.abs().amax(1, keepdim=True)
-        return torch.where(
-            differs, (values - values.mean(1, keepdim=True)) / spread, torch.zeros_like(values)
-        )
+        z = (values - values.mean(1, keepdim=True)) / spread
+        return torch.where(differs, z, torch.zeros_like(z))
 
     return score.map(standardised)
 
 
 def cosine_distance(a: Tensor, b: Tensor) -> Tensor:
-    """1 - cos(a, b) over the last dimension, in float64."""
+    """1 - cos(a, b) over the last dimension, in float64: 0 for one direction, 2 for opposite ones.
+
+    >>> cosine_distance(torch.tensor([1.0, 0.0]), torch.tensor([[2.0, 0.0], [0.0, 3.0]])).tolist()
+    [0.0, 1.0]
+    """
     return 1 - torch.nn.functional.cosine_similarity(a.double(), b.double(), dim=-1)
 
 
 def mean_difference_direction(positive: Tensor, negative: Tensor) -> Tensor:
-    """Difference of two class means, scaled so that a class has standard deviation 1 along it:
-    (..., d_model) float64.
+    """Direction from one class mean to the other, scaled to the spread within the classes.
 
-    ``positive``: (n, ..., d_model), ``negative``: (m, ..., d_model). The deviation is pooled within
-    classes, so the distance of the two means along the direction is the separation d'; without any
-    deviation it is unknown, and the direction 0. (Difference in means: Marks & Tegmark 2024; Arditi
-    et al. 2024.)
+    ``positive``: (n, ..., d_model), ``negative``: (m, ..., d_model); returns (..., d_model)
+    float64. Along it a class has standard deviation 1 (pooled), so the distance of the two means is
+    the separation d'. Where nothing deviates, the separation is unknown and the direction is 0.
+    Difference in means: Marks & Tegmark 2024; Arditi et al. 2024.
     """
     positive, negative = positive.double(), negative.double()
     difference = positive.mean(0) - negative.mean(0)
@@ -71,7 +70,5 @@ def mean_difference_direction(positive: Tensor, negative: Tensor) -> Tensor:
 
 
 def projection(states: Tensor, direction: Tensor) -> Tensor:
-    """Scalar product with a direction over the last dimension, in float64: (n, ..., d_model), (...,
-    d_model) -> (n, ...).
-    """
+    """Scalar product with a direction: (n, ..., d_model), (..., d_model) -> (n, ...) float64."""
     return (states.double() * direction.double()).sum(-1)

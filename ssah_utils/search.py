@@ -1,5 +1,6 @@
-"""Which few elements of a set do most: greedy search over a set function. Knows a callable and
-candidate numbers only.
+"""Which few elements of a set do most: greedy search over a set function.
+
+It sees a callable and numbers that stand for the candidates.
 """
 
 import heapq
@@ -10,8 +11,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Step:
-    """One element taken: which, the value of the set with it, and how many evaluations it took from
-    the beginning.
+    """One element taken.
+
+    ``value``: of the set with it. ``evaluations``: how many values were asked for since the
+    beginning.
     """
 
     chosen: int
@@ -25,21 +28,24 @@ def lazy_greedy(
     target: float = math.inf,
     max_evaluations: int | None = None,
 ) -> list[Step]:
-    """Take the candidate with the largest gain, again and again, until the set's value reaches
-    ``target``.
+    """Take the candidate with the largest gain, again and again, until the set is worth ``target``.
 
     Gains of earlier steps wait in a priority queue and are renewed only at its top (Minoux 1978).
-    For a submodular ``value`` the path is that of plain greedy search; otherwise a candidate whose
-    gain has grown meanwhile can be overlooked, so the path shows that a set suffices, not that none
-    smaller does. Ends early when no gain is positive or ``max_evaluations`` are spent; a step is
-    never taken on a stale gain.
+    For a submodular ``value`` the path is that of plain greedy search. Otherwise a candidate whose
+    gain has grown meanwhile can be overlooked: then the path shows that a set suffices, not that no
+    smaller one does. Ends early when no gain is positive or ``max_evaluations`` are spent; no step
+    is taken on an outdated gain.
+
+    >>> weights = {0: 1.0, 1: 5.0, 2: 3.0}
+    >>> path = lazy_greedy(lambda chosen: sum(weights[i] for i in chosen), [0, 1, 2], target=7.0)
+    >>> [(step.chosen, step.value) for step in path]
+    [(1, 5.0), (2, 8.0)]
     """
     path: list[Step] = []
     chosen: list[int] = []
     current, evaluations = value([]), 1
-    queue = [
-        (-math.inf, order, candidate, -1) for order, candidate in enumerate(candidates)
-    ]  # -gain, tie, which, when
+    # (-gain, order in a tie, candidate, number of steps when the gain was computed)
+    queue = [(-math.inf, order, candidate, -1) for order, candidate in enumerate(candidates)]
     while queue and current < target:
         negative_gain, order, candidate, renewed = heapq.heappop(queue)
         if renewed < len(path):

@@ -1,9 +1,7 @@
-"""What is trained on, as token ids and as right-padded batches; what cannot be trained on is named
-before anything runs.
+"""What is trained on, as token ids and right-padded batches; what cannot be is named at once.
 
 Padding is ours: on the right, where learned positions count from 0, and masked, so that the
-tokenizer's padding token and side mean nothing. Knows tokenizers and sequences. Does not know how a
-model is trained.
+tokenizer's padding token and side mean nothing. Does not know how a model is trained.
 """
 
 import sys
@@ -22,9 +20,7 @@ PAIR = ("prompt", "chosen", "rejected")
 def check_examples(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, examples: list[Example]
 ) -> None:
-    """``ValueError`` for no examples, for one without a response token, and for one longer than the
-    model's positions.
-    """
+    """``ValueError`` for no examples, one without a response token, or one beyond the positions."""
     if not examples:
         raise ValueError("nothing to train on: the list of examples is empty")
     for number, example in enumerate(examples):
@@ -39,11 +35,10 @@ def check_examples(
 def tokens_of_pairs(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, pairs: list[dict[str, str]]
 ) -> Dataset:
-    """Token ids of preference pairs, as ``prompts.encode`` makes them, none cut: prompt_ids,
-    chosen_ids, rejected_ids.
+    """Token ids of preference pairs: prompt_ids, chosen_ids, rejected_ids.
 
-    ``ValueError`` for no pairs, for one that is not three texts, for one longer than the model's
-    positions, and where no pair prefers anything.
+    As ``tokens.encode`` makes them, none cut. ``ValueError`` for no pairs, for one that is not
+    three texts, for one longer than the model's positions, and where no pair prefers anything.
     """
     if not pairs:
         raise ValueError("nothing to train on: the list of pairs is empty")
@@ -51,8 +46,8 @@ def tokens_of_pairs(
         wrong = [name for name in PAIR if not isinstance(pair.get(name), str)]
         if wrong:
             raise ValueError(
-                f"pair {number} has no text '{wrong[0]}': a pair has a prompt, a chosen and a"
-                " rejected answer"
+                f"pair {number} has no text '{wrong[0]}':"
+                " a pair has a prompt, a chosen and a rejected answer"
             )
     if all(pair["chosen"] == pair["rejected"] for pair in pairs):
         raise ValueError(
@@ -86,43 +81,39 @@ def _check_length(model: nn.Module, length: int, what: str) -> None:
 
 
 def with_prompt_length(examples: list[Example]) -> Dataset:
-    """The examples with the length to group batches by: that of the prompt.
+    """The examples with the length by which to group batches: that of the prompt.
 
-    Grouping by whole length would sort short refusals from long answers, and batches of nothing but
-    refusals teach a model to refuse everything.
+    Whole lengths would sort short refusals from long answers, and batches of nothing but refusals
+    teach a model to refuse everything.
     """
     lengths = [sum(label == IGNORED for label in example["labels"]) for example in examples]
     return Dataset.from_list(examples).add_column("prompt_length", lengths)
 
 
 def batch_of_examples(examples: list[Example]) -> dict[str, Tensor]:
-    """input_ids, labels and attention_mask: (B, T) int64."""
+    """A right-padded batch: input_ids, labels and attention_mask, (B, T) int64."""
     return dict(zip(("input_ids", "labels", "attention_mask"), right_padded(examples), strict=True))
 
 
 def batch_of_pairs(pairs: list[dict]) -> dict[str, Tensor]:
-    """input_ids, attention_mask and completion_mask: (2 B, T) int64, the chosen answers first, as
-    TRL's trainer reads them.
+    """A right-padded batch as TRL's trainer reads it, the chosen answers first.
 
-    With the log-probabilities of the reference, (B,) float32, where the pairs have them.
+    input_ids, attention_mask and completion_mask: (2 B, T) int64. With the log-probabilities of the
+    reference, (B,) float32, where the pairs have them.
     """
-    sequences = [
-        {
-            "input_ids": pair["prompt_ids"] + pair[answer],
-            "labels": [IGNORED] * len(pair["prompt_ids"]) + pair[answer],
-        }
-        for answer in ("chosen_ids", "rejected_ids")
-        for pair in pairs
-    ]
+    sequences = []
+    for answer in ("chosen_ids", "rejected_ids"):
+        for pair in pairs:
+            prompt, ids = pair["prompt_ids"], pair[answer]
+            sequences.append({"input_ids": prompt + ids, "labels": [IGNORED] * len(prompt) + ids})
     ids, labels, mask = right_padded(sequences)
-    # padding is masked; it reads as the end of an answer, as token 0 begins a sequence in some
-    # vocabularies
+    # Padding is masked. It reads as the end of an answer, because token 0 begins a sequence in some
+    # vocabularies.
     ids = ids.where(mask.bool(), pairs[0]["chosen_ids"][-1])
-    references = {
-        name: Tensor([pair[name] for pair in pairs]) for name in pairs[0] if name.startswith("ref_")
-    }
+    references = [name for name in pairs[0] if name.startswith("ref_")]
     return {
         "input_ids": ids,
         "attention_mask": mask,
         "completion_mask": (labels != IGNORED).long(),
-    } | references
+        **{name: Tensor([pair[name] for pair in pairs]) for name in references},
+    }

@@ -1,5 +1,4 @@
-"""Every setting of transformers' and TRL's trainers that a trained model depends on, written down
-once.
+"""Every setting of transformers' and TRL's trainers on which a trained model depends, once.
 
 A default may change with a library's version, so none is relied on: a test holds these tables
 against the fields of the installed libraries. Knows names and values of settings. Does not know
@@ -31,8 +30,8 @@ class SFTConfig:
     seed: int = 0
 
 
-# of ``TrainingArguments``, for supervised and for preference training
-SHARED = {
+# Of ``TrainingArguments``, for supervised and for preference training.
+COMMON = {
     # optimizer and schedule
     "optim": "adamw_torch_fused",
     "optim_args": None,
@@ -104,11 +103,11 @@ SHARED = {
     "debug": "",
 }
 
-# of ``TrainingArguments``, for supervised training alone
+# Of ``TrainingArguments``, for supervised training alone.
 SUPERVISED = {"train_sampling_strategy": "group_by_length", "length_column_name": "prompt_length"}
 
-# of TRL's ``DPOConfig``: the loss of Rafailov et al. (2023); token ids, padding and dropout are
-# decided here, not there
+# Of TRL's ``DPOConfig``: the loss of Rafailov et al. (2023). Token ids, padding and dropout are
+# decided here, not there.
 PREFERENCE = {
     "loss_type": ["sigmoid"],
     "loss_weights": None,
@@ -137,67 +136,38 @@ PREFERENCE = {
     "length_column_name": "length",
 }
 
-# fields that are left to the libraries, each with the reason why no trained model depends on it
-LEFT = {
-    "deprecated names of what is set": ("gradient_checkpointing", "gradient_checkpointing_kwargs"),
+# Fields that are left to the libraries, each with the reason why no trained model depends on it.
+_LEFT = {
+    "deprecated names of what is set": "gradient_checkpointing gradient_checkpointing_kwargs",
     "what is printed and where": (
-        "logging_first_step",
-        "log_on_each_node",
-        "include_num_input_tokens_seen",
-        "log_level",
-        "log_level_replica",
-        "run_name",
-        "project",
-        "trackio_space_id",
-        "trackio_bucket_id",
-        "trackio_static_space_id",
-        "skip_memory_metrics",
+        "logging_first_step log_on_each_node include_num_input_tokens_seen log_level"
+        " log_level_replica run_name project trackio_space_id trackio_bucket_id"
+        " trackio_static_space_id skip_memory_metrics"
     ),
     "evaluation, which is off": (
-        "eval_steps",
-        "eval_delay",
-        "per_device_eval_batch_size",
-        "prediction_loss_only",
-        "eval_on_start",
-        "eval_do_concat_batches",
-        "eval_use_gather_object",
-        "eval_accumulation_steps",
-        "include_for_metrics",
-        "batch_eval_metrics",
-        "bf16_full_eval",
-        "fp16_full_eval",
-        "metric_for_best_model",
-        "greater_is_better",
+        "eval_steps eval_delay per_device_eval_batch_size prediction_loss_only eval_on_start"
+        " eval_do_concat_batches eval_use_gather_object eval_accumulation_steps include_for_metrics"
+        " batch_eval_metrics bf16_full_eval fp16_full_eval metric_for_best_model greater_is_better"
     ),
     "checkpoints on the way, which are off": (
-        "save_only_model",
-        "save_steps",
-        "save_on_each_node",
-        "save_total_limit",
-        "enable_jit_checkpoint",
-        "ignore_data_skip",
-        "restore_callback_states_from_checkpoint",
+        "save_only_model save_steps save_on_each_node save_total_limit enable_jit_checkpoint"
+        " ignore_data_skip restore_callback_states_from_checkpoint"
     ),
     "the hub, to which nothing is pushed": (
-        "push_to_hub",
-        "hub_token",
-        "hub_private_repo",
-        "hub_model_id",
-        "hub_strategy",
-        "hub_always_push",
-        "hub_revision",
+        "push_to_hub hub_token hub_private_repo hub_model_id hub_strategy hub_always_push"
+        " hub_revision"
     ),
-    "for scripts, read by no trainer": ("do_train", "do_eval", "do_predict"),
-    "of the process, set by whoever starts it": ("local_rank", "ddp_timeout"),
+    "for scripts, read by no trainer": "do_train do_eval do_predict",
+    "of the process, set by whoever starts it": "local_rank ddp_timeout",
 }
+LEFT_TO_LIBRARIES = {reason: tuple(names.split()) for reason, names in _LEFT.items()}
 
 
 def common_arguments(folder: str, config: SFTConfig, model: nn.Module) -> dict:
-    """What supervised and preference training share, as keyword arguments of
-    ``TrainingArguments``.
-    """
+    """Keyword arguments of ``TrainingArguments`` that both kinds of training share."""
     device = model.device.type
-    return SHARED | {
+    is_native = precision.preferred_dtype(device) == torch.bfloat16
+    return COMMON | {
         "output_dir": folder,
         "learning_rate": config.learning_rate,
         "num_train_epochs": config.epochs,
@@ -206,15 +176,14 @@ def common_arguments(folder: str, config: SFTConfig, model: nn.Module) -> dict:
         "warmup_steps": config.warmup_steps,
         "weight_decay": config.weight_decay,
         "seed": config.seed,
-        "bf16": (
-            model.dtype == torch.float32 and precision.preferred_dtype(device) == torch.bfloat16
-        ),
+        "bf16": model.dtype == torch.float32 and is_native,
         "use_cpu": device == "cpu",
         "dataloader_pin_memory": device != "cpu",
     }
 
 
 def training_arguments(folder: str, config: SFTConfig, model: nn.Module) -> TrainingArguments:
+    """Settings of a supervised training."""
     return TrainingArguments(**common_arguments(folder, config, model), **SUPERVISED)
 
 
@@ -234,15 +203,13 @@ def preference_arguments(
 
 @contextlib.contextmanager
 def own_settings() -> Iterator[None]:
-    """Inside the block, environment variables of accelerate have no say: they would overrule the
-    tables above.
+    """Inside the block accelerate's environment variables do not overrule the tables above.
 
-    ``ACCELERATE_MIXED_PRECISION`` alone would train in another precision than the recipe of a
-    trained model says.
+    ``ACCELERATE_MIXED_PRECISION`` alone would train in another precision than a trained model's key
+    says.
     """
-    aside = {
-        name: os.environ.pop(name) for name in list(os.environ) if name.startswith("ACCELERATE_")
-    }
+    names = [name for name in os.environ if name.startswith("ACCELERATE_")]
+    aside = {name: os.environ.pop(name) for name in names}
     try:
         yield
     finally:
@@ -251,18 +218,17 @@ def own_settings() -> Iterator[None]:
 
 @contextlib.contextmanager
 def without_dropout(model: nn.Module) -> Iterator[None]:
-    """Inside the block, nothing is dropped also in training mode, by modules or by numbers that
-    models hand to attention.
+    """Inside the block nothing is dropped, also in training mode.
 
-    One meaning for all training here: supervised training, preference training (whose reference is
-    read without) and the gradients of units all see the same function.
+    Neither by modules nor by the rates that models hand to attention. So supervised training,
+    preference training (whose reference is read without dropout) and the gradients of units all see
+    the same function.
     """
     rates = []
     for module in model.modules():
+        is_dropout = isinstance(module, nn.modules.dropout._DropoutNd)
         for name, value in vars(module).items():
-            is_rate = "drop" in name or (
-                name == "p" and isinstance(module, nn.modules.dropout._DropoutNd)
-            )
+            is_rate = "drop" in name or (name == "p" and is_dropout)
             if is_rate and type(value) is float and value:
                 rates.append((module, name, value))
     try:

@@ -1,4 +1,4 @@
-"""Intervals and tests for what the notebooks report. numpy, pandas, scipy and scikit-learn only."""
+"""Intervals and tests for what the notebooks report."""
 
 import warnings
 from collections.abc import Callable, Iterable
@@ -17,8 +17,9 @@ RESAMPLES = 2000
 def mean_interval(
     values: np.ndarray, seed: int = 0, confidence: float = 0.95
 ) -> tuple[float, float, float]:
-    """Mean and percentile-bootstrap interval over independent values; the interval is the point
-    when all are equal.
+    """Mean of independent values and its percentile-bootstrap interval: (mean, low, high).
+
+    The interval is the point when all values are equal. Raises ``ValueError`` for no value.
     """
     values = np.asarray(values, dtype=float)
     if len(values) == 0:
@@ -26,56 +27,62 @@ def mean_interval(
     mean = float(values.mean())
     if np.ptp(values) == 0:
         return mean, mean, mean
-    interval = stats.bootstrap(
+    result = stats.bootstrap(
         (values,),
         np.mean,
         n_resamples=RESAMPLES,
         confidence_level=confidence,
         method="percentile",
         rng=np.random.default_rng(seed),
-    ).confidence_interval
-    return mean, float(interval.low), float(interval.high)
+    )
+    return mean, float(result.confidence_interval.low), float(result.confidence_interval.high)
 
 
 def proportion_interval(
     outcomes: np.ndarray, confidence: float = 0.95
 ) -> tuple[float, float, float]:
-    """Share of True and its Wilson interval, which stays honest at 0 and 1 where a bootstrap has no
-    width.
+    """Share of True and its Wilson interval: (share, low, high).
+
+    At 0 and 1 this interval keeps a width, where a bootstrap has none. Raises ``ValueError`` for no
+    outcome.
+
+    >>> [round(value, 3) for value in proportion_interval([False] * 10)]
+    [0.0, 0.0, 0.278]
     """
     outcomes = np.asarray(outcomes, dtype=bool)
     if len(outcomes) == 0:
         raise ValueError("no outcomes to count")
-    result = stats.binomtest(int(outcomes.sum()), len(outcomes)).proportion_ci(
-        confidence, method="wilson"
-    )
-    return float(outcomes.mean()), float(result.low), float(result.high)
+    test = stats.binomtest(int(outcomes.sum()), len(outcomes))
+    interval = test.proportion_ci(confidence, method="wilson")
+    return float(outcomes.mean()), float(interval.low), float(interval.high)
 
 
 def difference_interval(
     a: np.ndarray, b: np.ndarray, seed: int = 0, confidence: float = 0.95
 ) -> tuple[float, float, float]:
-    """Mean of ``a`` minus mean of ``b``, two independent groups, and its percentile-bootstrap
-    interval; NaN if one is empty.
+    """Mean of ``a`` minus mean of ``b``, two independent groups: (difference, low, high).
+
+    The interval is a percentile bootstrap; all three are NaN where a group is empty.
     """
     a, b = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
     if not len(a) or not len(b):
         return (float("nan"),) * 3
     rng = np.random.default_rng(seed)
-    draws = [
+    resampled_means = [
         values[rng.integers(0, len(values), (RESAMPLES, len(values)))].mean(1) for values in (a, b)
     ]
-    low, high = np.quantile(draws[0] - draws[1], [(1 - confidence) / 2, (1 + confidence) / 2])
+    tails = [(1 - confidence) / 2, (1 + confidence) / 2]
+    low, high = np.quantile(resampled_means[0] - resampled_means[1], tails)
     return float(a.mean() - b.mean()), float(low), float(high)
 
 
 def paired_difference(a: np.ndarray, b: np.ndarray, seed: int = 0) -> dict[str, float]:
-    """Mean of a - b over the same prompts, its interval, a permutation p-value, the effect size.
+    """Mean of a - b over the same prompts: ``difference``, ``low``, ``high``, ``p``, ``effect``.
 
     ``a`` and ``b``: (n_prompts,), or (n_draws, n_prompts) where there are several seeds or random
-    draws. The interval is then over both (``hierarchical_interval``); p is of sign flips of every
-    prompt's mean over draws. ``effect`` is Cohen's d_z of these means: the mean difference over
-    their standard deviation; 0 when both are 0, infinite when only the deviation is.
+    draws. The interval is then over both (``hierarchical_interval``). ``p`` is of sign flips of
+    every prompt's mean over draws. ``effect`` is Cohen's d_z of these means: the mean difference
+    over their standard deviation; 0 when both are 0, infinite when only the deviation is.
     """
     difference = np.asarray(a, dtype=float) - np.asarray(b, dtype=float)
     if difference.ndim == 1:
@@ -91,13 +98,8 @@ def paired_difference(a: np.ndarray, b: np.ndarray, seed: int = 0) -> dict[str, 
         vectorized=True,
         rng=np.random.default_rng(seed),
     )
-    return {
-        "difference": mean,
-        "low": low,
-        "high": high,
-        "p": float(test.pvalue),
-        "effect": _effect(difference),
-    }
+    p, effect = float(test.pvalue), _effect(difference)
+    return {"difference": mean, "low": low, "high": high, "p": p, "effect": effect}
 
 
 def paired_table(
@@ -116,9 +118,8 @@ def paired_table(
 
 def _effect(difference: np.ndarray) -> float:
     mean = difference.mean()
-    if (
-        np.ptp(difference) == 0
-    ):  # also of a single difference; the computed deviation of equal values need not be 0
+    # also of a single one; by its formula, the deviation of equal values need not be exactly 0
+    if np.ptp(difference) == 0:
         return float(np.sign(mean) * np.inf) if mean else 0.0
     return float(mean / difference.std(ddof=1))
 
@@ -126,11 +127,10 @@ def _effect(difference: np.ndarray) -> float:
 def hierarchical_interval(
     values: np.ndarray, seed: int = 0, confidence: float = 0.95
 ) -> tuple[float, float, float]:
-    """Mean and percentile-bootstrap interval of a (n_seeds, n_prompts) matrix: seeds and prompts
-    are both drawn anew.
+    """Mean of a (n_seeds, n_prompts) matrix and its percentile-bootstrap interval over both.
 
-    Every seed answered the same prompts (crossed, not nested), so a resample takes rows and columns
-    of the matrix. With one seed, or one prompt, that side contributes no uncertainty.
+    Every seed answered the same prompts (crossed, not nested), so a resample draws rows and columns
+    of the matrix anew. One seed alone, or one prompt, contributes no uncertainty.
     """
     values = np.asarray(values, dtype=float)
     if values.ndim != 2 or values.size == 0:
@@ -138,43 +138,46 @@ def hierarchical_interval(
             f"a matrix of seeds and prompts is needed, not an array of shape {values.shape}"
         )
     rng = np.random.default_rng(seed)
+
+    def weights(n: int) -> np.ndarray:
+        """How often each of ``n`` rows or columns is drawn, as a share: (RESAMPLES, n)."""
+        return rng.multinomial(n, np.full(n, 1 / n), RESAMPLES) / n
+
     n_seeds, n_prompts = values.shape
-    row_weights = rng.multinomial(n_seeds, np.full(n_seeds, 1 / n_seeds), RESAMPLES) / n_seeds
-    column_weights = (
-        rng.multinomial(n_prompts, np.full(n_prompts, 1 / n_prompts), RESAMPLES) / n_prompts
-    )
-    means = ((row_weights @ values) * column_weights).sum(1)
+    means = ((weights(n_seeds) @ values) * weights(n_prompts)).sum(1)
     low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(values.mean()), float(low), float(high)
 
 
 def auc(scores: np.ndarray, labels: np.ndarray) -> float:
-    """Probability that a True has a higher score than a False (ties count one half); NaN when one
-    of them is missing.
+    """Probability that a True has a higher score than a False; a tie counts one half.
+
+    NaN when one of the labels is missing.
+
+    >>> auc([0.1, 0.4, 0.4, 0.9], [False, False, True, True])
+    0.875
     """
     scores, labels = np.asarray(scores, dtype=float), np.asarray(labels, dtype=bool)
     if labels.all() or not labels.any():
         return float("nan")
-    return float(
-        stats.mannwhitneyu(scores[labels], scores[~labels]).statistic
-        / (labels.sum() * (~labels).sum())
-    )
+    wins = stats.mannwhitneyu(scores[labels], scores[~labels]).statistic
+    return float(wins / (labels.sum() * (~labels).sum()))
 
 
 def auc_interval(
     scores: np.ndarray, labels: np.ndarray, seed: int = 0
 ) -> tuple[float, float, float]:
-    """AUC and its percentile-bootstrap interval over cases."""
-    return case_interval(
-        auc, np.asarray(scores, dtype=float), np.asarray(labels, dtype=bool), seed=seed
-    )
+    """AUC and its percentile-bootstrap interval over cases: (auc, low, high)."""
+    scores, labels = np.asarray(scores, dtype=float), np.asarray(labels, dtype=bool)
+    return case_interval(auc, scores, labels, seed=seed)
 
 
 def case_interval(
     statistic: Callable[..., float], *columns: np.ndarray, seed: int = 0
 ) -> tuple[float, float, float]:
-    """A statistic of whole cases (rows of the columns) and its percentile-bootstrap interval, over
-    the draws that define it.
+    """A statistic of whole cases (rows of the columns) and its percentile-bootstrap interval.
+
+    Draws of which the statistic is undefined (NaN), such as those without one label, are left out.
     """
     rng = np.random.default_rng(seed)
     n = len(columns[0])
@@ -186,8 +189,9 @@ def case_interval(
 
 
 def out_of_fold(features: np.ndarray, labels: np.ndarray, seed: int = 0) -> np.ndarray:
-    """Logistic-regression scores of every case from a fit on the other folds; constant where only
-    one label occurs.
+    """Logistic-regression score of every case from a fit on the other folds: (n,).
+
+    ``features``: (n, n_features). Zero everywhere where a label occurs less than twice.
     """
     counts = np.bincount(labels.astype(int), minlength=2)
     if counts.min() < 2:
@@ -203,7 +207,11 @@ def out_of_fold(features: np.ndarray, labels: np.ndarray, seed: int = 0) -> np.n
 
 
 def holm(p_values: list[float]) -> list[float]:
-    """Holm-adjusted p-values, in the order given."""
+    """Holm-adjusted p-values (Holm 1979), in the order given.
+
+    >>> holm([0.01, 0.04, 0.03])
+    [0.03, 0.06, 0.06]
+    """
     p = np.asarray(p_values, dtype=float)
     order = np.argsort(p)
     stepped = np.maximum.accumulate((len(p) - np.arange(len(p))) * p[order])
@@ -213,10 +221,11 @@ def holm(p_values: list[float]) -> list[float]:
 
 
 def rate_table(rows: pd.DataFrame, by: list[str] | str, columns: list[str]) -> pd.DataFrame:
-    """Mean, low, high of each column per group of rows: Wilson for True/False columns, bootstrap
-    for numbers.
+    """Mean of each column per group of rows, with its interval, in long form.
 
-    Missing values do not count; where all are missing, the mean is NaN and n is 0.
+    Columns: those of ``by``, metric, mean, low, high, n. The interval is Wilson's for True/False
+    columns and a bootstrap for numbers. Missing values do not count; where all are missing, the
+    mean is NaN and n is 0.
     """
 
     def interval(values: pd.Series) -> tuple[float, float, float]:
@@ -225,19 +234,13 @@ def rate_table(rows: pd.DataFrame, by: list[str] | str, columns: list[str]) -> p
         values = values.infer_objects()
         return proportion_interval(values) if values.dtype == bool else mean_interval(values)
 
+    names = [by] if isinstance(by, str) else by
     records = []
     for key, group in rows.groupby(by, sort=False, observed=True):
+        keys = dict(zip(names, key if isinstance(key, tuple) else (key,), strict=True))
         for column in columns:
             values = group[column].dropna()
             mean, low, high = interval(values)
-            keys = dict(
-                zip(
-                    [by] if isinstance(by, str) else by,
-                    key if isinstance(key, tuple) else (key,),
-                    strict=True,
-                )
-            )
-            records.append(
-                keys | {"metric": column, "mean": mean, "low": low, "high": high, "n": len(values)}
-            )
+            found = {"metric": column, "mean": mean, "low": low, "high": high, "n": len(values)}
+            records.append(keys | found)
     return pd.DataFrame(records)

@@ -1,9 +1,8 @@
-"""The reasoning direction step by step: what a model would choose after every token, also after
-tokens put in its mouth.
+"""Step by step: what a model would choose after every token, also after tokens put in its mouth.
 
-Everything is done on token ids, because text cut between two tokens need not be read back as the
-same tokens. Knows language models through their Hugging Face interface, and prompts as strings.
-Does not know blocks, notebooks or figures.
+The paper's reasoning direction. Everything is done on token ids, because text cut between two
+tokens need not be read back as the same tokens. Knows language models through their Hugging Face
+interface, and prompts as strings. Does not know blocks, notebooks or figures.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -32,12 +31,11 @@ from ssah_utils.wrappers import without_wrappers
 
 @dataclass(frozen=True)
 class Trajectory:
-    """What followed each prompt: some forced tokens, then greedy ones of the model; what it was
-    about to say on the way.
+    """What followed each prompt, forced tokens and then greedy ones, and the margin on the way.
 
     ``tokens``: without the end-of-sequence token, so of different lengths. ``refusal`` and
-    ``compliance``: log of the mean probability of the openings of a kind, ``{step: (n_prompts,)
-    nats}``, where ``step`` counts tokens after the prompt; NaN where the answer had ended before.
+    ``compliance``: log of the mean probability of the openings of a kind, ``{step: (n_prompts,)}``
+    in nats, where ``step`` counts tokens after the prompt; NaN where the answer had ended before.
     The margin is their difference.
     """
 
@@ -61,26 +59,24 @@ def prefills(
     n_tokens: int,
     batch_size: int = 64,
 ) -> list[Ids]:
-    """``n_tokens`` token ids to force after each rendered prompt: an opening, then the model's own
-    greedy continuation of it.
+    """``n_tokens`` token ids to force after each rendered prompt: an opening, continued.
 
-    The openings take turns. The continuation never ends, whatever the model prefers.
+    The openings take turns. The continuation is the model's own greedy one, except that it never
+    ends, whatever the model prefers.
     """
     model, sequences = without_wrappers(model), token_ids(tokenizer, prompts)
-    forced = answer_ids(
-        tokenizer, prompts, [openings[row % len(openings)] for row in range(len(prompts))]
-    )
+    texts = [openings[row % len(openings)] for row in range(len(prompts))]
+    forced = answer_ids(tokenizer, prompts, texts)
     check_lengths(tokenizer, model.config, prompts, max([n_tokens, *map(len, forced)]))
     ends = end_tokens(model, tokenizer)
-    for rows in length_sorted(
-        [ids + start for ids, start in zip(sequences, forced, strict=True)], batch_size
-    ):
-        reader = PromptCache(model, [sequences[row] + forced[row] for row in rows])
-        chosen, logits = [], reader.next_logits
+    starts = [ids + opening for ids, opening in zip(sequences, forced, strict=True)]
+    for rows in length_sorted(starts, batch_size):
+        cache = PromptCache(model, [starts[row] for row in rows])
+        chosen, logits = [], cache.next_logits
         for _ in range(n_tokens - min(len(forced[row]) for row in rows)):
             logits[:, [end for end in ends if end < logits.shape[1]]] = -torch.inf
             chosen.append(logits.argmax(1, keepdim=True))
-            logits = reader.append(chosen[-1])[:, -1]
+            logits = cache.extend(chosen[-1])[:, -1]
         added = torch.cat(chosen, 1).tolist() if chosen else [[]] * len(rows)
         for row, ids in zip(rows, added, strict=True):
             forced[row] = (forced[row] + ids)[:n_tokens]
@@ -99,189 +95,173 @@ def generate_and_probe(
     batch_size: int = 64,
     progress: Callable[[list, str], Iterator] = lambda items, label: iter(items),
 ) -> dict[object, Trajectory]:
-    """Let the model answer greedily after every variant of forced tokens, and ask at the given
-    steps what it would say.
+    """Answer greedily after every variant of forced tokens, and probe openings at given steps.
 
-    ``variants``: per name, one list of token ids for each rendered prompt, all of one length
-    (empty: no attack). ``openings``: those of refusals and those of compliance. Steps inside the
-    forced part belong to a shorter variant and are left out; the end of the forced part is always
-    measured. Each prompt is read once for all variants. Raises ``ValueError`` for a variant whose
-    forced parts differ in length.
+    ``variants``: by name, one list of token ids for each rendered prompt, all of one length (empty:
+    no attack). ``openings``: those of refusals and those of compliance. The end of the forced part
+    is always a step; steps inside of it belong to a shorter variant and are left out. Each prompt
+    is read once for all variants. Raises ``ValueError`` for a variant whose forced parts differ in
+    length.
     """
     for name, forced in variants.items():
         if len(forced) != len(prompts) or len(set(map(len, forced))) > 1:
             raise ValueError(
-                f"variant {name!r}: one list of token ids for each prompt is needed, all of one"
-                " length"
+                f"variant {name!r}: one list of token ids for each prompt is needed,"
+                " all of one length"
             )
     model, sequences = without_wrappers(model), token_ids(tokenizer, prompts)
-    opened, n_refusals = (
-        opening_ids(tokenizer, prompts, [*openings[0], *openings[1]]),
-        len(openings[0]),
-    )
-    ends, blank = (
-        torch.tensor(end_tokens(model, tokenizer), dtype=torch.long, device=model.device),
-        np.full(len(prompts), np.nan),
-    )
-    length = {name: len(forced[0]) if forced else 0 for name, forced in variants.items()}
-    at = {
-        name: sorted({k, *(s for s in steps if k < s <= k + n_tokens)})
-        for name, k in length.items()
-    }
-    farthest = max(
-        (max(length[name] + n_tokens, at[name][-1] + max(map(len, opened))) for name in variants),
-        default=0,
-    )
-    check_lengths(tokenizer, model.config, prompts, farthest)
+    n_refusals = len(openings[0])
+    opened = opening_ids(tokenizer, prompts, [*openings[0], *openings[1]])
+    ends = torch.tensor(end_tokens(model, tokenizer), dtype=torch.long, device=model.device)
+    n_forced = {name: len(forced[0]) if forced else 0 for name, forced in variants.items()}
+    at = {name: _steps_after(k, k + n_tokens, steps) for name, k in n_forced.items()}
+    longest_opening = max(map(len, opened))
+    farthest = [max(n_forced[name] + n_tokens, at[name][-1] + longest_opening) for name in variants]
+    check_lengths(tokenizer, model.config, prompts, max(farthest, default=0))
     tokens = {name: [[] for _ in prompts] for name in variants}
+    blank = np.full(len(prompts), np.nan)
     log_p = {
         name: [{step: blank.copy() for step in at[name]} for _ in openings] for name in variants
     }
     for rows in progress(length_sorted(sequences, batch_size), "steps"):
-        reader = PromptCache(model, [sequences[row] for row in rows])
-        prompt_end = reader.next_logits
+        cache = PromptCache(model, [sequences[row] for row in rows])
         for name, forced in variants.items():
-            given = (
-                torch.tensor([forced[row] for row in rows], device=model.device)
-                .reshape(len(rows), -1)
-                .long()
-            )
-            ids, after = _greedy(
-                reader, prompt_end, given, n_tokens, at[name]
-            )  # (B, n_forced + n_tokens)
+            given = torch.tensor([forced[row] for row in rows], device=model.device)
+            given = given.reshape(len(rows), -1).long()  # (B, n_forced), also where it is 0
+            ids, after = _greedy(cache, given, n_tokens, at[name])  # (B, n_forced + n_tokens)
             ended = torch.isin(ids, ends)
-            ended[:, : length[name]] = False
-            n_said = (ended.cumsum(1) == 0).sum(1).tolist()  # tokens before the first end
-            for row, said, n in zip(rows, ids.tolist(), n_said, strict=True):
-                tokens[name][row] = said[:n]
-            for step in reversed(
-                at[name]
-            ):  # backwards, so that what is no longer needed can be taken back
-                reader.truncate(step)
-                each = reader.log_probabilities(opened, after[step])
-                each[torch.tensor(n_said, device=each.device) < step] = torch.nan
-                for kind, part in zip(
-                    log_p[name], (each[:, :n_refusals], each[:, n_refusals:]), strict=True
-                ):
-                    kind[step][rows] = (part.logsumexp(1) - np.log(part.shape[1])).cpu().numpy()
-            reader.truncate(0)
+            ended[:, : n_forced[name]] = False
+            lengths = (ended.cumsum(1) == 0).sum(1).tolist()  # tokens before the first end
+            for row, answer, length in zip(rows, ids.tolist(), lengths, strict=True):
+                tokens[name][row] = answer[:length]
+            for step in reversed(at[name]):  # backwards, so that the cache need only shrink
+                cache.truncate(step)
+                scores = cache.log_probabilities(opened, after[step])
+                scores[torch.tensor(lengths, device=scores.device) < step] = torch.nan
+                sides = scores[:, :n_refusals], scores[:, n_refusals:]
+                for by_step, side in zip(log_p[name], sides, strict=True):
+                    log_mean = side.logsumexp(1) - np.log(side.shape[1])
+                    by_step[step][rows] = log_mean.cpu().numpy()
+            cache.truncate(0)
     return {
-        name: Trajectory(sequences, tokens[name], length[name], *log_p[name]) for name in variants
+        name: Trajectory(sequences, tokens[name], n_forced[name], *log_p[name]) for name in variants
     }
 
 
+def _steps_after(n_forced: int, end: int, steps: Iterable[int]) -> list[int]:
+    """Where the forced part ends, and the steps after that up to ``end``, in order."""
+    return sorted({n_forced, *(step for step in steps if n_forced < step <= end)})
+
+
 def _greedy(
-    reader: PromptCache, logits: Tensor, forced: Tensor, n_tokens: int, steps: list[int]
+    cache: PromptCache, forced: Tensor, n_tokens: int, steps: list[int]
 ) -> tuple[Tensor, dict[int, Tensor]]:
-    """Forced and then greedy token ids, and the logits after the given steps; the reader has then
-    read all of them.
-    """
+    """Forced and then greedy token ids, and the logits after given steps; the cache holds all."""
+    logits, n_forced = cache.next_logits, forced.shape[1]
     after = {0: logits} if 0 in steps else {}
     ids = [forced]
-    if forced.shape[1]:
-        logits = reader.append(forced)[:, -1]
-    for step in range(forced.shape[1], forced.shape[1] + n_tokens):
+    if n_forced:
+        logits = cache.extend(forced)[:, -1]
+    for step in range(n_forced, n_forced + n_tokens):
         if step in steps:
             after[step] = logits
         ids.append(logits.argmax(1, keepdim=True))
-        logits = reader.append(ids[-1])[:, -1]
-    if (last := forced.shape[1] + n_tokens) in steps:
+        logits = cache.extend(ids[-1])[:, -1]
+    if (last := n_forced + n_tokens) in steps:
         after[last] = logits
     return torch.cat(ids, 1), after
 
 
 @torch.inference_mode()
 def continuation_nll(
-    base: nn.Module, courses: dict[object, Trajectory], batch_size: int = 32
+    base: nn.Module, trajectories: dict[object, Trajectory], batch_size: int = 32
 ) -> dict[object, np.ndarray]:
-    """Mean negative log-likelihood per token (nats) under ``base`` of what each answer adds to its
-    forced tokens.
+    """Mean negative log-likelihood per token (nats) of what each answer adds to its forced tokens.
 
-    All courses follow the same prompts, each of which is read once. NaN where nothing was added.
+    Under ``base``; (n_prompts,) for every trajectory. All trajectories follow the same prompts,
+    each of which is read once. NaN where nothing was added.
     """
-    base, prompts = without_wrappers(base), next(iter(courses.values())).prompts
-    nll = {name: np.full(len(prompts), np.nan) for name in courses}
+    base, prompts = without_wrappers(base), next(iter(trajectories.values())).prompts
+    nll = {name: np.full(len(prompts), np.nan) for name in trajectories}
     for rows in length_sorted(prompts, batch_size):
-        reader = PromptCache(base, [prompts[row] for row in rows])
-        prompt_end = reader.next_logits[:, None]
-        for name, course in courses.items():
-            said = [course.tokens[row] for row in rows]
-            width = max(map(len, said))
-            if width > course.n_forced:
-                ids = torch.tensor(
-                    [[*row, *[0] * (width - len(row))] for row in said], device=base.device
-                )
-                logits = torch.cat(
-                    [prompt_end, reader.append(ids)[:, :-1]], 1
-                )  # (B, width, vocabulary)
-                loss = nn.functional.cross_entropy(logits.transpose(1, 2), ids, reduction="none")
-                column, lengths = torch.arange(width), torch.tensor(list(map(len, said)))
-                own = ((column >= course.n_forced) & (column < lengths[:, None])).to(loss.device)
-                nll[name][rows] = (loss.where(own, 0).sum(1) / own.sum(1)).double().cpu().numpy()
-                reader.truncate(0)
+        cache = PromptCache(base, [prompts[row] for row in rows])
+        first_logits = cache.next_logits[:, None]
+        for name, trajectory in trajectories.items():
+            answers = [trajectory.tokens[row] for row in rows]
+            lengths = torch.tensor(list(map(len, answers)))
+            width = int(lengths.max())
+            if width <= trajectory.n_forced:
+                continue
+            padded = [[*answer, *[0] * (width - len(answer))] for answer in answers]
+            ids = torch.tensor(padded, device=base.device)
+            logits = torch.cat([first_logits, cache.extend(ids)[:, :-1]], 1)  # (B, width, V)
+            loss = nn.functional.cross_entropy(logits.transpose(1, 2), ids, reduction="none")
+            column = torch.arange(width)
+            own = (column >= trajectory.n_forced) & (column < lengths[:, None])
+            own = own.to(loss.device)
+            nll[name][rows] = (loss.where(own, 0).sum(1) / own.sum(1)).double().cpu().numpy()
+            cache.truncate(0)
     return nll
 
 
 # ------------------------------------------------------------------------------------ what came out
 
 
-def margin_rows(course: Trajectory, requests: pd.DataFrame, **keys) -> pd.DataFrame:
-    """One row per step and request whose answer had not ended: its id and queries, step, margin,
-    log_p_refusal (nats), keys.
+def margin_rows(trajectory: Trajectory, requests: pd.DataFrame, **keys) -> pd.DataFrame:
+    """Margins of every step and request whose answer had not ended, in long form.
+
+    Columns: id, queries, step, margin, log_p_refusal (nats), and ``keys``.
     """
-    parts = [
-        requests[["id", "queries"]].assign(
-            step=step, margin=values - course.compliance[step], log_p_refusal=values
-        )
-        for step, values in course.refusal.items()
-    ]
+    ids, parts = requests[["id", "queries"]], []
+    for step, refusal in trajectory.refusal.items():
+        margin = refusal - trajectory.compliance[step]
+        parts.append(ids.assign(step=step, margin=margin, log_p_refusal=refusal))
     return pd.concat(parts, ignore_index=True).dropna(subset="margin").assign(**keys)
 
 
 def verdict_rows(
-    course: Trajectory,
+    trajectory: Trajectory,
     nll: np.ndarray,
     tokenizer: PreTrainedTokenizerBase,
     requests: pd.DataFrame,
     **keys,
 ) -> pd.DataFrame:
-    """Verdict on what the model said after the forced tokens: id, queries, refused, coherent_asr,
-    degenerate, keys.
+    """Verdicts on what the model said after the forced tokens, one row per request.
 
-    After a prefill, ``refused`` means that the model recovered. ``nll``: ``continuation_nll`` of
-    the trajectory under the base model.
+    Columns: id, queries, ``keys``, and as True/False refused, coherent_asr, degenerate. After a
+    prefill, ``refused`` means that the model recovered. ``nll``: ``continuation_nll`` of the
+    trajectory under the base model.
     """
-    verdicts = [
-        rules.verdict(text, value)
-        for text, value in zip(course.answers(tokenizer), nll, strict=True)
-    ]
-    metrics = {"refused": "refused", "coherent_asr": "complied", "degenerate": "degenerate"}
-    table = requests[["id", "queries"]].assign(**keys)
-    return table.assign(
-        **{metric: [found == name for found in verdicts] for metric, name in metrics.items()}
+    answers = zip(trajectory.answers(tokenizer), nll, strict=True)
+    verdicts = np.array([rules.verdict(text, value) for text, value in answers], dtype=object)
+    return requests[["id", "queries"]].assign(
+        **keys,
+        refused=verdicts == "refused",
+        coherent_asr=verdicts == "complied",
+        degenerate=verdicts == "degenerate",
     )
 
 
 def step_batches(
-    course: Trajectory, steps: Iterable[int], batch_size: int = 16
+    trajectory: Trajectory, steps: Iterable[int], batch_size: int = 16
 ) -> tuple[list[dict[str, Tensor]], pd.DataFrame]:
-    """Prompts with their answers as right-padded batches for ``activations.marked_states``; which
-    row and step a mark is.
+    """Prompts with their answers as batches for ``activations.marked_states``, and their marks.
 
     Marked is the last token before the model chooses what follows after ``steps`` tokens; none
-    after the end of an answer.
+    after the end of an answer. The table has one row per mark, in their order: row (of the
+    prompts), step. Batches are right-padded.
     """
     batches, marks = [], []
-    for start in range(0, len(course.prompts), batch_size):
-        pairs = list(zip(course.prompts, course.tokens, strict=True))[start : start + batch_size]
-        width = max(len(prompt) + len(said) for prompt, said in pairs)
-        ids = torch.tensor(
-            [[*prompt, *said, *[0] * (width - len(prompt) - len(said))] for prompt, said in pairs]
-        )
-        lengths = torch.tensor([len(prompt) + len(said) for prompt, said in pairs])
+    pairs = list(zip(trajectory.prompts, trajectory.tokens, strict=True))
+    for start in range(0, len(pairs), batch_size):
+        batch = pairs[start : start + batch_size]
+        lengths = torch.tensor([len(prompt) + len(answer) for prompt, answer in batch])
+        width = int(lengths.max())
+        whole = [[*prompt, *answer] for prompt, answer in batch]
+        ids = torch.tensor([ids + [0] * (width - len(ids)) for ids in whole])
         positions = torch.zeros_like(ids, dtype=torch.bool)
-        for row, (prompt, said) in enumerate(pairs):
-            for step in sorted(step for step in steps if step <= len(said)):
+        for row, (prompt, answer) in enumerate(batch):
+            for step in sorted(step for step in steps if step <= len(answer)):
                 positions[row, len(prompt) + step - 1] = True
                 marks.append({"row": start + row, "step": step})
         mask = (torch.arange(width) < lengths[:, None]).long()

@@ -41,7 +41,7 @@ from ssah_utils.settings import (
 )
 from ssah_utils.unit_training import is_partial, training_only
 
-PATIENCE = 24 * 3600  # seconds to wait for another process that trains the same model
+LOCK_TIMEOUT = 24 * 3600  # seconds to wait for another process that trains the same model
 
 
 class ResponseTrainer(Trainer):
@@ -338,7 +338,7 @@ def load_or_train(
     }
     folder = cache_dir() / "trained" / cache_key(_trained, **arguments, report=report)
     with locked(
-        Lock(cache_dir() / "locks" / folder.name), wait=PATIENCE
+        Lock(cache_dir() / "locks" / folder.name), wait=LOCK_TIMEOUT
     ):  # another process may be training the same
         return _load_else_train(folder, model, arguments, report, dtype, device)
 

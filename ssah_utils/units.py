@@ -1,8 +1,7 @@
-"""The partition of units into safety, utility, complex and redundant; chosen and random sets, and
-how they overlap.
+"""The partition of units into safety, utility, complex and redundant; chosen and random sets.
 
-Knows values per unit and the files that hold them. Does not know models: a partition carries the
-fingerprint of its model, and whoever applies it compares.
+Also how sets overlap, and their files. Does not know models: a partition carries the fingerprint of
+its model, and whoever applies it compares.
 """
 
 import json
@@ -35,7 +34,7 @@ class UnitPartition:
         return self.group_index.map(lambda index: index == number)
 
     def counts(self) -> pd.DataFrame:
-        """Units and share of all units per group, in total and by kind."""
+        """Units and share of all units per group, in total and by kind: one row per group."""
         by_kind = {
             kind: [int(self.units(group)[kind].sum()) for group in GROUPS]
             for kind in self.group_index
@@ -51,10 +50,9 @@ def check_fractions(**fractions: float) -> None:
     for name, value in fractions.items():
         if not 0 <= value <= 1:
             raise ValueError(f"{name} is {value}, but a fraction lies in [0, 1]")
-    if sum(fractions.values()) > 1 + 1e-9:
-        raise ValueError(
-            f"{' + '.join(fractions)} is {sum(fractions.values()):.3g}, more than all units (1)"
-        )
+    total = sum(fractions.values())
+    if total > 1 + 1e-9:
+        raise ValueError(f"{' + '.join(fractions)} is {total:.3g}, more than all units (1)")
 
 
 def partition(
@@ -65,13 +63,18 @@ def partition(
     redundant_fraction: float = 0.148,
     fingerprint: str = "",
 ) -> UnitPartition:
-    """Assign every unit to one group by its standardised scores on safety and on utility data (SSAH
-    section 4.1).
+    """Assign every unit to one group by its standardised scores on safety and on utility data.
 
-    Safety: the largest z_S - z_U of all units of the model. Utility: the largest z_U - z_S. Of the
-    remaining, redundant: the smallest z_S + z_U; complex: the rest. Default fractions are those of
-    the paper's Llama-2-7B-Chat. Where rounding would hand out one unit more than there are, the
-    later group gives way.
+    As in SSAH, section 4.1. Safety: the largest z_S - z_U of all units of the model; utility: the
+    smallest. Of the rest, redundant: the smallest z_S + z_U; complex: what remains. The default
+    fractions are those of the paper's Llama-2-7B-Chat. Where rounding would hand out one unit more
+    than there are, the later group gives way. Raises ``ValueError`` for fractions that are none.
+
+    >>> z_safety = PerUnit({"mlp": torch.tensor([[3.0, 0.0, 1.0, -1.0]])})
+    >>> z_utility = PerUnit({"mlp": torch.tensor([[0.0, 3.0, 1.0, -1.0]])})
+    >>> parted = partition(z_safety, z_utility, 0.25, 0.25, 0.25)
+    >>> parted.units("safety").names(), parted.units("redundant").names()
+    (['mlp/0/0'], ['mlp/0/3'])
     """
     check_fractions(
         safety_fraction=safety_fraction,
@@ -79,11 +82,9 @@ def partition(
         redundant_fraction=redundant_fraction,
     )
     n_units = z_safety.n_units
-    n_safety, n_utility, n_redundant = (
-        round(fraction * n_units)
-        for fraction in (safety_fraction, utility_fraction, redundant_fraction)
-    )
-    n_utility = min(n_utility, n_units - n_safety)
+    n_safety = round(safety_fraction * n_units)
+    n_utility = min(round(utility_fraction * n_units), n_units - n_safety)
+    n_redundant = round(redundant_fraction * n_units)
     index = torch.full((n_units,), GROUPS.index("complex"), dtype=torch.int8)
     by_contrast = torch.argsort((z_safety - z_utility).flatten(), descending=True, stable=True)
     index[by_contrast[:n_safety]] = GROUPS.index("safety")
@@ -95,25 +96,27 @@ def partition(
 
 
 def top_units(score: PerUnit, fraction: float) -> PerUnit:
-    """The given fraction of all units with the highest score."""
+    """The given fraction of all units with the highest score; units at -inf are never chosen.
+
+    Raises ``ValueError`` where fewer units are left to choose from.
+    """
     check_fractions(fraction=fraction)
     values = score.flatten()
     n_ranked, n_wanted = int((values > -torch.inf).sum()), round(fraction * score.n_units)
     if n_wanted > n_ranked:
         raise ValueError(
-            f"{fraction:g} of all units are {n_wanted}, but only {n_ranked} units are there to"
-            " choose from"
+            f"{fraction:g} of all units are {n_wanted},"
+            f" but only {n_ranked} units are there to choose from"
         )
     return from_flat_indices(torch.argsort(values, descending=True, stable=True)[:n_wanted], score)
 
 
 def set_difference(score: PerUnit, other: PerUnit, fraction: float) -> PerUnit:
-    """Units in the top q of ``score`` but not in the top q of ``other``, as Wei et al. (ICML 2024)
-    do with single weights.
+    """Units in the top q of ``score`` but not in the top q of ``other``.
 
-    They set the two shares by hand; here both are q, the smallest at which exactly the given
-    fraction of all units is left. Raises ``ValueError`` where no q leaves so many, as with two
-    equal rankings.
+    Wei et al. (ICML 2024) do so with single weights and set the two shares by hand. Here both are
+    q, the smallest at which exactly the given fraction of all units is left. Raises ``ValueError``
+    where no q leaves so many, as with two equal rankings.
     """
     check_fractions(fraction=fraction)
     ranks = [
@@ -122,25 +125,24 @@ def set_difference(score: PerUnit, other: PerUnit, fraction: float) -> PerUnit:
     ]
     n_units = score.n_units
     n_wanted = round(fraction * n_units)
-    in_both = torch.bincount(torch.maximum(*ranks), minlength=n_units).cumsum(
-        0
-    )  # how many are in both tops, for q = 1, 2, ...
-    left = torch.cat([torch.zeros(1, dtype=torch.int64), torch.arange(1, n_units + 1) - in_both])
-    enough = (
-        left >= n_wanted
-    ).nonzero()  # one more unit on each side changes the difference by at most one
+    # for q = 0, 1, 2, ...: how many units are in both tops, and how many in the first alone
+    n_both = torch.bincount(torch.maximum(*ranks) + 1, minlength=n_units + 1).cumsum(0)
+    n_left = torch.arange(n_units + 1) - n_both
+    # one more unit on each side changes the difference by at most one, so no size is skipped
+    enough = (n_left >= n_wanted).nonzero()
     if not len(enough):
         raise ValueError(
-            f"no share leaves {n_wanted} units: the two rankings differ by at most"
-            f" {int(left.max())}"
+            f"no share leaves {n_wanted} units:"
+            f" the two rankings differ by at most {int(n_left.max())}"
         )
     q = int(enough[0])
     return score.unflatten((ranks[0] < q) & (ranks[1] >= q))
 
 
 def random_units(like: PerUnit, generator: torch.Generator) -> PerUnit:
-    """A random set with exactly as many units in every module as ``like``: the control for what
-    *which* units means.
+    """A random set with exactly as many units in every module as ``like``.
+
+    The control for every claim about *which* units a set holds.
     """
 
     def draw(chosen: Tensor) -> Tensor:
@@ -158,14 +160,15 @@ def from_flat_indices(indices: Sequence[int] | Tensor, like: PerUnit) -> PerUnit
 
 
 def jaccard(a: PerUnit, b: PerUnit) -> float:
-    """|a and b| / |a or b|; 1 for two empty sets."""
+    """|a & b| / |a | b|; 1 for two empty sets."""
     either = (a | b).count()
     return (a & b).count() / either if either else 1.0
 
 
 def chance_jaccard(a: PerUnit, b: PerUnit) -> float:
-    """Jaccard of two random sets with as many units in every module, at their expected overlap
-    (hypergeometric mean).
+    """Jaccard of two random sets with as many units in every module as ``a`` and ``b``.
+
+    At their expected overlap, the mean of a hypergeometric distribution.
     """
     both = sum(float((a[kind].sum(1) * b[kind].sum(1) / a[kind].shape[1]).sum()) for kind in a)
     either = a.count() + b.count() - both
@@ -173,8 +176,7 @@ def chance_jaccard(a: PerUnit, b: PerUnit) -> float:
 
 
 def overlap_table(sets: dict[str, PerUnit]) -> pd.DataFrame:
-    """Jaccard of every set with every set: rows ``first``, ``second``, ``jaccard``, ``chance``,
-    ``corrected`` for chance.
+    """Jaccard of every set with every set: first, second, jaccard, chance, corrected.
 
     Corrected is (J - chance) / (1 - chance): 0 for sets that share what random ones do, 1 for equal
     ones.
@@ -184,16 +186,8 @@ def overlap_table(sets: dict[str, PerUnit]) -> pd.DataFrame:
         for second, b in sets.items():
             found, chance = jaccard(a, b), chance_jaccard(a, b)
             corrected = (found - chance) / (1 - chance) if chance < 1 else 1.0
-            rows.append(
-                {
-                    "first": first,
-                    "second": second,
-                    "jaccard": found,
-                    "chance": chance,
-                    "corrected": corrected,
-                }
-            )
-    return pd.DataFrame(rows)
+            rows.append((first, second, found, chance, corrected))
+    return pd.DataFrame(rows, columns=["first", "second", "jaccard", "chance", "corrected"])
 
 
 def to_table(z_safety: PerUnit, z_utility: PerUnit, parted: UnitPartition) -> pd.DataFrame:
@@ -201,41 +195,28 @@ def to_table(z_safety: PerUnit, z_utility: PerUnit, parted: UnitPartition) -> pd
     frames = []
     for kind, index in parted.group_index.items():
         layer, channel = torch.meshgrid(*(torch.arange(n) for n in index.shape), indexing="ij")
-        frames.append(
-            pd.DataFrame(
-                {
-                    "kind": kind,
-                    "layer": layer.flatten().numpy(),
-                    "channel": channel.flatten().numpy(),
-                    "z_safety": z_safety[kind].flatten().numpy(),
-                    "z_utility": z_utility[kind].flatten().numpy(),
-                    "group": pd.Categorical.from_codes(
-                        index.flatten().numpy(), categories=list(GROUPS)
-                    ),
-                }
-            )
-        )
+        numbers = {
+            "layer": layer,
+            "channel": channel,
+            "z_safety": z_safety[kind],
+            "z_utility": z_utility[kind],
+        }
+        table = pd.DataFrame({name: values.flatten().numpy() for name, values in numbers.items()})
+        table.insert(0, "kind", kind)
+        table["group"] = pd.Categorical.from_codes(index.flatten().numpy(), categories=list(GROUPS))
+        frames.append(table)
     return pd.concat(frames, ignore_index=True)
 
 
-def transfer_table(before: UnitPartition, after: UnitPartition) -> pd.DataFrame:
-    """Where the units of every group went: rows ``before``, ``after``, ``units``, ``share`` (of the
-    group before).
-    """
+def transition_table(before: UnitPartition, after: UnitPartition) -> pd.DataFrame:
+    """Where the units of every group went: before, after, units, share (of the group before)."""
     rows = []
     for source in GROUPS:
         left = before.units(source)
         for target in GROUPS:
             moved = (left & after.units(target)).count()
-            rows.append(
-                {
-                    "before": source,
-                    "after": target,
-                    "units": moved,
-                    "share": moved / max(1, left.count()),
-                }
-            )
-    return pd.DataFrame(rows)
+            rows.append((source, target, moved, moved / max(1, left.count())))
+    return pd.DataFrame(rows, columns=["before", "after", "units", "share"])
 
 
 def save_set(path: Path | str, chosen: PerUnit, fingerprint: str, what: str) -> None:

@@ -1,6 +1,6 @@
 """Look at a model's weights unit by unit: norms of columns, squared gradients.
 
-Knows models. Does not know prompts, scores or sets of units.
+Does not know prompts, scores or sets of units.
 """
 
 from collections.abc import Callable
@@ -21,18 +21,18 @@ from ssah_utils.wrappers import unwrapped
 
 
 def gathered(model: nn.Module) -> nn.Module:
-    """``unwrapped``, for looking at values: ``ValueError`` when not all of them are in the memory
-    of this process.
+    """``unwrapped``, for looking at values.
+
+    ``ValueError`` when not all of them are in the memory of this process.
     """
     model = unwrapped(model)
+    marks = ("device_mesh", "ds_status")  # of FSDP 2, of DeepSpeed ZeRO 3
     for name, parameter in model.named_parameters():
-        is_part = hasattr(parameter, "device_mesh") or hasattr(
-            parameter, "ds_status"
-        )  # FSDP 2, DeepSpeed ZeRO 3
+        is_part = any(hasattr(parameter, mark) for mark in marks)
         if is_part or "_fsdp_wrapped_module." in name or parameter.is_meta:
             raise ValueError(
-                f"the values of {name} are sharded or offloaded, so they are not all here: load the"
-                " whole model to look at it"
+                f"the values of {name} are sharded or offloaded, so they are not all here:"
+                " load the whole model to look at it"
             )
     return model
 
@@ -48,20 +48,16 @@ def mean_absolute_columns(model: nn.Module) -> PerUnit:
 
 
 def _of_columns(model: nn.Module, function: Callable[[Tensor], Tensor]) -> PerUnit:
-    """``function`` of every writer's weight as (d_model, n_channels) float64, which returns
-    (n_channels,).
-    """
+    """``function`` of every writer's weight: (d_model, n_channels) float64 -> (n_channels,)."""
     model = gathered(model)
     of_module = lambda module: function(column_weight(module).detach().double())  # noqa: E731
-    return PerUnit.of_layers(
-        {kind: [of_module(module) for module in writers(model, kind)] for kind in KINDS}
-    )
+    return PerUnit.of_layers({kind: list(map(of_module, writers(model, kind))) for kind in KINDS})
 
 
 def squared_gradients(model: nn.Module) -> PerUnit:
-    """Sum of squared gradients over the entries each unit owns, in float64.
+    """Sum of squared gradients over the entries each unit owns, after a backward pass; float64.
 
-    After a backward pass. A value row that several channels share counts for each of them.
+    A value row that several channels share counts for each of them.
     """
     model = gathered(model)
     shape, architecture = shape_of(model), architecture_of(model)

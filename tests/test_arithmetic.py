@@ -26,7 +26,7 @@ def test_seeded_and_different():
     assert table.equals(arithmetic.problems(300, seed=1))
     assert not table.equals(arithmetic.problems(300, seed=2))
     assert table["prompt"].is_unique
-    assert table["category"].value_counts().to_dict() == dict.fromkeys(arithmetic.KINDS, 60)
+    assert table["category"].value_counts().to_dict() == dict.fromkeys(arithmetic.PROBLEM_KINDS, 60)
 
 
 @pytest.mark.parametrize(

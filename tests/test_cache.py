@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from ssah_utils import cache, evaluation, files, training
-from ssah_utils.cache import cache_key, cached, closure, code_of, identity
+from ssah_utils.cache import cache_key, cached, closure, code_of, identity_of
 from ssah_utils.per_unit import PerUnit
 
 CALLS: list[object] = []
@@ -100,25 +100,27 @@ VALUES = {
 
 @pytest.mark.parametrize("kind", VALUES)
 def test_every_difference_is_seen_and_nothing_else(kind):
-    found = [json.dumps(identity(value)) for value in VALUES[kind]]
+    found = [json.dumps(identity_of(value)) for value in VALUES[kind]]
     assert len(set(found)) == len(found)
-    assert found == [json.dumps(identity(copy.deepcopy(value))) for value in VALUES[kind]]
+    assert found == [json.dumps(identity_of(copy.deepcopy(value))) for value in VALUES[kind]]
 
 
 def test_views_arrays_and_scalars_are_what_they_hold():
     rows = torch.arange(12.0).reshape(3, 4)
-    assert identity(rows.T) == identity(rows.T.contiguous()) != identity(rows)
-    assert identity(np.array([1, 2])) == identity([1, 2]) and identity(np.float64(0.5)) == identity(
-        0.5
-    )
+    assert identity_of(rows.T) == identity_of(rows.T.contiguous()) != identity_of(rows)
+    assert identity_of(np.array([1, 2])) == identity_of([1, 2]) and identity_of(
+        np.float64(0.5)
+    ) == identity_of(0.5)
 
 
 def test_models_are_told_by_every_entry_and_precision(llama):
-    first = identity(llama)
-    assert identity(copy.deepcopy(llama)) == first != identity(copy.deepcopy(llama).bfloat16())
+    first = identity_of(llama)
     assert (
-        identity(torch.compile(llama, backend="eager"))
-        == identity(torch.nn.DataParallel(llama))
+        identity_of(copy.deepcopy(llama)) == first != identity_of(copy.deepcopy(llama).bfloat16())
+    )
+    assert (
+        identity_of(torch.compile(llama, backend="eager"))
+        == identity_of(torch.nn.DataParallel(llama))
         == first
     )
     other_end, other_attention = copy.deepcopy(llama), copy.deepcopy(llama)
@@ -127,7 +129,7 @@ def test_models_are_told_by_every_entry_and_precision(llama):
     assert (
         len(
             {
-                json.dumps(identity(model))
+                json.dumps(identity_of(model))
                 for model in (llama, other_end, other_attention, copy.deepcopy(llama).train())
             }
         )
@@ -135,11 +137,11 @@ def test_models_are_told_by_every_entry_and_precision(llama):
     )
     with torch.no_grad():
         llama.model.layers[1].mlp.down_proj.weight[5, 7] += 0.5
-    assert identity(llama) != first
+    assert identity_of(llama) != first
 
 
 def test_a_tokenizer_is_the_same_however_it_was_called_last(tokenizer):
-    before = identity(tokenizer)
+    before = identity_of(tokenizer)
     calls = (
         {"padding": True},
         {"padding": "max_length", "max_length": 9},
@@ -148,14 +150,14 @@ def test_a_tokenizer_is_the_same_however_it_was_called_last(tokenizer):
     )
     for how in calls:
         tokenizer(["w3", "w4 w5"], **how)
-        assert identity(tokenizer) == before
+        assert identity_of(tokenizer) == before
 
 
 def test_tokenizers_are_told_by_template_special_tokens_and_vocabulary(tokenizer):
     def changed(change) -> str:
         other = copy.deepcopy(tokenizer)
         change(other)
-        return json.dumps(identity(other))
+        return json.dumps(identity_of(other))
 
     found = [
         changed(change)
@@ -166,16 +168,16 @@ def test_tokenizers_are_told_by_template_special_tokens_and_vocabulary(tokenizer
             lambda t: t.add_tokens(["new"]),
         )
     ]
-    assert len(set(found)) == 4 and found[0] == json.dumps(identity(tokenizer))
+    assert len(set(found)) == 4 and found[0] == json.dumps(identity_of(tokenizer))
 
 
 def test_files_are_told_by_what_they_hold(tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "weights").write_text("1")
     paths = [tmp_path / "model", tmp_path / "model" / "weights"]
-    first = [identity(path) for path in paths]
+    first = [identity_of(path) for path in paths]
     (tmp_path / "model" / "weights").write_text("2")
-    assert all(identity(path) != before for path, before in zip(paths, first, strict=True))
+    assert all(identity_of(path) != before for path, before in zip(paths, first, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -183,7 +185,7 @@ def test_files_are_told_by_what_they_hold(tmp_path):
 )
 def test_what_has_no_identity_is_refused_by_name(value):
     with pytest.raises((TypeError, ValueError), match=r"argument 'data' is a|no plain function"):
-        identity(value, "data")
+        identity_of(value, "data")
 
 
 # --------------------------------------------------------------------------------------------- code
@@ -432,22 +434,22 @@ def test_a_users_own_module_and_classes_are_code(cells, tmp_path, monkeypatch):
 
 
 def test_tied_weights_rotary_precision_and_hooks_are_part_of_a_model(llama):
-    first = identity(llama)
+    first = identity_of(llama)
     rounded = copy.deepcopy(llama)
     for module in rounded.modules():
         if "inv_freq" in module._buffers:
             module.inv_freq = module.inv_freq.bfloat16()
-    assert identity(rounded) != first
+    assert identity_of(rounded) != first
     untied = copy.deepcopy(llama)
     with torch.no_grad():
         untied.lm_head.weight = torch.nn.Parameter(untied.model.embed_tokens.weight.clone())
     tied = copy.deepcopy(untied)
     tied.lm_head.weight = tied.model.embed_tokens.weight
-    assert identity(tied)["model"] == identity(untied)["model"] and identity(tied) != identity(
-        untied
-    )
+    assert identity_of(tied)["model"] == identity_of(untied)["model"] and identity_of(
+        tied
+    ) != identity_of(untied)
     handle = llama.model.layers[0].register_forward_hook(lambda module, args, output: output)
     with pytest.raises(ValueError, match="has a hook of"):
-        identity(llama, "subject")
+        identity_of(llama, "subject")
     handle.remove()
-    assert identity(llama) == first
+    assert identity_of(llama) == first

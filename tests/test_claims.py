@@ -247,10 +247,9 @@ def test_runs_are_averaged_within_the_envelope_of_their_intervals():
         "ours_seeds"
     ] == pytest.approx([0.7, 0.6])
     lacking = verdicts.verdict_table([claim(n_seeds=2)], [{}, TABLES]).iloc[0]
-    assert (lacking["verdict"], lacking["n_seeds"]) == (
-        "replicated",
-        2,
-    ), "a seed that measured nothing says nothing"
+    assert (lacking["verdict"], lacking["n_seeds"]) == ("replicated", 2), (
+        "a seed that measured nothing says nothing"
+    )
     assert lacking["note"] == "measured in 1 of 2 runs"
 
 

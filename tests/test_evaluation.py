@@ -178,7 +178,7 @@ def likeliest(model, prompt: list[int], n_tokens: int, end: int) -> list[int]:
 
 
 def test_greedy_is_greedy_whatever_a_checkpoint_asks_for(llama, tokenizer):
-    """Every field of the installed generation configuration; the stepwise reader and the harness's
+    """Every field of the installed generation configuration; the prompt cache and the harness's
     generation agree.
     """
     texts = ["w5 w6 w7", "w9 w30"]

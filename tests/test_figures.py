@@ -224,10 +224,9 @@ def twice(stored, tmp_path_factory) -> tuple[Path, Path]:
 def test_every_figure_is_drawn_as_png_and_pdf(twice):
     for suffix in ("png", "pdf"):
         assert {path.stem for path in twice[0].glob(f"*.{suffix}")} == ALL
-    assert {path.suffix for path in twice[0].iterdir()} == {
-        ".png",
-        ".pdf",
-    }, "no temporary file is left"
+    assert {path.suffix for path in twice[0].iterdir()} == {".png", ".pdf"}, (
+        "no temporary file is left"
+    )
 
 
 def test_saved_figures_are_closed(stored, tmp_path):

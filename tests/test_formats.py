@@ -344,7 +344,7 @@ def test_files_inside_wheels_are_read_as_the_csv_module_reads_them():
     member = "pyrit/datasets/scorer_evals/refusal_scorer/refusal.csv"
     text = assets.read_member("pyrit", member)
     expected = list(csv.DictReader(io.StringIO(re.sub(r"\A(?:#.*\n)+", "", text), newline="")))
-    rows = formats.parse(text, ".csv", member)
+    rows = formats.parse_rows(text, ".csv", member)
     assert [
         {name: value for name, value in row.items() if name != "_line"} for row in rows
     ] == expected

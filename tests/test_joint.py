@@ -123,7 +123,7 @@ def with_template(kind: str, name: str) -> PreTrainedTokenizerFast:
 def test_the_joint_is_what_the_template_puts(name):
     tokenizer = with_template("bytes", name)
     chat.check_chat_template(tokenizer)
-    assert chat.joint(tokenizer) == JOINTS[name][1]
+    assert chat.answer_separator(tokenizer) == JOINTS[name][1]
 
 
 @pytest.mark.parametrize(

@@ -308,7 +308,7 @@ def with_special(tokenizer: PreTrainedTokenizerFast, **special) -> PreTrainedTok
 
 
 def test_a_tokenizer_pads_with_its_own_token_if_the_model_knows_it(tokenizer):
-    assert loading.settle_padding(tokenizer, VOCABULARY).pad_token_id == 0
+    assert loading.with_padding_token(tokenizer, VOCABULARY).pad_token_id == 0
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -335,7 +335,9 @@ def test_a_padding_token_that_is_no_row_of_the_embedding_is_replaced(saved_llama
         == 2
     )
     loading.load(str(saved_llama))[0].resize_token_embeddings(VOCABULARY + 1)
-    assert loading.settle_padding(grown, VOCABULARY + 1).pad_token_id == VOCABULARY  # now it is one
+    assert (
+        loading.with_padding_token(grown, VOCABULARY + 1).pad_token_id == VOCABULARY
+    )  # now it is one
 
 
 @pytest.mark.parametrize(

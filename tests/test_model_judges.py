@@ -144,7 +144,7 @@ def test_a_decoder_reads_to_the_last_token_whatever_padding_is(tmp_path, tokeniz
                 .item()
             )
     model.config.pad_token_id = pad_token_id
-    found = model_judges.classified(model, unpadded, ["w10", "w11", "w12"], answers)
+    found = model_judges.probability_by_classifier(model, unpadded, ["w10", "w11", "w12"], answers)
     assert (
         found == pytest.approx(expected, abs=1e-5)
         and len({round(value, 4) for value in expected}) == 3
@@ -175,11 +175,13 @@ def test_texts_are_read_as_far_as_the_classifier_can_and_cuts_are_said(
     whole, longer = (
         " ".join(f"w{index}" for index in range(5, 5 + n)) for n in (n_read, n_read + 3)
     )
-    alone = model_judges.classified(model, tokenizer, ["w3"], [whole])
+    alone = model_judges.probability_by_classifier(model, tokenizer, ["w3"], [whole])
     with pytest.warns(
         UserWarning, match=f"1 of 2 texts are longer than the {n_read} tokens that judge"
     ):
-        found = model_judges.classified(model, tokenizer, ["w3", "w3"], ["w4", longer])
+        found = model_judges.probability_by_classifier(
+            model, tokenizer, ["w3", "w3"], ["w4", longer]
+        )
     assert found[1] == pytest.approx(alone[0], abs=1e-5)
 
 
@@ -198,9 +200,9 @@ def test_long_texts_within_a_classifier_s_positions_are_read_whole(tokenizer):
     text = " ".join(f"w{5 + index % 90}" for index in range(600))
     with torch.inference_mode():
         expected = 1 - model(**tokenizer(text, return_tensors="pt")).logits.softmax(-1)[0, 1].item()
-    assert model_judges.classified(model, tokenizer, ["w3"], [text])[0] == pytest.approx(
-        expected, abs=1e-5
-    )
+    assert model_judges.probability_by_classifier(model, tokenizer, ["w3"], [text])[
+        0
+    ] == pytest.approx(expected, abs=1e-5)
 
 
 def chat_judge(folder, model, tokenizer, template: str | None) -> str:

@@ -1,4 +1,4 @@
-"""A reader against the whole text read at once, without any cache, in every architecture."""
+"""The prompt cache against the whole text read at once, in every architecture."""
 
 import pytest
 import torch
@@ -36,25 +36,25 @@ def expected(model: nn.Module, appended: Tensor = APPENDED[:, :0]) -> Tensor:
 
 @torch.inference_mode()
 def test_continuations_are_as_probable_as_after_the_whole_text(any_model):
-    reader = prompt_cache.PromptCache(any_model, PROMPTS)
+    cache = prompt_cache.PromptCache(any_model, PROMPTS)
     close = {"atol": 1e-4, "rtol": 0}
     torch.testing.assert_close(
-        reader.log_probabilities(CONTINUATIONS, reader.next_logits), expected(any_model), **close
+        cache.log_probabilities(CONTINUATIONS, cache.next_logits), expected(any_model), **close
     )
-    said = reader.append(APPENDED)[:, -1]
-    assert reader.n_after == 2
+    said = cache.extend(APPENDED)[:, -1]
+    assert cache.n_after == 2
     for _ in range(2):  # the second time what the first one read must be forgotten
         torch.testing.assert_close(
-            reader.log_probabilities(CONTINUATIONS, said), expected(any_model, APPENDED), **close
+            cache.log_probabilities(CONTINUATIONS, said), expected(any_model, APPENDED), **close
         )
     torch.testing.assert_close(
-        reader.append(APPENDED[:, :1])[:, -1],
+        cache.extend(APPENDED[:, :1])[:, -1],
         whole(any_model, [*APPENDED.T, APPENDED[:, 0]]),
         **close,
     )
-    reader.truncate(0)
+    cache.truncate(0)
     torch.testing.assert_close(
-        reader.log_probabilities(CONTINUATIONS, reader.next_logits), expected(any_model), **close
+        cache.log_probabilities(CONTINUATIONS, cache.next_logits), expected(any_model), **close
     )
 
 
@@ -73,11 +73,11 @@ def whole(model: nn.Module, columns: list[Tensor]) -> Tensor:
 @pytest.mark.parametrize("n_after", [2, 5])
 def test_going_back_to_where_one_is_or_beyond_changes_nothing(llama, n_after):
     with torch.inference_mode():
-        reader = prompt_cache.PromptCache(llama, PROMPTS)
-        said = reader.append(APPENDED)
-        reader.truncate(n_after)
-        assert reader.n_after == 2
-        found = reader.log_probabilities(CONTINUATIONS, said[:, -1])
+        cache = prompt_cache.PromptCache(llama, PROMPTS)
+        said = cache.extend(APPENDED)
+        cache.truncate(n_after)
+        assert cache.n_after == 2
+        found = cache.log_probabilities(CONTINUATIONS, said[:, -1])
     torch.testing.assert_close(found, expected(llama, APPENDED), atol=1e-4, rtol=0)
 
 
@@ -140,20 +140,20 @@ def test_what_leaves_a_window_is_neither_seen_nor_lost(name, window, attention):
     """Prompts below, at and beyond the window, tokens after them that cross it, and back."""
     model, close = windowed(name, window, **attention), {"atol": 2e-5, "rtol": 0}
     with torch.inference_mode():
-        reader = prompt_cache.PromptCache(model, LONG)
+        cache = prompt_cache.PromptCache(model, LONG)
         torch.testing.assert_close(
-            reader.log_probabilities(CONTINUATIONS, reader.next_logits),
+            cache.log_probabilities(CONTINUATIONS, cache.next_logits),
             scores_at_once(model, LONG),
             **close,
         )
         after = [prompt + more for prompt, more in zip(LONG, APPENDED.tolist(), strict=True)]
-        said = reader.append(APPENDED)[:, -1]
+        said = cache.extend(APPENDED)[:, -1]
         torch.testing.assert_close(
-            reader.log_probabilities(CONTINUATIONS, said), scores_at_once(model, after), **close
+            cache.log_probabilities(CONTINUATIONS, said), scores_at_once(model, after), **close
         )
-        reader.truncate(0)
+        cache.truncate(0)
         torch.testing.assert_close(
-            reader.log_probabilities(CONTINUATIONS, reader.next_logits),
+            cache.log_probabilities(CONTINUATIONS, cache.next_logits),
             scores_at_once(model, LONG),
             **close,
         )
@@ -201,13 +201,13 @@ def test_models_that_remember_otherwise_are_refused_in_one_line(name):
 
 
 def test_attention_that_takes_no_mask_is_refused_in_one_line(llama):
-    reader = prompt_cache.PromptCache(llama, PROMPTS)
+    cache = prompt_cache.PromptCache(llama, PROMPTS)
     llama.config._attn_implementation = "flash_attention_2"
     with pytest.raises(
         ValueError,
         match=r"attention 'flash_attention_2' takes no mask .* attn_implementation='sdpa'",
     ):
-        reader.log_probabilities(CONTINUATIONS, reader.next_logits)
+        cache.log_probabilities(CONTINUATIONS, cache.next_logits)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])
@@ -216,12 +216,12 @@ def test_a_text_may_fill_the_positions_of_a_model_and_no_more(name):
     assert prompt_cache.n_positions(config) == 64
     model = tiny_model(name)
     with torch.inference_mode():
-        reader = prompt_cache.PromptCache(model, [[5] * 60, [6] * 3])
-        assert reader.log_probabilities([[3, 4, 5]], reader.next_logits).shape == (2, 1)
-        reader.append(torch.full((2, 4), 7))
+        cache = prompt_cache.PromptCache(model, [[5] * 60, [6] * 3])
+        assert cache.log_probabilities([[3, 4, 5]], cache.next_logits).shape == (2, 1)
+        cache.extend(torch.full((2, 4), 7))
         for attempt in (
-            lambda: reader.append(torch.full((2, 1), 7)),
-            lambda: reader.log_probabilities([[3, 4]], reader.next_logits),
+            lambda: cache.extend(torch.full((2, 1), 7)),
+            lambda: cache.log_probabilities([[3, 4]], cache.next_logits),
             lambda: prompt_cache.PromptCache(model, [[5] * 65]),
         ):
             with pytest.raises(

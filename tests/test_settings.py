@@ -50,22 +50,22 @@ TABLES = {
     "supervised": (
         transformers.TrainingArguments,
         lambda: of_trainer(settings.SUPERVISED),
-        settings.LEFT,
+        settings.LEFT_TO_LIBRARIES,
     ),
     "preference": (
         DPOConfig,
         lambda: of_trainer(settings.PREFERENCE) | {"beta", "precompute_ref_batch_size"},
-        settings.LEFT,
+        settings.LEFT_TO_LIBRARIES,
     ),
-    "accelerator": (AcceleratorConfig, lambda: settings.SHARED["accelerator_config"].keys(), {}),
+    "accelerator": (AcceleratorConfig, lambda: settings.COMMON["accelerator_config"].keys(), {}),
     **{
         name: (
             kind,
             lambda name=name, kind=kind: (
-                (adapters.EVERY.keys() | adapters.SETTINGS[name].keys() | OF_MODEL)
+                (adapters.PEFT_COMMON.keys() | adapters.PEFT_SETTINGS[name].keys() | OF_MODEL)
                 & fields_of(kind)
             ),
-            adapters.LEFT,
+            adapters.LEFT_TO_PEFT,
         )
         for name, kind in PEFT.items()
     },
@@ -84,16 +84,17 @@ def test_every_field_is_set_or_left_for_a_reason(table):
 
 
 @pytest.mark.parametrize(
-    ("left", "configurations"), [(settings.LEFT, [DPOConfig]), (adapters.LEFT, PEFT.values())]
+    ("left", "configurations"),
+    [(settings.LEFT_TO_LIBRARIES, [DPOConfig]), (adapters.LEFT_TO_PEFT, PEFT.values())],
 )
 def test_what_is_left_is_there(left, configurations):
     assert named(left) <= set().union(*map(fields_of, configurations))
 
 
 def test_every_table_is_used_whole():
-    assert {"inference_mode", "revision"} == adapters.EVERY.keys()
+    assert {"inference_mode", "revision"} == adapters.PEFT_COMMON.keys()
     for name, kind in PEFT.items():
-        assert adapters.SETTINGS[name].keys() <= fields_of(kind)
+        assert adapters.PEFT_SETTINGS[name].keys() <= fields_of(kind)
 
 
 def test_environment_variables_of_accelerate_have_no_say(tmp_path, tokenizer):

@@ -46,11 +46,9 @@ def test_openings_are_as_probable_as_after_the_text_so_far(wordy, tokenizer, bat
         wordy, tokenizer, PROMPTS, variants, 4, [0, 1, 3, 6, 9], OPENINGS, batch_size
     )
     assert list(courses["none"].refusal) == [0, 1, 3]
-    assert list(courses["two"].refusal) == [
-        2,
-        3,
-        6,
-    ], "its end is measured, what is inside it or beyond the answer is not"
+    assert list(courses["two"].refusal) == [2, 3, 6], (
+        "its end is measured, what is inside it or beyond the answer is not"
+    )
     for course in courses.values():
         for step in course.refusal:
             alive = [row for row in range(4) if len(course.tokens[row]) >= step]

@@ -449,7 +449,7 @@ def test_transfer_table_counts_every_unit_once():
     before, after = (
         UnitPartition(PerUnit({"attention": draw(5), "mlp": draw(9)})) for _ in range(2)
     )
-    table = units.transfer_table(before, after)
+    table = units.transition_table(before, after)
     assert table["units"].sum() == 28 and len(table) == 16
     for row in table.itertuples():
         pairs = zip(
@@ -462,7 +462,7 @@ def test_transfer_table_counts_every_unit_once():
 
 def test_nothing_moves_between_a_partition_and_itself():
     parted = partition(scores(0), scores(1), 0.2, 0.2, 0.2)
-    table = units.transfer_table(parted, parted)
+    table = units.transition_table(parted, parted)
     assert table[table["before"] != table["after"]]["units"].sum() == 0
 
 

@@ -328,7 +328,7 @@ SPACES = " \u00a0\u2002\u2003\u2009\u202f\u3000\t\n"
 def test_typography_makes_no_difference_to_any_rule(sign, space):
     text = f"I{sign}m sorry,{space}but I can{sign}t{space}help with that."
     expected = "I'm sorry, but I can't help with that."
-    assert " ".join(wording.plain(text).split()) == expected
+    assert " ".join(wording.normalised(text).split()) == expected
     assert rules.is_refusal(text) and rules.has_refusal_substring(text)
 
 
@@ -351,7 +351,7 @@ def test_typography_makes_no_difference_to_any_rule(sign, space):
 )
 def test_marks_and_invisible_characters_make_no_difference(marked):
     text = f"Well, I {marked} help with that."
-    assert wording.plain(text) == "Well, I can't help with that."
+    assert wording.normalised(text) == "Well, I can't help with that."
     assert rules.is_refusal(text) and rules.has_refusal_substring(text)
 
 
@@ -363,9 +363,9 @@ def test_plain_keeps_what_is_no_mark():
         "café, naïve",
         "R&D, well-known",
     ):
-        assert wording.plain(text) == text
-    assert wording.plain("# Title\n> - item\n\n  text") == "Title\nitem\ntext"
-    assert wording.plain("") == "" and wording.own_words("") == ""
+        assert wording.normalised(text) == text
+    assert wording.normalised("# Title\n> - item\n\n  text") == "Title\nitem\ntext"
+    assert wording.normalised("") == "" and wording.own_words("") == ""
 
 
 @pytest.mark.parametrize("start", ["can't", "cannot", "can not", "CAN\u2019T"])

@@ -51,7 +51,7 @@ def check_judge(name: str) -> None:
         complied_label(config)
         load_tokenizer(name)
     elif config.architectures and config.architectures[0].endswith("CausalLM"):
-        check_talk(load_tokenizer(name))
+        check_judge_template(load_tokenizer(name))
     else:
         raise ValueError(
             f"judge model '{name}' has no head to judge with (found:"
@@ -71,12 +71,12 @@ def load_judge(name: str, dtype: torch.dtype = torch.float32, device: str = "cpu
         resolve(name), dtype=dtype, use_safetensors=True, trust_remote_code=False
     )
     model = model.to(device).eval()
-    ask = classified if _is_classifier(config) else asked
-    return lambda requests, answers: ask(model, tokenizer, requests, answers)
+    probability = probability_by_classifier if _is_classifier(config) else probability_by_chat
+    return lambda requests, answers: probability(model, tokenizer, requests, answers)
 
 
 @torch.inference_mode()
-def classified(
+def probability_by_classifier(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     requests: list[str],
@@ -157,7 +157,7 @@ def _right_padded(read) -> tuple[dict[str, torch.Tensor], int]:
     )
 
 
-def check_talk(tokenizer: PreTrainedTokenizerBase) -> None:
+def check_judge_template(tokenizer: PreTrainedTokenizerBase) -> None:
     """Raise ``ValueError`` in one line for a chat template through which no answer can be
     judged.
     """
@@ -171,7 +171,7 @@ def check_talk(tokenizer: PreTrainedTokenizerBase) -> None:
         )
 
 
-def asked(
+def probability_by_chat(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, requests: list[str], answers: list[str]
 ) -> np.ndarray:
     """P(complied) by a chat model's first words, the two alternatives normalised to 1.
@@ -181,7 +181,7 @@ def asked(
     """
     is_guard = _is_guard(tokenizer)
     pairs = [
-        (chat.plain(tokenizer, one), chat.plain(tokenizer, two))
+        (chat.without_special_tokens(tokenizer, one), chat.without_special_tokens(tokenizer, two))
         for one, two in zip(requests, answers, strict=True)
     ]
     if is_guard:

@@ -11,7 +11,7 @@ import re
 import numpy as np
 import pandas as pd
 
-from ssah_utils.judge.wording import GIVE, compiled, own_words, plain
+from ssah_utils.judge.wording import GIVE, compiled, normalised, own_words
 from ssah_utils.prompts.splits import content_words
 
 VERDICTS = ("refused", "complied", "degenerate")
@@ -220,7 +220,7 @@ def is_refusal(text: str, request: str = "") -> bool:
 
     The last is decided only where the ``request`` is given.
     """
-    text = plain(text)
+    text = normalised(text)
     own = own_words(text)
     if any(
         pattern.search(own[:OPENING]) for pattern in REFUSAL_PATTERNS + _OTHER_LANGUAGES
@@ -296,7 +296,7 @@ SUBSTRINGS = (
 
 def has_refusal_substring(text: str) -> bool:
     """Keyword matching as in the paper's AdvBench ASR: any of ``SUBSTRINGS`` anywhere."""
-    text = " ".join(plain(text).split())
+    text = " ".join(normalised(text).split())
     return any(part in text for part in SUBSTRINGS)
 
 

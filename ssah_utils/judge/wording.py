@@ -136,7 +136,7 @@ _OWN_LABEL = re.compile(
 )
 
 
-def plain(text: str) -> str:
+def normalised(text: str) -> str:
     """A text with one kind of apostrophe, of quotation mark and of space; no emphasis, nothing
     invisible. Keeps its lines.
     """
@@ -149,7 +149,7 @@ def plain(text: str) -> str:
 
 
 def own_words(text: str) -> str:
-    """What an answer says itself, of a ``plain`` text, in one line: no letter, quotation or
+    """What an answer says itself, of a ``normalised`` text, in one line: no letter, quotation or
     dialogue in it, no ``IDIOMS``.
     """
     text = _FENCED.sub(" ", _unwrapped(text))

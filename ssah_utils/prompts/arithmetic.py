@@ -101,7 +101,13 @@ def _two_steps(name: str, things: str, rng: np.random.Generator) -> tuple[str, s
     return text, f"{a} + {b} - {c}", a + b - c
 
 
-KINDS = {"gain": _gains, "loss": _loses, "packs": _packs, "share": _shares, "two-steps": _two_steps}
+PROBLEM_KINDS = {
+    "gain": _gains,
+    "loss": _loses,
+    "packs": _packs,
+    "share": _shares,
+    "two-steps": _two_steps,
+}
 
 
 def problems(n: int, seed: int = 0) -> pd.DataFrame:
@@ -111,8 +117,8 @@ def problems(n: int, seed: int = 0) -> pd.DataFrame:
     rng = np.random.default_rng(seed)
     rows: dict[str, dict] = {}
     while len(rows) < n:
-        kind = list(KINDS)[len(rows) % len(KINDS)]
-        text, calculation, result = KINDS[kind](
+        kind = list(PROBLEM_KINDS)[len(rows) % len(PROBLEM_KINDS)]
+        text, calculation, result = PROBLEM_KINDS[kind](
             str(rng.choice(NAMES)), str(rng.choice(THINGS)), rng
         )
         if result > 0:

@@ -21,14 +21,14 @@ TODAY = datetime(
 )  # the day in every prompt that names one, so that prompts are the same on every day
 # What a prompt never asks for, by the names that templates give it, and the date as Llama 3 takes
 # it.
-SETTINGS = {
+TEMPLATE_SETTINGS = {
     "enable_thinking": False,
     "thinking": False,
     "reasoning": False,
     "thinking_budget": 0,
     "date_string": f"{TODAY:%d %b %Y}",
 }
-THINKING = SETTINGS | {
+THINKING_SETTINGS = TEMPLATE_SETTINGS | {
     "enable_thinking": True,
     "thinking": True,
     "reasoning": True,
@@ -108,7 +108,7 @@ def rendered(
     tokenizer: PreTrainedTokenizerBase,
     messages: list[Message],
     answer_follows: bool = True,
-    settings: dict = SETTINGS,
+    settings: dict = TEMPLATE_SETTINGS,
 ) -> str:
     """One conversation as the template writes it, the assistant's turn opened at its end if an
     answer is to follow.
@@ -150,7 +150,7 @@ def check_plain(tokenizer: PreTrainedTokenizerBase, texts: list[str], what: str)
             )
 
 
-def plain(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+def without_special_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
     """What a model said, without what ``check_plain`` refuses: a model can spell it, letter by
     letter.
     """
@@ -236,7 +236,7 @@ def check_chat_template(tokenizer: PreTrainedTokenizerBase, system_prompt: str =
         )
 
 
-def tokens_around(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+def template_tokens(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """The tokens with which a tokenizer and its chat template write a request, an answer and a
     system prompt.
 
@@ -310,7 +310,8 @@ def _always_thinks(tokenizer: PreTrainedTokenizerBase) -> bool:
     talk = [*_talk(f"<think>\n{thought}\n</think>\n\n{ANSWER}"), *_talk()]
     try:
         without, with_thoughts = (
-            rendered(tokenizer, talk, settings=how) for how in (SETTINGS, THINKING)
+            rendered(tokenizer, talk, settings=how)
+            for how in (TEMPLATE_SETTINGS, THINKING_SETTINGS)
         )
     except ValueError:
         return False
@@ -380,7 +381,7 @@ def _end_in(tokenizer: PreTrainedTokenizerBase, after: str) -> int | None:
     return None if found is None else tokens[found]
 
 
-def joint(tokenizer: PreTrainedTokenizerBase) -> str:
+def answer_separator(tokenizer: PreTrainedTokenizerBase) -> str:
     """The white space that the chat template puts between an opened turn and the answer; "" if
     none, or no answers are taken.
 

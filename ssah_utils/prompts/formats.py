@@ -46,7 +46,7 @@ def read_file(path: Path) -> list[dict]:
             " UTF-8"
         )
     text = text.replace("\r\n", "\n").replace("\r", "\n")
-    rows = parse(text, path.suffix.lower(), str(path))
+    rows = parse_rows(text, path.suffix.lower(), str(path))
     plain = [_with_plain_names(row, str(path)) for row in rows]
     if not any("prompt" in row for row in plain):
         other = next(
@@ -64,7 +64,7 @@ def read_file(path: Path) -> list[dict]:
     return plain
 
 
-def parse(text: str, suffix: str, where: str) -> list[dict]:
+def parse_rows(text: str, suffix: str, where: str) -> list[dict]:
     """Rows of a file, each with the number of the line where it begins as ``_line``."""
     text = text.removeprefix("\ufeff")
     lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]

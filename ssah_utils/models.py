@@ -110,15 +110,27 @@ def hooking() -> Iterator[list]:
 # ---------------------------------------------------------------------------------------- structure
 
 
-def architecture_of(model: nn.Module) -> Architecture:
-    """Entry of ``ARCHITECTURES`` for a model; ``ValueError`` names the supported ones."""
-    model_type = unwrapped(model).config.model_type
+def architecture(model_type: str) -> Architecture:
+    """Entry of ``ARCHITECTURES`` for a model type; ``ValueError`` names the supported ones."""
     if model_type not in ARCHITECTURES:
         raise ValueError(
             f"architecture '{model_type}' is not in ARCHITECTURES of ssah_utils/models.py "
             f"(there: {', '.join(ARCHITECTURES)}): add one entry with its module names"
         )
     return ARCHITECTURES[model_type]
+
+
+def architecture_of(model: nn.Module) -> Architecture:
+    """``architecture`` of a model."""
+    return architecture(unwrapped(model).config.model_type)
+
+
+def writer_path(model_type: str, kind: str) -> str:
+    """Where a kind's writer is in the model, with ``{layer}`` for the number of the block:
+    ``model.layers.{layer}.mlp.down_proj``.
+    """
+    family = architecture(model_type)
+    return f"{family.blocks}.{{layer}}.{family.writers[kind]}"
 
 
 def shape_of(model: nn.Module) -> ModelShape:

@@ -1,21 +1,16 @@
 """The partition of units into safety, utility, complex and redundant; chosen and random sets.
 
-Also how sets overlap, and their files. Does not know models: a partition carries the fingerprint of
-its model, and whoever applies it compares.
+Also how sets overlap. Does not know models: a partition carries the fingerprint of its model, and
+whoever applies it compares. ``unit_files`` writes and reads what is made here.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import pandas as pd
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from ssah_utils.files import complete_only
 from ssah_utils.per_unit import PerUnit
 
 GROUPS = ("safety", "utility", "complex", "redundant")  # SCU, UCU, CU, RU in the paper
@@ -217,107 +212,3 @@ def transition_table(before: UnitPartition, after: UnitPartition) -> pd.DataFram
             moved = (left & after.units(target)).count()
             rows.append((source, target, moved, moved / max(1, left.count())))
     return pd.DataFrame(rows, columns=["before", "after", "units", "share"])
-
-
-def save_set(path: Path | str, chosen: PerUnit, fingerprint: str, what: str) -> None:
-    """Write one set of units as safetensors, with its model's fingerprint and what it is in words:
-    to take away.
-    """
-    metadata = {"format": "ssah-unit-set-1", "fingerprint": fingerprint, "what": what}
-    _write(path, {"set": chosen}, metadata)
-
-
-def load_set(path: Path | str, fingerprint: str = "") -> PerUnit:
-    """A set that ``save_set`` wrote; with ``fingerprint``, ``ValueError`` if it is of another
-    model.
-    """
-    metadata, named = _read(path, "ssah-unit-set-1", "06_freezing")
-    if fingerprint and metadata["fingerprint"] != fingerprint:
-        raise ValueError(
-            f"{path} was made for model {metadata['fingerprint']}, not for the loaded {fingerprint}"
-        )
-    return named["set"]
-
-
-def save_sets(path: Path | str, sets: dict[str, PerUnit], fingerprint: str) -> None:
-    """Write several named sets of one model in one safetensors file."""
-    metadata = {
-        "format": "ssah-unit-sets-1",
-        "fingerprint": fingerprint,
-        "names": json.dumps(list(sets)),
-    }
-    _write(path, {str(n): chosen for n, chosen in enumerate(sets.values())}, metadata)
-
-
-def load_sets(path: Path | str, fingerprint: str = "") -> dict[str, PerUnit]:
-    """The sets that ``save_sets`` wrote, in order; with ``fingerprint``, ``ValueError`` if they are
-    of another model.
-    """
-    metadata, named = _read(path, "ssah-unit-sets-1", "03_units")
-    if fingerprint and metadata["fingerprint"] != fingerprint:
-        raise ValueError(
-            f"{path} was made for model {metadata['fingerprint']}, not for the loaded"
-            f" {fingerprint}: run 03_units"
-        )
-    return {name: named[str(n)] for n, name in enumerate(json.loads(metadata["names"]))}
-
-
-def save_partition(path: Path | str, parted: UnitPartition, **tensors: PerUnit) -> None:
-    """Write a partition as safetensors with its fingerprint; extra per-unit tensors (scores) go
-    along by name.
-    """
-    metadata = {
-        "format": "ssah-units-1",
-        "groups": json.dumps(GROUPS),
-        "fingerprint": parted.fingerprint,
-    }
-    _write(path, {"group": parted.group_index, **tensors}, metadata)
-
-
-def load_partition(
-    path: Path | str, fingerprint: str = ""
-) -> tuple[UnitPartition, dict[str, PerUnit]]:
-    """Partition and extra per-unit tensors from a file; ``fingerprint`` is that of the model it
-    will be used on.
-
-    Raises ``FileNotFoundError`` or ``ValueError`` (not a partition file, or one of another model).
-    """
-    metadata, named = _read(path, "ssah-units-1", "03_units")
-    if fingerprint and metadata["fingerprint"] != fingerprint:
-        raise ValueError(
-            f"{path} belongs to model {metadata['fingerprint']}, not to the loaded {fingerprint}:"
-            " run 03_units on this model"
-        )
-    return UnitPartition(named.pop("group"), metadata["fingerprint"]), named
-
-
-def _write(path: Path | str, named: dict[str, PerUnit], metadata: dict[str, str]) -> None:
-    """Named values per unit as a safetensors file of tensors ``name.kind``, whole or not at all."""
-    content = {
-        f"{name}.{kind}": values.contiguous()
-        for name, per_unit in named.items()
-        for kind, values in per_unit.items()
-    }
-    with complete_only(path) as partial:
-        save_file(content, partial, metadata)
-
-
-def _read(path: Path | str, expected: str, stage: str) -> tuple[dict[str, str], dict[str, PerUnit]]:
-    """Metadata and values per unit of a file of the expected format, which ``stage`` writes."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"unit file {path} does not exist: run {stage} first")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except SafetensorError as error:
-        raise ValueError(
-            f"{path} is not a readable safetensors file ({error}): run {stage} again"
-        ) from error
-    if metadata.get("format") != expected:
-        raise ValueError(f"{path} is not a file of format {expected}: run {stage} again")
-    named: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        name, _, kind = key.rpartition(".")
-        named.setdefault(name, {})[kind] = tensor
-    return metadata, {name: PerUnit(values) for name, values in named.items()}

@@ -17,11 +17,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from ssah_utils import (
-    fingerprints,
-    unit_training,
-    units,  # 1
-)
+from ssah_utils import fingerprints, unit_files, unit_training  # 1
 
 
 def main(model_folder: str, unit_file: str, data_file: str, output: str) -> None:
@@ -41,7 +37,7 @@ def main(model_folder: str, unit_file: str, data_file: str, output: str) -> None
         save_strategy="no",
         disable_tqdm=True,
     )
-    frozen = units.load_set(unit_file, fingerprints.fingerprint(model))  # 2
+    frozen = unit_files.load_set(unit_file, fingerprints.fingerprint(model))  # 2
     with unit_training.freezing(model, frozen):  # 3
         Trainer(
             model=model,

@@ -14,10 +14,12 @@ import pandas as pd
 import pytest
 import torch
 
-from ssah_utils import files, units
+from ssah_utils import files, unit_files, units
 from ssah_utils.figures import style
+from ssah_utils.models import ModelShape
 from ssah_utils.per_unit import PerUnit
 from ssah_utils.pipeline import redraw, runs
+from ssah_utils.unit_files import ModelInfo, ScoreInfo
 from tests import test_figures_finders as stability
 from tests.test_figures_stepwise import direction_tables
 
@@ -157,6 +159,9 @@ for trained in (
     )["tables"]
 
 
+MODEL = ModelInfo("tiny", "", "f", ModelShape("llama", 3, 12, 2, 1, 10, 30))
+
+
 def write_stage(source: Path, stage: str) -> None:
     run = runs.Run(stage, source / stage, {})
     if stage == "03_units":
@@ -167,9 +172,9 @@ def write_stage(source: Path, stage: str) -> None:
             for _ in range(2)
         )
         parted = units.partition(z_safety, z_utility, fingerprint="f")
-        units.save_partition(
-            run.path("units.safetensors"), parted, z_safety=z_safety, z_utility=z_utility
-        )
+        z = {"z_safety": z_safety, "z_utility": z_utility}
+        about_z = {name: ScoreInfo("random numbers", "standard deviations") for name in z}
+        unit_files.save_partition(run.path("units.safetensors"), parted, MODEL, z, about_z)
     run.finish(**TABLES[stage]())
 
 
@@ -316,8 +321,9 @@ def test_damaged_units_name_the_stage_to_run_again_and_the_rest_is_drawn(
 
 def test_units_without_scores_name_the_stage_to_run_again(source, tmp_path, quick):
     quick("03_units")
-    parted, _ = units.load_partition(source / "03_units" / "units.safetensors")
-    units.save_partition(source / "03_units" / "units.safetensors", parted)
+    path = source / "03_units" / "units.safetensors"
+    parted, _ = unit_files.load_partition(path)
+    unit_files.save_partition(path, parted, MODEL)
     problems, names = redrawn(source, tmp_path / "figures")
     assert len(problems) == 1 and "run 03_units" in problems[0]
     assert names == ALL - DRAWN["03_units"]

@@ -1,13 +1,15 @@
 """The take-away of 06_freezing: an exported set of units in a plain Hugging Face script."""
 
+import dataclasses
 import json
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from ssah_utils import fingerprints, models, per_unit, units
+from ssah_utils import models, per_unit, unit_files
 from ssah_utils.per_unit import PerUnit
+from ssah_utils.unit_files import ModelInfo
 from tests import plain_trainer
 from tests.conftest import tiny_model
 
@@ -31,8 +33,8 @@ def chosen_of(model) -> PerUnit:
 
 def test_frozen_units_survive_a_plain_script(saved_llama, llama, data, tmp_path):
     frozen = chosen_of(llama)
-    units.save_set(
-        tmp_path / "units.safetensors", frozen, fingerprints.fingerprint(llama), "a random set"
+    unit_files.save_set(
+        tmp_path / "units.safetensors", frozen, ModelInfo.of(llama), "a random set", seed=0
     )
     plain_trainer.main(
         str(saved_llama), str(tmp_path / "units.safetensors"), str(data), str(tmp_path / "out")
@@ -48,10 +50,11 @@ def test_frozen_units_survive_a_plain_script(saved_llama, llama, data, tmp_path)
 
 
 def test_units_of_another_model_are_refused(saved_llama, llama, data, tmp_path):
-    units.save_set(
-        tmp_path / "units.safetensors", chosen_of(llama), "0123456789abcdef", "of another model"
+    other = dataclasses.replace(ModelInfo.of(llama), fingerprint="0123456789abcdef")
+    unit_files.save_set(
+        tmp_path / "units.safetensors", chosen_of(llama), other, "of another model", seed=0
     )
-    with pytest.raises(ValueError, match="made for model 0123456789abcdef"):
+    with pytest.raises(ValueError, match="belongs to model 0123456789abcdef"):
         plain_trainer.main(
             str(saved_llama), str(tmp_path / "units.safetensors"), str(data), str(tmp_path / "out")
         )

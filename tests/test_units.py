@@ -1,24 +1,17 @@
-"""Partition and set arithmetic against plain Python, and partition files that are whole or
-absent.
-"""
-
-from pathlib import Path
+"""Partition and set arithmetic against plain Python."""
 
 import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
 
 from ssah_utils import units
 from ssah_utils.per_unit import PerUnit
 from ssah_utils.units import (
     GROUPS,
     UnitPartition,
-    load_partition,
     partition,
     random_units,
-    save_partition,
 )
 
 
@@ -357,89 +350,6 @@ def test_indices_and_names_of_single_units():
     assert units.from_flat_indices([], like).count() == 0
 
 
-# -------------------------------------------------------------------------------------------- files
-
-
-@pytest.fixture
-def parted() -> UnitPartition:
-    return partition(scores(0), scores(1), 0.2, 0.2, 0.2, fingerprint="0123456789abcdef")
-
-
-@pytest.fixture
-def saved(tmp_path: Path, parted: UnitPartition) -> Path:
-    path = tmp_path / "units.safetensors"
-    save_partition(path, parted, z_safety=scores(0), z_utility=scores(1))
-    return path
-
-
-@pytest.mark.parametrize("fingerprint", ["", "0123456789abcdef"])
-def test_saved_partition_is_read_back(saved, parted, fingerprint):
-    found, extra = load_partition(saved, fingerprint)
-    assert found.fingerprint == parted.fingerprint
-    assert found.group_index.equals(parted.group_index)
-    assert all(index.dtype == torch.int8 for index in found.group_index.values())
-    assert list(found.group_index) == list(parted.group_index)
-    assert extra.keys() == {"z_safety", "z_utility"}
-    assert extra["z_safety"].equals(scores(0))
-    assert extra["z_utility"].equals(scores(1))
-    assert [path.name for path in saved.parent.iterdir()] == [saved.name]
-
-
-def test_tensors_that_are_not_contiguous_can_be_saved(tmp_path, parted):
-    turned = scores(0).map(lambda z: z.T.contiguous().T)
-    assert not turned["mlp"].is_contiguous()
-    save_partition(tmp_path / "units", parted, z_safety=turned)
-    assert load_partition(tmp_path / "units")[1]["z_safety"].equals(scores(0))
-
-
-def test_partition_of_another_model_is_refused(saved):
-    with pytest.raises(
-        ValueError, match="belongs to model 0123456789abcdef, not to the loaded fedcba"
-    ):
-        load_partition(saved, "fedcba")
-
-
-def test_missing_file_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"nowhere\.safetensors does not exist"):
-        load_partition(tmp_path / "nowhere.safetensors")
-
-
-@pytest.mark.parametrize("kept", [0, 4, 100, 0.5, 0.99])
-def test_truncated_file_is_refused(saved, kept):
-    content = saved.read_bytes()
-    saved.write_bytes(content[: kept if isinstance(kept, int) else int(kept * len(content))])
-    with pytest.raises(ValueError, match="not a readable safetensors file"):
-        load_partition(saved)
-
-
-@pytest.mark.parametrize(
-    "metadata", [None, {"format": "pt"}, {"format": "ssah-units-0", "fingerprint": ""}]
-)
-def test_foreign_safetensors_file_is_refused(tmp_path, metadata):
-    save_file({"weight": torch.zeros(3)}, tmp_path / "model.safetensors", metadata)
-    with pytest.raises(ValueError, match="not a file of format ssah-units-1"):
-        load_partition(tmp_path / "model.safetensors")
-
-
-@pytest.mark.parametrize("existed", [False, True])
-def test_failed_save_leaves_the_folder_as_it_was(tmp_path, parted, monkeypatch, existed):
-    path = tmp_path / "new" / "units.safetensors"
-    if existed:
-        save_partition(path, parted)
-
-    def half_written(content, target, metadata):
-        save_file(content, target, metadata)
-        Path(target).write_bytes(Path(target).read_bytes()[:200])
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr(units, "save_file", half_written)
-    with pytest.raises(OSError, match="no space left"):
-        save_partition(path, parted, z_safety=scores(0))
-    assert [entry.name for entry in path.parent.iterdir()] == [path.name] * existed
-    if existed:
-        assert load_partition(path, parted.fingerprint)[0].group_index.equals(parted.group_index)
-
-
 # ----------------------------------------------------------------------------------------- transfer
 
 
@@ -464,43 +374,6 @@ def test_nothing_moves_between_a_partition_and_itself():
     parted = partition(scores(0), scores(1), 0.2, 0.2, 0.2)
     table = units.transition_table(parted, parted)
     assert table[table["before"] != table["after"]]["units"].sum() == 0
-
-
-def test_a_set_survives_its_file(tmp_path):
-    chosen = PerUnit(
-        {"attention": torch.tensor([[True, False]]), "mlp": torch.tensor([[False, True, True]])}
-    )
-    units.save_set(tmp_path / "set.safetensors", chosen, "feed", "three units")
-    for fingerprint in ("", "feed"):
-        assert units.load_set(tmp_path / "set.safetensors", fingerprint).equals(chosen)
-    with pytest.raises(ValueError, match="made for model feed, not for the loaded beef"):
-        units.load_set(tmp_path / "set.safetensors", "beef")
-    with pytest.raises(ValueError, match="not a file of format ssah-units-1"):
-        units.load_partition(tmp_path / "set.safetensors")
-    with pytest.raises(FileNotFoundError, match="run 06_freezing first"):
-        units.load_set(tmp_path / "nothing.safetensors")
-
-
-def test_named_sets_survive_their_file(tmp_path):
-    sets = {
-        "reference": a_set(0),
-        "category: a.b/c": a_set(1),
-        **{f"seed: {n}": a_set(n) for n in range(2, 14)},
-    }
-    path = tmp_path / "variants.safetensors"
-    units.save_sets(path, sets, "feed")
-    for fingerprint in ("", "feed"):
-        found = units.load_sets(path, fingerprint)
-        assert list(found) == list(sets) and all(found[name].equals(sets[name]) for name in sets)
-    with pytest.raises(ValueError, match="made for model feed, not for the loaded beef"):
-        units.load_sets(path, "beef")
-    with pytest.raises(ValueError, match="not a file of format ssah-unit-set-1"):
-        units.load_set(path)
-    with pytest.raises(FileNotFoundError, match="run 03_units first"):
-        units.load_sets(tmp_path / "nothing.safetensors")
-    path.write_bytes(path.read_bytes()[:200])
-    with pytest.raises(ValueError, match="not a readable safetensors file"):
-        units.load_sets(path)
 
 
 def test_more_units_than_can_be_ranked_are_refused():

@@ -27,7 +27,8 @@ from ssah_utils.figures import (
 from ssah_utils.figures.style import save_figure, set_style
 from ssah_utils.files import REFERENCE, ROOT
 from ssah_utils.pipeline.runs import find_run, load_result
-from ssah_utils.units import load_partition, to_table
+from ssah_utils.unit_files import load_partition
+from ssah_utils.units import to_table
 
 # ------------------------------------------------------------------------------------------- redraw
 
@@ -85,8 +86,14 @@ FROM_UNITS = {
 
 
 def stored_units(folder: Path) -> pd.DataFrame:
-    parted, scores = load_partition(folder / "units.safetensors")
-    return to_table(scores["z_safety"], scores["z_utility"], parted)
+    """Every unit of a stored partition, for the figures; ``ValueError`` says what to run again."""
+    try:
+        parted, scores = load_partition(folder / "units.safetensors")
+        return to_table(scores["z_safety"], scores["z_utility"], parted)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{error}: re-run {folder.name}") from error
+    except KeyError as error:
+        raise ValueError(f"{error.args[0]}: re-run {folder.name}") from error
 
 
 def redraw(source: Path, target: Path) -> list[str]:

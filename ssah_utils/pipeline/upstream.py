@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from ssah_utils import fingerprints, loading, precision, units
+from ssah_utils import fingerprints, loading, precision, unit_files, units
 from ssah_utils.per_unit import PerUnit
 from ssah_utils.pipeline.runs import Run, load_result
 from ssah_utils.prompts import chat, datasets
@@ -56,7 +56,7 @@ def parameters(run: Run, stage: str) -> dict:
 def load_partition(run: Run, model: nn.Module) -> tuple[units.UnitPartition, dict[str, PerUnit]]:
     """The partition of 03 and its scores; ``ValueError`` if they belong to another model."""
     path = run.upstream("03_units", "units.safetensors")
-    return units.load_partition(path, fingerprints.fingerprint(model))
+    return unit_files.load_partition(path, fingerprints.fingerprint(model))
 
 
 def study_splits(run: Run) -> dict[str, dict[str, pd.DataFrame]]:

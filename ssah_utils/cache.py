@@ -10,7 +10,6 @@ import builtins
 import dis
 import functools
 import hashlib
-import importlib.metadata
 import inspect
 import json
 import sys
@@ -33,6 +32,7 @@ from ssah_utils.files import (
     LIBRARIES,
     PACKAGE,
     cache_dir,
+    installed_versions,
     sha256_of,
     sha256_of_file,
     write_json,
@@ -68,7 +68,7 @@ def cache_key(function: Callable, /, **arguments) -> str:
     parts = {
         "inputs": {name: identity_of(value, name) for name, value in counted.items()},
         "code": code_of(function),
-        "versions": {name: importlib.metadata.version(name) for name in LIBRARIES},
+        "versions": installed_versions(LIBRARIES),
         # that of autocast, where it is not an argument
         "precision": str(precision.preferred_dtype(precision.preferred_device())),
     }

@@ -232,9 +232,10 @@ def _source(module: str) -> tuple[str, tuple[str, ...]]:
 def closure(module: str) -> dict[str, str]:
     """Hashes of a module of the package and of all of the package that it imports, by dotted names.
 
-    Where one of ``READS_DATA`` is among them, also of the data files.
+    Where one of ``READS_DATA`` is among them, also of the data files. The package itself stands for
+    all of its modules, as each can be reached through it.
     """
-    found, waiting = {}, [module]
+    found, waiting = {}, [*_modules()] if module == PACKAGE.name else [module]
     while waiting:
         name = waiting.pop()
         if name not in found:
@@ -319,6 +320,11 @@ def _globals(function: types.FunctionType) -> dict[str, object]:
     return {name: known[name] for name in names if name in known and not hasattr(builtins, name)}
 
 
-for _path in PACKAGE.rglob("*.py"):  # now, as they are being imported
-    _parts = _path.relative_to(PACKAGE.parent).with_suffix("").parts
-    _source(".".join(part for part in _parts if part != "__init__"))
+def _modules() -> Iterator[str]:
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+        yield ".".join(part for part in parts if part != "__init__")
+
+
+for _name in _modules():  # now, as they are being imported
+    _source(_name)

@@ -24,7 +24,7 @@ def require(*extras: str) -> None:
     """
     for extra in extras:
         for library in EXTRAS[extra]:
-            if not _is_there(library):
+            if find_spec(library) is None:
                 raise _missing(library, extra)
 
 
@@ -38,13 +38,6 @@ def needed(extra: str) -> Iterator[None]:
         if library in EXTRAS[extra]:
             raise _missing(library, extra) from None
         raise
-
-
-def _is_there(library: str) -> bool:
-    try:
-        return find_spec(library) is not None
-    except ModuleNotFoundError:  # of an import hook that hides it
-        return False
 
 
 def _missing(library: str, extra: str) -> ModuleNotFoundError:

@@ -4,6 +4,7 @@ Only here it is known how the project is laid out: in a clone, or inside an inst
 paths and bytes. Does not know models, data sets or notebooks.
 """
 
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -32,13 +33,15 @@ def workplace() -> Path:
 
 def installed_versions(names: Iterable[str]) -> dict[str, str]:
     """Version of every library; empty for one that is not installed, as extras are optional."""
-    found = {}
-    for name in names:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = ""
-    return found
+    return {name: _version(name) for name in names}
+
+
+@functools.cache  # a metadata file is parsed each time, and keys ask often
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
 
 
 def cache_dir() -> Path:

@@ -33,11 +33,12 @@ def failed(error: BaseException | str, code: int) -> int:
 
 
 def run(options: argparse.Namespace) -> int:
+    """Exit codes as above; whatever a user can get wrong is found before a kernel starts."""
     extras.require(*extras.EXTRAS)
     from ssah_utils.locks import InUse
     from ssah_utils.pipeline import run
 
-    try:  # everything a user can get wrong is found here, before a kernel starts
+    try:
         stages = run.plan(options.profile, options.set, options.only)
     except (ValueError, OSError) as error:
         return failed(error, 2)
@@ -111,6 +112,7 @@ def parsers() -> tuple[Parser, dict[str, Parser]]:
         prog="ssah",
         description="The Superficial Safety Alignment Hypothesis, in notebooks that run in order.",
         epilog="ssah COMMAND --help says what a command takes.",
+        allow_abbrev=False,
     )
     versions = installed_versions(["ssah-utils"])
     whole.add_argument("--version", action="version", version=f"ssah {versions['ssah-utils']}")
@@ -215,10 +217,11 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         options, rest = whole.parse_known_args(words)
         if rest:
-            parser = commands[options.command]
+            parser = commands.get(options.command, whole)
             known = re.findall(r"--[a-z-]+", parser.format_help())
-            (near,) = difflib.get_close_matches(rest[0], known, n=1, cutoff=0)
-            parser.error(f"unknown option '{rest[0]}'; nearest is '{near}'")
+            near = difflib.get_close_matches(rest[0], known, n=1, cutoff=0.5)
+            hint = f"; nearest is '{near[0]}'" if near else ""
+            parser.error(f"'{rest[0]}' is nothing that {parser.prog} takes{hint}")
     except SystemExit as error:  # so that a caller in Python gets the code, as of all else
         return int(error.code or 0)
     try:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from ssah_utils import models, wrappers
+from ssah_utils import extras, models, wrappers
 
 PEFT_METHODS = {
     "lora": tuple(models.ARCHITECTURES),
@@ -93,7 +93,8 @@ def with_adapter(
     ``ValueError`` for a method that the architecture does not support, and for a model that has an
     adapter already.
     """
-    import peft  # slow to import
+    with extras.needed("train"):
+        import peft  # slow to import
 
     model = wrappers.unwrapped(model)
     shape = models.shape_of(model)

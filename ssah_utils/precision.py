@@ -33,6 +33,11 @@ def preferred_dtype(device: str) -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
+def dtype_named(asked: str, device: str) -> torch.dtype:
+    """The precision that a parameter asks for; ``auto`` is the preferred one on this device."""
+    return preferred_dtype(device) if asked == "auto" else getattr(torch, asked)
+
+
 def training_dtype(model: nn.Module) -> torch.dtype:
     """Precision in which to fine-tune all parameters of a model.
 

@@ -6,12 +6,15 @@ tokenizer's padding token and side mean nothing. Does not know how a model is tr
 
 import sys
 
-from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from ssah_utils import extras
 from ssah_utils.prompt_cache import n_positions
 from ssah_utils.prompts.tokens import IGNORED, encode, right_padded
+
+with extras.needed("train"):
+    from datasets import Dataset
 
 Example = dict[str, list[int]]  # input_ids and labels
 PAIR = ("prompt", "chosen", "rejected")

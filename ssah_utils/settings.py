@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import TrainingArguments
 
-from ssah_utils import precision
+from ssah_utils import extras, precision
 
 
 @dataclass(frozen=True)
@@ -165,6 +165,7 @@ LEFT_TO_LIBRARIES = {reason: tuple(names.split()) for reason, names in _LEFT.ite
 
 def common_arguments(folder: str, config: SFTConfig, model: nn.Module) -> dict:
     """Keyword arguments of ``TrainingArguments`` that both kinds of training share."""
+    extras.require("train")  # accelerate, which ``TrainingArguments`` asks for
     device = model.device.type
     is_native = precision.preferred_dtype(device) == torch.bfloat16
     return COMMON | {
@@ -191,7 +192,8 @@ def preference_arguments(
     folder: str, config: SFTConfig, model: nn.Module, beta: float
 ) -> TrainingArguments:
     """TRL's ``DPOConfig``; the reference is read in batches of the training's size."""
-    from trl import DPOConfig  # slow to import
+    with extras.needed("train"):
+        from trl import DPOConfig  # slow to import
 
     return DPOConfig(
         **common_arguments(folder, config, model),

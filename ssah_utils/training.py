@@ -20,7 +20,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainerCallback
 
-from ssah_utils import loading, models, precision, weights, wrappers
+from ssah_utils import extras, loading, models, precision, weights, wrappers
 from ssah_utils.cache import cache_key
 from ssah_utils.files import cache_dir, complete_only, require_space, write_json
 from ssah_utils.locks import Lock, locked
@@ -259,7 +259,8 @@ def train_dpo(
     ``prompts.encode``, none cut; nothing is dropped out. Raises ``ValueError`` for pairs that
     cannot be trained on (``sequences``) and for a model with an adapter.
     """
-    from trl import DPOTrainer  # slow to import
+    with extras.needed("train"):
+        from trl import DPOTrainer  # slow to import
 
     class OfTokens(DPOTrainer):
         def _prepare_dataset(self, dataset, *args):

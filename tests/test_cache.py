@@ -6,6 +6,7 @@ import ast
 import copy
 import dataclasses
 import json
+import linecache
 import types
 from pathlib import Path
 
@@ -205,6 +206,19 @@ def test_the_code_behind_a_measurement_is_all_that_it_imports():
     ).keys()
 
 
+def test_the_package_stands_for_all_that_can_be_reached_through_it(tmp_path):
+    everything = closure("ssah_utils").keys()
+    assert (
+        closure("ssah_utils.evaluation").keys() | closure("ssah_utils.search").keys() < everything
+    )
+    written = tmp_path / "user.py"
+    written.write_text("import ssah_utils as ssah\ndef measure(x):\n    return ssah.load(x)\n")
+    space: dict = {"__name__": "__main__"}
+    exec(compile(written.read_text(), str(written), "exec"), space)
+    linecache.checkcache(str(written))
+    assert everything < code_of(space["measure"]).keys()
+
+
 def test_the_code_behind_every_module_is_there_whatever_way_it_is_imported(tmp_path):
     """A package that grew folders once had modules that no key saw."""
     for path in cache.PACKAGE.rglob("*.py"):
@@ -257,13 +271,10 @@ def test_precision_and_versions_are_in_the_key(cells, monkeypatch):
     keys = [cache_key(measure, x=1)]
     monkeypatch.setenv("SSAH_DTYPE", "bfloat16")
     keys.append(cache_key(measure, x=1))
-    version = cache.importlib.metadata.version
+    versions = cache.installed_versions(cache.LIBRARIES)
     for library in cache.LIBRARIES:
-        monkeypatch.setattr(
-            cache.importlib.metadata,
-            "version",
-            lambda name, one=library: "0" if name == one else version(name),
-        )
+        changed = versions | {library: "0"}
+        monkeypatch.setattr(cache, "installed_versions", lambda names, found=changed: found)
         keys.append(cache_key(measure, x=1))
     assert len(set(keys)) == 2 + len(cache.LIBRARIES)
 

@@ -18,7 +18,7 @@ from ssah_utils import files, unit_files, units
 from ssah_utils.figures import style
 from ssah_utils.models import ModelShape
 from ssah_utils.per_unit import PerUnit
-from ssah_utils.pipeline import redraw, runs
+from ssah_utils.pipeline import cli, redraw, runs
 from ssah_utils.unit_files import ModelInfo, ScoreInfo
 from tests import test_figures_finders as stability
 from tests.test_figures_stepwise import direction_tables
@@ -386,9 +386,9 @@ def test_results_are_those_of_the_newest_run_with_the_seed(tmp_path, monkeypatch
     drawn = []
     monkeypatch.setattr(redraw, "redraw", lambda source, target: drawn.append(source) or [])
     for words in (["--profile", "smoke"], ["--profile", "smoke", "--seed", "1"], []):
-        assert redraw.main(words) == 0
+        assert cli.main(["figures", *words]) == 0
     assert drawn == [newest, other_seed, files.REFERENCE]
-    assert redraw.main(["--profile", "laptop"]) == 2
+    assert cli.main(["figures", "--profile", "laptop"]) == 2
     assert "no finished run of profile 'laptop'" in capsys.readouterr().err
 
 
@@ -396,9 +396,9 @@ def test_main_redraws_and_reports_problems_on_stderr(source, tmp_path, monkeypat
     monkeypatch.setattr(redraw, "REFERENCE", source)
     monkeypatch.setattr(redraw, "FIGURES", {"01_alignment": {"one": lambda tables: plt.figure()}})
     target = tmp_path / "figures"
-    assert redraw.main(["--to", str(target)]) == 0
+    assert cli.main(["figures", "--to", str(target)]) == 0
     output = capsys.readouterr()
     assert str(source) in output.out and str(target) in output.out and output.err == ""
     (source / "01_alignment" / "result.json").unlink()
-    assert redraw.main(["--to", str(target)]) == 1
+    assert cli.main(["figures", "--to", str(target)]) == 1
     assert capsys.readouterr().err.startswith("error: 01_alignment")

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from ssah_utils.pipeline import publish, runs
+from ssah_utils.pipeline import cli, publish, runs
 
 
 @pytest.fixture
@@ -98,7 +98,7 @@ def test_another_seed_is_stored_beside_the_first(finished_runs, capsys):
     (finished_runs / "stored" / "seed-1" / "02_probing").mkdir(
         parents=True
     )  # of an earlier run with this seed
-    assert publish.main(["--profile", "reference", "--seed", "1"]) == 0
+    assert cli.main(["publish", "--profile", "reference", "--seed", "1"]) == 0
     stored = [
         path.relative_to(finished_runs / "stored").as_posix()
         for path in (finished_runs / "stored").rglob("*")
@@ -112,7 +112,7 @@ def test_another_seed_is_stored_beside_the_first(finished_runs, capsys):
     "words", [["--seed", "1"], ["--profile", "reference", "--seed", "7"], ["--profile", "nowhere"]]
 )
 def test_what_cannot_be_published_is_said_in_one_line(finished_runs, capsys, words):
-    assert publish.main(words) == 1
+    assert cli.main(["publish", *words]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and not (finished_runs / "stored").exists()
 
@@ -137,6 +137,7 @@ def test_claims_of_other_results_are_reported(finished_runs, monkeypatch):
 def project(finished_runs, monkeypatch, source, executed):
     """A project of one notebook, 03_units, that ran with seed 0, and a README with one table."""
     monkeypatch.setattr(publish, "ROOT", finished_runs)
+    monkeypatch.setattr(publish, "NOTEBOOKS", finished_runs / "notebooks")
     monkeypatch.setattr(publish, "README", finished_runs / "README.md")
     monkeypatch.setattr(
         publish, "TABLES", {"cost": lambda found: f"| {found['03_units']['parameters']['seed']} |"}
@@ -158,7 +159,7 @@ def project(finished_runs, monkeypatch, source, executed):
 def test_publishing_stores_results_notebook_claims_and_tables_and_says_what_is_amiss(
     project, capsys
 ):
-    assert publish.main(["--profile", "reference"]) == 1
+    assert cli.main(["publish", "--profile", "reference"]) == 1
     said = capsys.readouterr().err
     assert "05_transfer: re-run 05_transfer" in said and "re-run 08_claims" in said, (
         "and yet all else is written"
@@ -172,7 +173,7 @@ def test_publishing_stores_results_notebook_claims_and_tables_and_says_what_is_a
 def test_nothing_is_stored_when_one_notebook_has_changed_since_the_run(project, source, capsys):
     source.cells[0].source = "x = 3"
     nbformat.write(source, project / "notebooks" / "03_units.ipynb")
-    assert publish.main(["--profile", "reference"]) == 1
+    assert cli.main(["publish", "--profile", "reference"]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert (
         line.startswith("error: 03_units: cell 1 has changed since the run")
@@ -181,11 +182,11 @@ def test_nothing_is_stored_when_one_notebook_has_changed_since_the_run(project, 
 
 
 def test_a_table_that_cannot_be_made_stays_as_it_was(project, capsys):
-    publish.main(["--profile", "reference"])
+    cli.main(["publish", "--profile", "reference"])
     written = (project / "README.md").read_text()
     (project / "stored" / "03_units" / "result.json").write_text('{"format": "ssah-res')
     capsys.readouterr()
-    assert publish.main([]) == 1
+    assert cli.main(["publish"]) == 1
     said = capsys.readouterr().err
     assert (
         "03_units" in said

@@ -22,7 +22,8 @@ from safetensors.torch import save_file
 from ssah_utils import assets, loading
 from ssah_utils.files import ROOT
 from ssah_utils.locks import InUse
-from ssah_utils.pipeline import kernel, run, runs, stamps
+from ssah_utils.pipeline import cli, kernel, run, runs, stamps
+from ssah_utils.prompts import datasets
 
 EXECUTE = papermill.execute_notebook
 
@@ -275,7 +276,7 @@ def test_mistake_is_one_line_with_the_way_out_and_exit_code_2(
         profile,
         *itertools.chain.from_iterable(("--set", a) for a in assignments),
     ]
-    assert run.main(arguments + (["--only", only] if only else [])) == 2
+    assert cli.main(["run", *arguments] + (["--only", only] if only else [])) == 2
     output = capsys.readouterr()
     assert output.err == f"error: {text}\n" and output.out == ""
 
@@ -291,7 +292,7 @@ def test_strings_need_no_quotes_and_may_hold_an_equals_sign():
 
 
 def fails_in_one_line(capsys, *arguments: str) -> str:
-    assert run.main(["--profile", "smoke", *arguments]) == 2
+    assert cli.main(["run", "--profile", "smoke", *arguments]) == 2
     output = capsys.readouterr()
     assert len(output.err.rstrip("\n").splitlines()) == 1, output.err
     return output.err
@@ -376,9 +377,13 @@ def test_malformed_data_file_is_found_before_a_kernel_starts(capsys, tmp_path):
 
 
 def test_list_shows_every_notebook_and_runs_none(capsys):
-    assert run.main(["--profile", "smoke", "--list"]) == 0
+    assert cli.main(["list", "--profile", "smoke"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == N_STAGES and all("to run" in line for line in lines)
+    assert sum("to run" in line for line in lines) == N_STAGES
+    assert not any("up to date" in line for line in lines)
+    text = "\n".join(lines)
+    for name in (*run.profiles(), *loading.EMBEDDED_NAMES, *datasets.DATASETS):
+        assert name in text, name
 
 
 @pytest.fixture
@@ -586,11 +591,10 @@ def test_a_stage_run_on_other_inputs_is_not_taken_for_the_planned_one(quick):
 def test_the_list_shows_what_a_run_would_do(quick, capsys):
     quick.run()
     (quick.stage_folder("a") / "result.json").unlink()
-    run.list_pipeline(run.plan("laptop", []))
-    states = [
-        line.split("needs")[0].split(maxsplit=1)[1].strip()
-        for line in capsys.readouterr().out.splitlines()[-3:]
-    ]
+    capsys.readouterr()
+    assert cli.main(["list", "--profile", "laptop"]) == 0
+    rows = [line for line in capsys.readouterr().out.splitlines() if "needs" in line]
+    states = [row.split("needs")[0].split(maxsplit=1)[1].strip() for row in rows]
     assert states == ["to run", "to run", "up to date"] and quick.run() == ["a", "b"]
 
 
@@ -709,7 +713,7 @@ def test_a_second_run_in_the_folder_is_refused_in_one_line_that_says_who_is_ther
     quick, another_process, capsys
 ):
     other = another_process(runs.run_lock(quick.stage_folder("a").parent).path)
-    assert run.main(["--profile", "laptop"]) == 3
+    assert cli.main(["run", "--profile", "laptop"]) == 3
     (line,) = capsys.readouterr().err.splitlines()
     assert (
         f"process {other.pid}" in line
@@ -718,7 +722,7 @@ def test_a_second_run_in_the_folder_is_refused_in_one_line_that_says_who_is_ther
     )
     assert not quick.stage_folder("a").exists()
     assert quick.run("seed=1") == ["a", "b", "c"], "another folder is free"
-    assert run.main(["--profile", "laptop", "--list"]) == 0
+    assert cli.main(["list", "--profile", "laptop"]) == 0
     other.kill()
     other.wait()
     assert quick.run() == ["a", "b", "c"], "a lock dies with its process"
@@ -833,7 +837,7 @@ def test_relative_runs_folder_means_the_same_to_runner_and_notebook(quick, tmp_p
 def test_only_needs_its_inputs_and_says_so(quick, capsys):
     with pytest.raises(ValueError, match="b needs the results of a: run the whole profile first"):
         quick.run(only="b")
-    assert run.main(["--profile", "laptop", "--only", "b"]) == 1
+    assert cli.main(["run", "--profile", "laptop", "--only", "b"]) == 1
     assert len(capsys.readouterr().err.splitlines()) == 1
     quick.run(only="a")
     assert quick.run(only="b") == ["b"]
@@ -867,7 +871,7 @@ def test_interrupt_ends_with_one_line_and_exit_code_130(quick, monkeypatch, caps
         raise KeyboardInterrupt
 
     monkeypatch.setattr(papermill, "execute_notebook", interrupt)
-    assert run.main(["--profile", "laptop"]) == 130
+    assert cli.main(["run", "--profile", "laptop"]) == 130
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("interrupted")
 
@@ -892,8 +896,18 @@ def test_full_disk_is_found_before_a_kernel_starts(quick, monkeypatch, capsys):
     monkeypatch.setattr(
         shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 0)
     )
-    assert run.main(["--profile", "laptop"]) == 1
+    assert cli.main(["run", "--profile", "laptop"]) == 1
     assert "SSAH_RUNS" in capsys.readouterr().err and not quick.runs.exists()
+
+
+def test_a_run_with_nothing_to_do_needs_no_space(quick, monkeypatch, capsys):
+    quick.run()
+    capsys.readouterr()
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 0)
+    )
+    assert cli.main(["run", "--profile", "laptop"]) == 0
+    assert capsys.readouterr().out.count("up to date") == 3
 
 
 # ------------------------------------------------------------------------------------- real kernels
@@ -971,7 +985,7 @@ def failure(pipeline: Pipeline, capsys, *cells: str) -> str:
     left.
     """
     pipeline.write("a", *cells)
-    assert run.main(["--profile", "laptop", "--only", "a"]) == 1
+    assert cli.main(["run", "--profile", "laptop", "--only", "a"]) == 1
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1, lines
     folder = pipeline.stage_folder("a")
@@ -1018,7 +1032,7 @@ def test_notebook_that_exits_before_writing_its_outputs_has_failed(pipeline, cap
     notebook = nbformat.read(pipeline.folder / "a.ipynb", as_version=4)
     notebook.cells.insert(2, new_code_cell("import sys\nsys.exit(0)"))
     nbformat.write(notebook, pipeline.folder / "a.ipynb")
-    assert run.main(["--profile", "laptop", "--only", "a"]) == 1
+    assert cli.main(["run", "--profile", "laptop", "--only", "a"]) == 1
     lines = capsys.readouterr().err.splitlines()
     folder = pipeline.stage_folder("a")
     assert len(lines) == 1 and "a " in lines[0] and str(folder / "a.failed.ipynb") in lines[0]
@@ -1037,7 +1051,7 @@ def test_notebook_that_writes_no_outputs_has_failed(quick, capsys):
     notebook.cells[2].source = "pass"
     nbformat.write(notebook, quick.folder / "a.ipynb")
     stamps.forget_sources()
-    assert run.main(["--profile", "laptop"]) == 1
+    assert cli.main(["run", "--profile", "laptop"]) == 1
     text = capsys.readouterr().err
     assert "a ended without writing result.json" in text and "a.failed.ipynb" in text
     assert (

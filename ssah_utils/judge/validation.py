@@ -5,11 +5,14 @@ Knows text and labels. Does not know models.
 
 import numpy as np
 import pandas as pd
-from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import cohen_kappa_score
 
+from ssah_utils import extras
 from ssah_utils.judge.rules import MAX_DEGENERACY, REPETITION_WEIGHT, degeneracy, repetition
 from ssah_utils.stats import auc_interval, case_interval, proportion_interval
+
+with extras.needed("eval"):
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.metrics import cohen_kappa_score
 
 PARTS = ("development", "test")
 

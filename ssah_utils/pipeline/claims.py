@@ -17,10 +17,10 @@ from pathlib import Path
 import yaml
 
 from ssah_utils import paper
-from ssah_utils.files import ROOT
+from ssah_utils.files import DATA
 from ssah_utils.pipeline.runs import Stored
 
-FILE = ROOT / "data" / "claims.yaml"
+FILE = DATA / "claims.yaml"
 CLAIM_VERDICTS = ("replicated", "partly", "not replicated", "not measured")
 AGGREGATES = ("mean", "median", "min", "max", "sum")
 STORED_FIELDS = (

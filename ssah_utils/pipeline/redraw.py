@@ -2,8 +2,6 @@
 results.
 """
 
-import argparse
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,7 +23,7 @@ from ssah_utils.figures import (
     units,
 )
 from ssah_utils.figures.style import save_figure, set_style
-from ssah_utils.files import REFERENCE, ROOT
+from ssah_utils.files import REFERENCE
 from ssah_utils.pipeline.runs import find_run, load_result
 from ssah_utils.unit_files import load_partition
 from ssah_utils.units import to_table
@@ -96,10 +94,16 @@ def stored_units(folder: Path) -> pd.DataFrame:
         raise ValueError(f"{error.args[0]}: re-run {folder.name}") from error
 
 
+def stored_results(profile: str, seed: int) -> Path:
+    """Of the newest run of a profile; without one, those that come with the project."""
+    return find_run(profile, seed) if profile else REFERENCE
+
+
 def redraw(source: Path, target: Path) -> list[str]:
     """Draw every figure whose stored result is in ``source``; returns one line per stage that could
     not be drawn.
     """
+    set_style()
     problems = []
     for stage, drawings in FIGURES.items():
         folder = source / stage
@@ -133,34 +137,3 @@ def redraw(source: Path, target: Path) -> list[str]:
             what = "; ".join(f"figure {name} {error}" for name, error in missing.items())
             problems.append(f"{stage}: {what}: re-run {stage}")
     return problems
-
-
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="ssah figures", description="Redraw all figures from stored results."
-    )
-    parser.add_argument(
-        "--profile",
-        default="",
-        help="whose results: a profile that ran here (default: the committed ones)",
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of that run (default: 0)")
-    parser.add_argument(
-        "--to", type=Path, default=ROOT / "figures", help="folder for the files (default: figures)"
-    )
-    options = parser.parse_args(arguments)
-    set_style()
-    try:
-        source = find_run(options.profile, options.seed) if options.profile else REFERENCE
-    except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    problems = redraw(source, options.to)
-    print(f"figures from {source} written to {options.to}")
-    for problem in problems:
-        print(f"error: {problem}", file=sys.stderr)
-    return 1 if problems else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

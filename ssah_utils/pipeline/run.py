@@ -3,32 +3,28 @@
     ssah run --profile laptop
     ssah run --profile laptop --set safety_fraction=0.004
     ssah run --profile laptop --only 04_ablation --set n_random=10
-    ssah run --list
 
 papermill alone would accept unknown parameters, leave half-executed notebooks behind and count
 ``sys.exit(0)`` as success. Here everything is checked before a kernel starts, and a stage counts as
 done only when its stamp, written last, exists.
 """
 
-import argparse
 import ast
 import difflib
 import shutil
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import nbformat
 import papermill
-import torch
 import yaml
 from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 
 from ssah_utils import loading, precision
-from ssah_utils.files import ROOT, complete_only, require_space, write_json
-from ssah_utils.locks import InUse, locked
+from ssah_utils.files import NOTEBOOKS, complete_only, require_space, workplace, write_json
+from ssah_utils.locks import locked
 from ssah_utils.pipeline import machine, parameters
 from ssah_utils.pipeline.kernel import ThisInterpreter
 from ssah_utils.pipeline.runs import declared_parameters, run_lock, stage_lock
@@ -47,8 +43,8 @@ from ssah_utils.pipeline.stamps import (
 from ssah_utils.pipeline.status import clock, log_to, status_line
 from ssah_utils.prompts.datasets import DATASETS
 
-NOTEBOOKS = ROOT / "notebooks"
 PATIENCE = 5  # seconds
+SPACE = 2 * 2**30  # bytes that a run should find free
 SHARED = {
     "harmful_data",
     "other_harmful_data",
@@ -63,14 +59,15 @@ IDENTITY = {"model", "seed"}  # they name the run folder, so all notebooks get t
 # ----------------------------------------------------------------------------------------- planning
 
 
-def plan(profile: str, assignments: list[str], only: str = "") -> list[Stage]:
+def plan(profile: str, assignments: list[str], only: str = "", checked: bool = True) -> list[Stage]:
     """All stages with their parameters: notebook defaults, then the profile, then ``name=value``
     assignments.
 
     Assignments go to ``only`` when it is given. Raises ``ValueError`` for anything unknown or
-    ill-typed.
+    ill-typed; where ``checked``, also for what no notebook could work with, for which data sets and
+    the configurations of models are read.
     """
-    pipeline = yaml.safe_load((NOTEBOOKS / "pipeline.yaml").read_text(encoding="utf-8"))["stages"]
+    pipeline = read_pipeline()["stages"]
     names = [stage["name"] for stage in pipeline]
     if only:
         known("notebook", only, names)
@@ -104,7 +101,8 @@ def plan(profile: str, assignments: list[str], only: str = "") -> list[Stage]:
         ):
             values[key] = typed(key, parse(chosen[key], defaults[key]), defaults[key])
         values = {key: absolute(key, value) for key, value in values.items()}
-        parameters.check(values)
+        if checked:
+            parameters.check(values)
         own, every_seed = tuple(entry.get("own_files", ())), entry.get("every_seed", False)
         files = tuple(entry["inputs"]), tuple(entry["outputs"])
         stages.append(
@@ -120,6 +118,15 @@ def plan(profile: str, assignments: list[str], only: str = "") -> list[Stage]:
     return stages
 
 
+def read_pipeline() -> dict:
+    return yaml.safe_load((NOTEBOOKS / "pipeline.yaml").read_text(encoding="utf-8"))
+
+
+def profiles() -> list[str]:
+    """Names that ``--profile`` takes."""
+    return sorted(path.stem for path in (NOTEBOOKS / "profiles").glob("*.yaml"))
+
+
 def upstream_of(name: str, pipeline: list[dict]) -> list[str]:
     return next(stage["inputs"] for stage in pipeline if stage["name"] == name)
 
@@ -128,10 +135,10 @@ def read_profile(profile: str, declared: dict[str, dict]) -> dict[str, dict]:
     """Parameters of every stage in a profile file: its ``all`` section where declared, then the
     stage's own.
     """
-    folder = NOTEBOOKS / "profiles"
-    known("profile", profile, sorted(path.stem for path in folder.glob("*.yaml")))
+    known("profile", profile, profiles())
+    path = NOTEBOOKS / "profiles" / f"{profile}.yaml"
     try:
-        content = yaml.safe_load((folder / f"{profile}.yaml").read_text(encoding="utf-8")) or {}
+        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except yaml.YAMLError as error:
         raise ValueError(
             f"profile '{profile}' is not YAML: {' '.join(str(error).split())}"
@@ -302,14 +309,9 @@ def expected_seconds(stages: list[Stage]) -> dict[str, float]:
     found = {stage.name: read_stamp(stage).get("seconds") for stage in stages}
     if None not in found.values():
         return found
-    reference = yaml.safe_load((NOTEBOOKS / "pipeline.yaml").read_text(encoding="utf-8")).get(
-        "machine"
-    )
-    device = precision.preferred_device()
-    asked = next(
-        (stage.parameters["dtype"] for stage in stages if "dtype" in stage.parameters), "auto"
-    )
-    dtype = precision.preferred_dtype(device) if asked == "auto" else getattr(torch, asked)
+    reference, device = read_pipeline().get("machine"), precision.preferred_device()
+    asked = (stage.parameters["dtype"] for stage in stages if "dtype" in stage.parameters)
+    dtype = precision.dtype_named(next(asked, "auto"), device)
     times = machine.slowdown(reference, dtype, device) if reference else 1.0
     if reference:
         print(
@@ -329,32 +331,41 @@ def run(stages: list[Stage], only: str = "", force: bool = False) -> None:
 
     Raises ``InUse`` when another run is at work in the same folder.
     """
-    selected = [stage for stage in stages if only in ("", stage.name)]
-    require_space(selected[0].folder, 2 * 2**30)
+    selected, alone = [stage for stage in stages if only in ("", stage.name)], bool(only)
+    if due(stages, selected, alone, force):  # a full disk could not even hold the lock
+        require_space(selected[0].folder, SPACE)
     with locked(run_lock(selected[0].folder.parent)):
-        _run(stages, selected, bool(only), force)
+        # another run may have finished meanwhile
+        _run(stages, selected, due(stages, selected, alone, force), alone)
 
 
-def _run(stages: list[Stage], selected: list[Stage], alone: bool, force: bool) -> None:
+def due(stages: list[Stage], selected: list[Stage], alone: bool, force: bool) -> list[Stage]:
+    """Those of the selected stages that are to be executed.
+
+    ``ValueError`` when one that is run ``alone`` lacks its inputs, or when these were changed.
+    """
     if alone:
-        absent = [
-            other.name
-            for other in stages
-            if other.name in selected[0].inputs and not other.stamp.exists()
-        ]
-        if absent:
-            raise ValueError(
-                f"{selected[0].name} needs the results of {', '.join(absent)}: run the whole"
-                " profile first"
-            )
-        for other in stages:
-            if other.name in selected[0].inputs and (changed := changed_since(other.folder)):
-                raise ValueError(
-                    f"{changed[0]} of {other.name} was changed since it was made: run {other.name}"
-                    " again first"
-                )
+        check_inputs(selected[0], stages)
     keys = {stage.name: stage_key(stage, stages, as_made=alone) for stage in selected}
-    todo = selected if force else outdated(selected, keys)
+    return selected if force else outdated(selected, keys)
+
+
+def check_inputs(stage: Stage, stages: list[Stage]) -> None:
+    inputs = [other for other in stages if other.name in stage.inputs]
+    absent = [other.name for other in inputs if not other.stamp.exists()]
+    if absent:
+        raise ValueError(
+            f"{stage.name} needs the results of {', '.join(absent)}: run the whole profile first"
+        )
+    for other in inputs:
+        if changed := changed_since(other.folder):
+            raise ValueError(
+                f"{changed[0]} of {other.name} was changed since it was made: run {other.name}"
+                " again first"
+            )
+
+
+def _run(stages: list[Stage], selected: list[Stage], todo: list[Stage], alone: bool) -> None:
     expected = expected_seconds(todo)
     if todo:
         print(
@@ -383,63 +394,5 @@ def _run(stages: list[Stage], selected: list[Stage], alone: bool, force: bool) -
 
 
 def shown(path: Path) -> str:
-    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
-
-
-def list_pipeline(stages: list[Stage]) -> None:
-    todo = outdated(stages, {stage.name: stage_key(stage, stages) for stage in stages})
-    for stage in stages:
-        state = "to run" if stage in todo else "up to date"
-        print(
-            f"{stage.name:14} {state:11} needs {', '.join(stage.inputs) or 'nothing':28} writes"
-            f" {', '.join(stage.outputs)}"
-        )
-
-
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="ssah run", description="Execute the notebooks in order.")
-    parser.add_argument(
-        "--profile", default="laptop", help="a file in notebooks/profiles (default: laptop)"
-    )
-    parser.add_argument(
-        "--only", default="", metavar="NOTEBOOK", help="execute one notebook, e.g. 04_ablation"
-    )
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="change one parameter (repeatable)",
-    )
-    parser.add_argument("--force", action="store_true", help="execute also what is up to date")
-    parser.add_argument(
-        "--list", action="store_true", help="show the pipeline and what is up to date"
-    )
-    options = parser.parse_args(arguments)
-    try:  # everything a user can get wrong is found here, before a kernel starts
-        stages = plan(options.profile, options.set, options.only)
-        if options.list:
-            list_pipeline(stages)
-            return 0
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    try:
-        run(stages, options.only, options.force)
-    except InUse as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 3
-    except (RuntimeError, ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(
-            "interrupted: the same command continues with the notebook that was running",
-            file=sys.stderr,
-        )
-        return 130
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    here = workplace()
+    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)

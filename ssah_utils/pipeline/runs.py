@@ -5,7 +5,6 @@ Knows paths and tables. Does not know models or data sets.
 
 import ast
 import hashlib
-import importlib.metadata
 import json
 import os
 import platform
@@ -21,12 +20,24 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from matplotlib.figure import Figure
 
+from ssah_utils import extras, precision
 from ssah_utils.figures.style import save_figure, set_style
-from ssah_utils.files import LIBRARIES, ROOT, sha256_of_file, write_json
+from ssah_utils.files import (
+    IN_WHEEL,
+    LIBRARIES,
+    NOTEBOOKS,
+    ROOT,
+    installed_versions,
+    sha256_of_file,
+    workplace,
+    write_json,
+)
 from ssah_utils.locks import Lock
 from ssah_utils.pipeline import kernel
+
+with extras.needed("notebooks"):
+    from matplotlib.figure import Figure
 
 PACKAGES = (*LIBRARIES, "datasets", "papermill", "scipy", "pandas", "scikit-learn")
 
@@ -35,8 +46,8 @@ PACKAGES = (*LIBRARIES, "datasets", "papermill", "scipy", "pandas", "scikit-lear
 
 
 def runs_root() -> Path:
-    """``SSAH_RUNS``, else runs/ in the project."""
-    return Path(os.environ.get("SSAH_RUNS") or ROOT / "runs").expanduser().resolve()
+    """``SSAH_RUNS``, else runs/ in the clone, or in the current folder outside of one."""
+    return Path(os.environ.get("SSAH_RUNS") or workplace() / "runs").expanduser().resolve()
 
 
 def run_folder(profile: str, model: str, seed: int) -> Path:
@@ -142,7 +153,7 @@ def start(stage: str, values: dict) -> Run:
     with the result. Raises ``RuntimeError`` when another process is at work in the same folder.
     """
     kernel.check()
-    declared = declared_parameters(ROOT / "notebooks" / f"{stage}.ipynb")
+    declared = declared_parameters(NOTEBOOKS / f"{stage}.ipynb")
     if missing := [name for name in declared if name not in values]:
         raise ValueError(
             f"{stage} declares '{missing[0]}', which has no value: run the cell tagged 'parameters'"
@@ -188,11 +199,11 @@ def set_dtype(asked: str) -> None:
 _held: dict[Path, Lock] = {}
 
 
-def run_lock(folder: Path, what: str = "") -> Lock:
+def run_lock(folder: Path) -> Lock:
     """The lock of a whole run (one profile, model and seed), which the runner holds while it
     works.
     """
-    return Lock(folder / ".lock", what)
+    return Lock(folder / ".lock")
 
 
 def stage_lock(folder: Path) -> Lock:
@@ -285,9 +296,7 @@ def find_run(profile: str, seed: int = 0) -> Path:
 
 
 def versions() -> dict[str, str]:
-    return {"python": platform.python_version()} | {
-        name: importlib.metadata.version(name) for name in PACKAGES
-    }
+    return {"python": platform.python_version()} | installed_versions(PACKAGES)
 
 
 def machine(parameters: dict) -> dict[str, object]:
@@ -301,10 +310,6 @@ def machine(parameters: dict) -> dict[str, object]:
         "device": device,
     }
     if "dtype" in parameters:
-        from ssah_utils import (
-            precision,  # seconds to import; a notebook with a precision has done so
-        )
-
         found["dtype"] = str(precision.preferred_dtype(precision.preferred_device())).removeprefix(
             "torch."
         )
@@ -312,7 +317,11 @@ def machine(parameters: dict) -> dict[str, object]:
 
 
 def commit() -> str:
-    """Short commit of the working tree, '+' when it has changes, '' outside git."""
+    """Short commit of the clone, '+' when it has changes; '' outside git and from a wheel, which
+    may be installed inside of another project's repository.
+    """
+    if IN_WHEEL:
+        return ""
 
     def git(*words: str) -> str:
         return subprocess.run(

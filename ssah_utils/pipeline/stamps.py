@@ -21,7 +21,7 @@ NOT_IN_KEYS = (  # no result depends on them
     "data/README.md",
     *(
         f"ssah_utils/pipeline/{name}.py"
-        for name in ("cli", "machine", "publish", "readme_tables", "run", "status")
+        for name in ("cli", "listing", "machine", "publish", "readme_tables", "run", "status")
     ),
 )
 
@@ -85,10 +85,9 @@ def dtype_of(stage: Stage) -> str:
     """The precision that ``auto`` means on this machine, so that a run folder taken to another one
     is not up to date there.
     """
-    asked = stage.parameters.get("dtype", "")
-    return (
-        str(precision.preferred_dtype(precision.preferred_device())) if asked == "auto" else asked
-    )
+    if "dtype" not in stage.parameters:
+        return ""
+    return str(precision.dtype_named(stage.parameters["dtype"], precision.preferred_device()))
 
 
 def results_of_other_seeds(stage: Stage) -> dict[str, str]:
@@ -132,11 +131,12 @@ def notebook_source(notebook: Path) -> list[str]:
 
 @cache
 def package_source() -> dict[str, str]:
-    """Hashes of every file of the package and of data/ that a result may depend on, by place in the
-    project.
+    """Hashes of every file of the package and of data/ that a result may depend on, by its place
+    in a clone, also where a wheel is installed.
     """
-    files = [*PACKAGE.rglob("*.py"), *DATA.glob("*.*")]
-    places = {path.relative_to(ROOT).as_posix(): path for path in sorted(files)}
+    code = {path.relative_to(PACKAGE.parent).as_posix(): path for path in PACKAGE.rglob("*.py")}
+    data = {path.relative_to(ROOT).as_posix(): path for path in DATA.glob("*.*")}
+    places = dict(sorted((code | data).items()))
     return {
         place: sha256_of_file(path) for place, path in places.items() if place not in NOT_IN_KEYS
     }

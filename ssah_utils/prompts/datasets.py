@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from ssah_utils import assets
+from ssah_utils import assets, extras
 from ssah_utils.files import DATA
 from ssah_utils.prompts import arithmetic
 from ssah_utils.prompts.formats import (
@@ -235,7 +235,8 @@ def _read_member(package: str, member: str) -> list[dict]:
 
 
 def _read_hub(repository: str, config: str, split: str) -> list[dict]:
-    import datasets  # slow to import, needed by hub users only
+    with extras.needed("eval"):
+        import datasets  # slow to import, needed by hub users only
 
     datasets.config.HF_HUB_OFFLINE = (
         not assets.hub_answers()

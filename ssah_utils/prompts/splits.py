@@ -9,9 +9,8 @@ from collections.abc import Iterator
 
 import numpy as np
 import pandas as pd
-from scipy.sparse import coo_array, csr_array
-from scipy.sparse.csgraph import connected_components
-from sklearn.model_selection import StratifiedGroupKFold
+
+from ssah_utils import extras
 
 STOP_WORDS = frozenset(
     (
@@ -91,6 +90,9 @@ def _near_rows(
     """Rows of ``near_duplicates`` in turn, as many at once as ``CHUNK`` allows: the whole would not
     fit for 20,000 texts.
     """
+    with extras.needed("eval"):  # not to be had, nor waited for, where nothing is compared
+        from scipy.sparse import csr_array
+
     words = [[content_words(text) for text in side] for side in (texts, others)]
     number = {word: i for i, word in enumerate(frozenset().union(*words[0], *words[1]))}
 
@@ -115,6 +117,10 @@ def groups_of(texts: list[str]) -> np.ndarray:
     """The number of each text's group: what is linked by near duplicates, also over several steps,
     is one group.
     """
+    with extras.needed("eval"):
+        from scipy.sparse import coo_array
+        from scipy.sparse.csgraph import connected_components
+
     group = np.arange(len(texts))
     for start, rows in _near_rows(texts, texts):
         one, other = rows.nonzero()
@@ -139,6 +145,9 @@ def split(
     ``folds`` says how many of the equal folds each split gets, e.g. ``{"alignment": 5,
     "evaluation": 5}``; ``name`` is the data set's, for messages.
     """
+    with extras.needed("eval"):
+        from sklearn.model_selection import StratifiedGroupKFold
+
     whose, n_folds = f"data set '{name}'" if name else "a data set", sum(folds.values())
     if len(table) < n_folds:
         raise ValueError(

@@ -21,7 +21,7 @@ NOT_IN_KEYS = (  # no result depends on them
     "data/README.md",
     *(
         f"ssah_utils/pipeline/{name}.py"
-        for name in ("cli", "machine", "publish", "readme_tables", "run", "status")
+        for name in ("cli", "machine", "publish", "result_tables", "run", "status", "summary")
     ),
 )
 

@@ -1,4 +1,4 @@
-# reproduce · reference · test · figures · lab · bench · bench-gpu : each target sets up what it needs.
+# reproduce · reference · test · figures · lab · site · bench · bench-gpu : each target sets up what it needs.
 #   make reproduce PROFILE=smoke|laptop|reference
 #   make reference PROFILE=laptop OTHER_SEEDS="1 2"    what is committed: several seeds, published; seed 0 last, as it reads the others
 #   make test PIP_FLAGS=...   further flags for pip, e.g. the index of CPU-only torch builds
@@ -15,7 +15,7 @@ OTHER_MACHINE := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INS
 NUMERICAL := $(addprefix tests/test_,activations.py evaluation.py interventions.py models.py prompt_cache.py \
   real_model.py scores.py search.py stats.py stepwise.py training.py unit_training.py units.py)
 
-.PHONY: reproduce reference test test-other-machine figures lab bench bench-gpu lint clean
+.PHONY: reproduce reference test test-other-machine figures lab site bench bench-gpu lint clean
 
 reproduce: $(VENV)/installed
 	$(BIN)/ssah run --profile $(PROFILE)
@@ -42,6 +42,11 @@ figures: $(VENV)/installed
 lab: $(VENV)/installed
 	$(BIN)/python -m jupyterlab notebooks
 
+# From what is committed, without a network once Sphinx is installed.
+site: $(VENV)/site
+	$(BIN)/python -m sphinx -M html . site -c docs -q -W --keep-going
+	@echo "site/html/index.html is there to open; to serve it: python -m http.server --bind 127.0.0.1 --directory site/html"
+
 bench: $(VENV)/installed
 	$(BIN)/python -m tests.bench
 
@@ -60,5 +65,9 @@ $(VENV)/installed: requirements.lock pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	touch $@
 
+$(VENV)/site: requirements-site.lock $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -r requirements-site.lock
+	touch $@
+
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) runs site docs/api

@@ -96,7 +96,7 @@ def test_sets_are_compared_with_the_intact_model(probe, chosen):
     np.testing.assert_allclose(asked.loc["seed: 0", "margin_drop"], expected)
 
 
-# ------------------------------------------------------------------------- tables, from rows by hand
+# ----------------------------------------------------------------------- tables, from rows by hand
 
 
 DROPS = {

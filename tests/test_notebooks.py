@@ -14,7 +14,7 @@ from papermill.parameterize import parameterize_notebook
 from ssah_utils.display import REDACTED_LENGTH
 from ssah_utils.files import REFERENCE, ROOT
 from ssah_utils.pipeline import run
-from ssah_utils.pipeline.publish import code_hash, fill_readme, reference_results
+from ssah_utils.pipeline.publish import code_hash
 from ssah_utils.pipeline.runs import load_result
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -70,12 +70,6 @@ def test_committed_outputs_belong_to_the_committed_source(path):
     )
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
     assert not any(output.output_type == "error" for cell in code for output in cell.outputs)
-
-
-def test_readme_tables_are_those_of_the_stored_results():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    results, problems = reference_results(REFERENCE)
-    assert not problems and fill_readme(text, results) == (text, [])
 
 
 def test_stored_completions_are_redacted():

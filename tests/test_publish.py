@@ -58,14 +58,25 @@ def test_code_hash_follows_code_and_not_prose(source):
     assert publish.code_hash(source) != before
 
 
-def test_readme_without_a_place_for_a_table_is_an_error(monkeypatch):
-    monkeypatch.setattr(publish, "TABLES", {"cost": lambda results: "| a |"})
-    assert publish.fill_readme("a <!-- cost -->old<!-- end cost --> b", {}) == (
+def test_a_document_without_a_place_for_a_table_is_an_error(monkeypatch):
+    monkeypatch.setattr(publish, "DOCUMENTS", {"a.md": {"cost": lambda results: "| a |"}})
+    assert publish.filled("a.md", "a <!-- cost -->old<!-- end cost --> b", {}) == (
         "a <!-- cost -->\n| a |\n<!-- end cost --> b",
         [],
     )
-    with pytest.raises(ValueError, match="no place for the table 'cost'"):
-        publish.fill_readme("a <!-- cost --> b", {})
+    with pytest.raises(ValueError, match=r"a\.md has no place for 'cost'"):
+        publish.filled("a.md", "a <!-- cost --> b", {})
+
+
+def test_no_document_is_written_when_one_lacks_a_place(tmp_path, monkeypatch):
+    parts = {"cost": lambda results: "| a |"}
+    monkeypatch.setattr(publish, "ROOT", tmp_path)
+    monkeypatch.setattr(publish, "DOCUMENTS", {"a.md": parts, "b.md": parts})
+    (tmp_path / "a.md").write_text("<!-- cost -->old<!-- end cost -->")
+    (tmp_path / "b.md").write_text("nothing")
+    with pytest.raises(ValueError, match=r"b\.md has no place"):
+        publish.fill_documents({})
+    assert (tmp_path / "a.md").read_text() == "<!-- cost -->old<!-- end cost -->"
 
 
 # -------------------------------------------------------------------------------------------- seeds
@@ -136,12 +147,10 @@ def test_claims_of_other_results_are_reported(finished_runs, monkeypatch):
 @pytest.fixture
 def project(finished_runs, monkeypatch, source, executed):
     """A project of one notebook, 03_units, that ran with seed 0, and a README with one table."""
+    parts = {"cost": lambda found: f"| {found['03_units']['parameters']['seed']} |"}
     monkeypatch.setattr(publish, "ROOT", finished_runs)
     monkeypatch.setattr(publish, "NOTEBOOKS", finished_runs / "notebooks")
-    monkeypatch.setattr(publish, "README", finished_runs / "README.md")
-    monkeypatch.setattr(
-        publish, "TABLES", {"cost": lambda found: f"| {found['03_units']['parameters']['seed']} |"}
-    )
+    monkeypatch.setattr(publish, "DOCUMENTS", {"README.md": parts})
     monkeypatch.setattr(publish.claims, "load_claims", list)
     monkeypatch.setattr(
         publish, "redraw", lambda folder, target: ["05_transfer: re-run 05_transfer"]
@@ -190,6 +199,6 @@ def test_a_table_that_cannot_be_made_stays_as_it_was(project, capsys):
     said = capsys.readouterr().err
     assert (
         "03_units" in said
-        and "README table 'cost' stays as it was" in said
+        and "'cost' in README.md stays as it was" in said
         and (project / "README.md").read_text() == written
     )

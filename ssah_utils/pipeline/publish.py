@@ -1,9 +1,9 @@
 """Turn a finished run into what is committed: data/reference, claims, figures, notebook outputs,
-README tables.
+and the tables in README.md and docs/.
 
     ssah publish --profile laptop --seed 1        # another seed, into data/reference/seed-1
     ssah publish --profile laptop                 # seed 0, last: all that is committed
-    ssah publish                                  # figures and README again, from what is stored
+    ssah publish                                  # figures and tables again, from what is stored
 
 Knows stored results and the notebooks' structure. Loads no model, and writes no number that a run
 did not produce.
@@ -25,15 +25,21 @@ from ssah_utils.files import (
     write_json,
 )
 from ssah_utils.pipeline import claims, verdicts
-from ssah_utils.pipeline.readme_tables import TABLES
 from ssah_utils.pipeline.redraw import redraw
+from ssah_utils.pipeline.result_tables import JUDGE_TABLES, RESULT_TABLES
 from ssah_utils.pipeline.runs import find_run, load_result
 from ssah_utils.pipeline.stamps import changed_since
+from ssah_utils.pipeline.summary import GUIDE_PARTS, README_PARTS
 
 RESULT = "result.json"
 STORED = (RESULT, "units.safetensors", "frozen_units.safetensors")
-README = ROOT / "README.md"
 CLAIMS = "claims.json"
+DOCUMENTS = {  # what is generated in a document: names of its parts, and what makes them
+    "README.md": README_PARTS,
+    "docs/guide.md": GUIDE_PARTS,
+    "docs/judge.md": JUDGE_TABLES,
+    "docs/results.md": RESULT_TABLES,
+}
 
 
 def finished_stages(source: Path) -> list[str]:
@@ -130,33 +136,47 @@ def published_notebooks(source: Path) -> dict[Path, nbformat.NotebookNode]:
     return notebooks
 
 
-# ------------------------------------------------------------------------------------------- README
+# ---------------------------------------------------------------------------------------- documents
 
 
-def fill_readme(text: str, results: dict[str, dict]) -> tuple[str, list[str]]:
-    """README with everything between ``<!-- NAME -->`` and ``<!-- end NAME -->`` replaced by the
-    table of that name.
+def filled(document: str, text: str, results: dict[str, dict]) -> tuple[str, list[str]]:
+    """A document's text with what stands between ``<!-- NAME -->`` and ``<!-- end NAME -->`` made
+    anew.
 
-    A table whose results lack something stays as it was; the list has one line for each.
+    A part whose results lack something stays as it was; the list has one line for each. Raises
+    ``ValueError`` for a part that has no place in the text.
     """
     problems = []
-    for name, make in TABLES.items():
+    for name, make in DOCUMENTS[document].items():
         opening, closing = f"<!-- {name} -->", f"<!-- end {name} -->"
         before, found, rest = text.partition(opening)
         _, ended, after = rest.partition(closing)
         if not found or not ended:
             raise ValueError(
-                f"README.md has no place for the table '{name}': put {opening} and {closing} where"
-                " it belongs"
+                f"{document} has no place for '{name}': put {opening} and {closing} where it"
+                " belongs"
             )
         try:
             text = f"{before}{opening}\n{make(results)}\n{closing}{after}"
         except (LookupError, TypeError, ValueError) as error:
             problems.append(
-                f"README table '{name}' stays as it was, stored results lack {error}: re-run the"
+                f"'{name}' in {document} stays as it was, stored results lack {error}: re-run the"
                 " stage"
             )
     return text, problems
+
+
+def fill_documents(results: dict[str, dict]) -> list[str]:
+    """Write the generated parts of all documents; one line for each that could not be made."""
+    texts, problems = {}, []
+    for document in DOCUMENTS:  # all of them before anything is written
+        text = (ROOT / document).read_text(encoding="utf-8")
+        texts[document], unfilled = filled(document, text, results)
+        problems += unfilled
+    for document, text in texts.items():
+        with complete_only(ROOT / document) as partial:
+            partial.write_text(text, encoding="utf-8")
+    return problems
 
 
 def reference_results(folder: Path) -> tuple[dict[str, dict], list[str]]:
@@ -217,7 +237,5 @@ def publish(profile: str, seed: int) -> list[str]:
                 nbformat.write(notebook, partial)
     problems = publish_claims(REFERENCE) + redraw(REFERENCE, ROOT / "figures")
     results, unreadable = reference_results(REFERENCE)
-    text, unfilled = fill_readme(README.read_text(encoding="utf-8"), results)
-    with complete_only(README) as partial:
-        partial.write_text(text, encoding="utf-8")
-    return list(dict.fromkeys([*problems, *unreadable, *unfilled]))
+    problems += [*unreadable, *fill_documents(results)]
+    return list(dict.fromkeys(problems))

@@ -1,7 +1,8 @@
-"""Stored results as the tables of the README: markdown, with intervals, in the order of the
+"""Stored results as the Markdown tables of docs/results.md and docs/judge.md, in the order of the
 notebooks.
 
-Knows stored tables. Writes no file, and no number that a run did not produce.
+Numbers stand with their intervals. No table judges: verdicts are those of the claims table. Knows
+stored tables; writes no file, and no number that a run did not produce.
 """
 
 import pandas as pd
@@ -95,38 +96,14 @@ def ablation_table(results: dict[str, dict]) -> str:
 
 def paper_table(results: dict[str, dict]) -> str:
     """Changes in points beside the paper's Llama2-7B-Chat."""
-    table = results["04_ablation"]["tables"]["comparison"]
+    names = ["random control", "ASR, paper", "utility, ours", "utility, paper"]
     rows = []
-    for _, row in table.iterrows():
-        change = {
-            name: f"{row[name]:+.1f}"
-            for name in row.index
-            if name not in ("ablated", "same direction")
-        }
-        attack = f"{change['coherent ASR, ours']} [{change['low']}, {change['high']}]"
-        beside = [
-            change[name]
-            for name in ("random control", "ASR, paper", "utility, ours", "utility, paper")
-        ]
-        rows.append(
-            [
-                row["ablated"],
-                change["ASR, ours"],
-                attack,
-                *beside,
-                "yes" if row["same direction"] else "no",
-            ]
-        )
-    header = [
-        "ablated",
-        "ASR",
-        "coherent ASR [95%]",
-        "random control",
-        "ASR, paper",
-        "utility",
-        "utility, paper",
-    ]
-    return markdown(rows, [*header, "same direction"])
+    for _, row in results["04_ablation"]["tables"]["comparison"].iterrows():
+        coherent = interval(row, "+.1f", "coherent ASR, ours")
+        beside = [f"{row[name]:+.1f}" for name in names]
+        rows.append([row["ablated"], f"{row['ASR, ours']:+.1f}", coherent, *beside])
+    header = ["ablated", "ASR", "coherent ASR [95%]", "random control", "ASR, paper"]
+    return markdown(rows, [*header, "utility", "utility, paper"])
 
 
 def transfer_table(results: dict[str, dict]) -> str:
@@ -138,13 +115,11 @@ def transfer_table(results: dict[str, dict]) -> str:
             interval(row, ".2f", "ours"),
             f"{row['control']:.2f}",
             f"{row['floor']:.2f}",
-            "yes" if row["holds"] else "no",
         ]
         for _, row in results["05_transfer"]["tables"]["comparison"].iterrows()
     ]
-    return markdown(
-        rows, ["claim", "paper", "ours", "fine-tuned with refusals", "other calibration", "holds"]
-    )
+    header = ["measured", "paper", "ours", "fine-tuned with refusals", "other calibration"]
+    return markdown(rows, header)
 
 
 def freezing_table(results: dict[str, dict]) -> str:
@@ -300,18 +275,9 @@ def stability_table(results: dict[str, dict]) -> str:
             found, answered = carriers.loc[row["variant"]], coherent.loc[row["variant"]]
             drop = interval(found, ".1f", "margin_drop")
             cells = [f"{row['n_requests']:.0f}", f"{row['corrected']:.2f}", drop, percent(answered)]
-            rows.append([row["variant"], *cells, "yes" if found["carries"] else "no"])
-    return markdown(
-        rows,
-        [
-            "safety set by",
-            "requests",
-            "overlap",
-            "margin lost, nats",
-            "coherent ASR",
-            "carries safety",
-        ],
-    )
+            rows.append([row["variant"], *cells])
+    header = ["safety set by", "requests", "overlap", "margin lost, nats", "coherent ASR"]
+    return markdown(rows, header)
 
 
 def smallest_table(results: dict[str, dict]) -> str:
@@ -347,27 +313,19 @@ def smallest_table(results: dict[str, dict]) -> str:
 
 
 def claims_table(results: dict[str, dict]) -> str:
-    """One row per claim: ours and its interval, control, verdict; numbers are those of
-    claims.json.
+    """One row per claim: the paper's number, ours and its interval, control, verdict; numbers are
+    those of claims.json.
     """
     rows = []
     for _, row in results["08_claims"]["tables"]["claims"].iterrows():
-        seeds = "" if pd.isna(row["n_seeds"]) else f"{row['n_seeds']:.0f}"
-        cells = [
-            row["claim"],
-            row["source"],
-            row["paper"],
-            shown_interval(row),
-            number(row["control"]),
-            row["unit"],
-            seeds,
-        ]
-        rows.append(
-            [*cells, f"**{row['verdict']}**" if row["verdict"] == "replicated" else row["verdict"]]
-        )
-    return markdown(
-        rows, ["claim", "in the paper", "paper", "ours", "control", "unit", "trainings", "verdict"]
-    )
+        trainings = "" if pd.isna(row["n_seeds"]) else f"{row['n_seeds']:.0f}"
+        paper = f"{row['source']}: {row['paper']}"
+        ours = "" if pd.isna(row["ours"]) else f"{shown_interval(row)} {row['unit']}"
+        bold = "**" if row["verdict"] == "replicated" else ""
+        verdict = f"{bold}{row['verdict']}{bold}"
+        rows.append([row["claim"], paper, ours, number(row["control"]), trainings, verdict])
+    header = ["claim", "in the paper", "ours [95%]", "control", "trainings", "verdict"]
+    return markdown(rows, header)
 
 
 def cost_table(results: dict[str, dict]) -> str:
@@ -379,11 +337,9 @@ def cost_table(results: dict[str, dict]) -> str:
     return markdown(rows, ["notebook", "minutes", "peak memory, GiB"])
 
 
-TABLES = {
-    "cost": cost_table,
+RESULT_TABLES = {
     "claims": claims_table,
     "alignment": alignment_table,
-    "judge": judge_table,
     "ablation": ablation_table,
     "paper": paper_table,
     "stability": stability_table,
@@ -392,4 +348,6 @@ TABLES = {
     "freezing": freezing_table,
     "adapters": adapter_table,
     "budget": budget_table,
+    "cost": cost_table,
 }
+JUDGE_TABLES = {"judge": judge_table}

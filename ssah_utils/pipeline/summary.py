@@ -1,0 +1,84 @@
+"""What README.md and docs/guide.md say in numbers: counts of verdicts, three findings, the embedded
+models.
+
+A finding is a list of claims; its sentences, numbers and verdicts are those of the claims table, so
+that a summary cannot say more than the claims do. Knows stored tables and which models are
+embedded; loads none, and writes no file.
+"""
+
+from functools import partial
+
+import pandas as pd
+
+from ssah_utils import assets, loading
+from ssah_utils.figures.claims import number, shown_interval
+from ssah_utils.pipeline.claims import CLAIM_VERDICTS
+from ssah_utils.pipeline.result_tables import markdown
+
+FINDINGS = {
+    "safety units": (
+        "safety-units-carry-safety",
+        "safety-units-spare-utility",
+        "feed-forward-holds-safety",
+    ),
+    "freezing": (
+        "freezing-scu",
+        "freezing-scu-and-some-cu",
+        "freezing-scu-and-all-cu",
+        "freezing-complex-keeps-task",
+    ),
+    "not replicated": (
+        "aligned-closer-to-refusal",
+        "safety-units-exclusive",
+        "redundant-units-no-utility",
+        "redundant-units-no-safety",
+        "budget-beats-random",
+    ),
+}
+
+
+def claims_of(results: dict[str, dict]) -> pd.DataFrame:
+    return results["08_claims"]["tables"]["claims"]
+
+
+def verdict_counts(results: dict[str, dict]) -> str:
+    """How many claims there are of every verdict, by experiment and in all."""
+    table = claims_of(results)
+    verdicts = [one for one in CLAIM_VERDICTS if (table["verdict"] == one).any()]
+    parts = [*table.groupby("experiment", sort=False), ("**all**", table)]
+    rows = [
+        [name, *(str((part["verdict"] == one).sum()) for one in verdicts), str(len(part))]
+        for name, part in parts
+    ]
+    return markdown(rows, ["claims on", *verdicts, "in all"])
+
+
+def finding_table(results: dict[str, dict], ids: tuple[str, ...]) -> str:
+    """The claims of a finding: what is claimed, ours, what the control shows, the verdict.
+
+    Raises ``KeyError`` for a claim that was not stored.
+    """
+    table = claims_of(results).set_index("id")
+    rows = []
+    for one in ids:
+        row = table.loc[one]
+        ours = f"{shown_interval(row)} {row['unit']}"
+        rows.append([row["claim"], ours, number(row["control"]), row["verdict"]])
+    return markdown(rows, ["claim", "ours [95%]", "control", "verdict"])
+
+
+def models_table(results: dict[str, dict]) -> str:
+    """The models that come in wheels: what is fetched once and how much disk the model takes."""
+    rows = []
+    for name, model in loading.MODELS.items():
+        fetched = sum(assets.WHEELS[package].n_bytes for package, _ in model.parts)
+        on_disk = f"{model.n_bytes_float32 / 1e9:.1f}"
+        rows.append([f"`{name}`", f"{fetched / 1e6:.0f}", on_disk])
+    return markdown(rows, ["embedded model", "MB fetched, once", "GB on disk"])
+
+
+README_PARTS = {
+    "verdicts": verdict_counts,
+    **{name: partial(finding_table, ids=ids) for name, ids in FINDINGS.items()},
+}
+GUIDE_PARTS = {"models": models_table}

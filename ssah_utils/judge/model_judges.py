@@ -152,7 +152,7 @@ def check_judge_template(tokenizer: PreTrainedTokenizerBase) -> None:
     """``ValueError`` in one line for a chat template through which no answer can be judged."""
     if not _is_guard(tokenizer):
         return chat.check_chat_template(tokenizer)
-    text = chat.rendered(tokenizer, _talk(chat.REQUEST, chat.ANSWER))
+    text = chat.rendered(tokenizer, _conversation(chat.REQUEST, chat.ANSWER))
     if chat.REQUEST not in text or chat.ANSWER not in text:
         raise ValueError(
             f"the chat template of '{tokenizer.name_or_path}'"
@@ -174,7 +174,7 @@ def probability_by_chat(
         for pair in zip(requests, answers, strict=True)
     ]
     if is_guard:
-        rendered = [chat.rendered(tokenizer, _talk(*pair)) for pair in pairs]
+        rendered = [chat.rendered(tokenizer, _conversation(*pair)) for pair in pairs]
     else:
         questions = [QUESTION.format(request=request, answer=answer) for request, answer in pairs]
         rendered = chat.render(tokenizer, questions)
@@ -189,7 +189,7 @@ def _is_guard(tokenizer: PreTrainedTokenizerBase) -> bool:
     return bool(tokenizer.chat_template) and "unsafe" in tokenizer.get_chat_template()
 
 
-def _talk(request: str, answer: str) -> list[chat.Message]:
+def _conversation(request: str, answer: str) -> list[chat.Message]:
     return [{"role": "user", "content": request}, {"role": "assistant", "content": answer}]
 
 

@@ -1,5 +1,4 @@
-"""Fine-tuning of all parameters or of some units: supervised (Hugging Face ``Trainer``) or by
-preference (TRL).
+"""Fine-tune all parameters or some units: supervised (``Trainer``) or by preference (TRL).
 
 Knows models, token sequences and sets of units. Does not know data sets, scores or notebooks.
 """
@@ -10,6 +9,7 @@ import ctypes
 import gc
 import io
 import json
+import math
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -25,6 +25,7 @@ from ssah_utils.cache import cache_key
 from ssah_utils.files import cache_dir, complete_only, require_space, write_json
 from ssah_utils.locks import Lock, locked
 from ssah_utils.per_unit import PerUnit
+from ssah_utils.prompts.tokens import IGNORED
 from ssah_utils.sequences import (
     batch_of_examples,
     batch_of_pairs,
@@ -45,8 +46,7 @@ LOCK_TIMEOUT = 24 * 3600  # seconds to wait for another process that trains the 
 
 
 class ResponseTrainer(Trainer):
-    """``Trainer`` whose language-model head runs only where a label is; the loss is the same
-    cross-entropy.
+    """``Trainer`` whose language-model head runs only where a label is; the same cross-entropy.
 
     TRL's SFTTrainer has this on Triton devices; on a CPU it scores every position and leaves
     ``forward`` patched. A loss or gradient that is not finite stops the training before it reaches
@@ -61,8 +61,8 @@ class ResponseTrainer(Trainer):
         num_items_in_batch: Tensor | None = None,
     ) -> Tensor:
         plain = self.accelerator.unwrap_model(model)
-        # a prefix enters through the forward of PEFT's wrapper alone; that of DDP is what sums
-        # gradients over the processes
+        # A prefix enters through the forward of PEFT's wrapper only, and DDP's forward sums the
+        # gradients over the processes.
         if hasattr(plain, "peft_config") or isinstance(model, DistributedDataParallel):
             loss = super().compute_loss(model, inputs, False, num_items_in_batch)
         else:
@@ -74,16 +74,12 @@ class ResponseTrainer(Trainer):
         self, plain: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Tensor | None
     ) -> Tensor:
         labels = inputs["labels"][:, 1:]
-        carries_loss = labels != -100
-        with (
-            self.accelerator.autocast()
-        ):  # the Trainer wraps model.forward only, which is bypassed here
-            hidden = models.backbone_of(plain)(
-                input_ids=inputs["input_ids"],
-                attention_mask=inputs["attention_mask"],
-                use_cache=False,
-            ).last_hidden_state[:, :-1]  # (B, T-1, d_model)
-            logits = models.logits_of(plain, hidden[carries_loss])  # (n_labels, vocabulary)
+        carries_loss = labels != IGNORED
+        read = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+        with self.accelerator.autocast():  # the Trainer puts it around model.forward only
+            hidden = models.backbone_of(plain)(**read, use_cache=False).last_hidden_state
+            hidden = hidden[:, :-1][carries_loss]  # (n_labels, d_model)
+            logits = models.logits_of(plain, hidden)  # (n_labels, vocabulary)
         total = cross_entropy(logits.float(), labels[carries_loss], reduction="sum")
         return total / (carries_loss.sum() if num_items_in_batch is None else num_items_in_batch)
 
@@ -96,28 +92,27 @@ class ResponseTrainer(Trainer):
         if not torch.isfinite(torch.as_tensor(value)):
             done = self.state.global_step
             raise FloatingPointError(
-                f"{what} is not finite at step {done + 1}: lower the learning rate (the model is as"
-                f" after step {done})"
+                f"{what} is not finite at step {done + 1}: lower the learning rate"
+                f" (the model is as after step {done})"
             )
 
 
 def evaluation_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A copy to measure on while the original goes on training: in evaluation mode, in another
-    precision.
+    """A copy to measure on while the original goes on training: in evaluation mode and ``dtype``.
 
-    Where the precision is the same already, the model itself, so that a large one need not fit
+    Off the CPU, the model itself where it has that precision already: a large one need not fit
     twice.
     """
     model = _inner(model)
     if model.dtype == dtype and model.device.type != "cpu":
         return model.eval()
-    # deepcopy takes what it finds under the identity of a tensor: no copy in the first precision is
-    # made on the way
-    converted = {
-        id(p): nn.Parameter(p.detach().to(dtype, copy=True), p.requires_grad)
-        for p in model.parameters()
+    # deepcopy's memo maps each parameter to its converted copy, so that no second copy is made in
+    # the old precision
+    memo = {
+        id(one): nn.Parameter(one.detach().to(dtype, copy=True), one.requires_grad)
+        for one in model.parameters()
     }
-    twin = precision.to_dtype(copy.deepcopy(model, converted), dtype).eval()
+    twin = precision.to_dtype(copy.deepcopy(model, memo), dtype).eval()
     twin.__dict__.pop("forward", None)  # a running Trainer has put autocast around it
     if twin._supports_sdpa:  # for training it was eager
         twin.set_attn_implementation("sdpa")
@@ -125,14 +120,14 @@ def evaluation_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 def _inner(model: nn.Module) -> nn.Module:
-    """The model without ``torch.compile`` or data-parallel wrappers; an adapter of PEFT stays on,
-    as it is what is trained.
-    """
+    """The model without wrappers of torch; PEFT's adapter stays on, as it is what is trained."""
     model = wrappers.without_wrappers(model)
     return model if hasattr(model, "peft_config") else wrappers.unwrapped(model)
 
 
 class ReportSteps(TrainerCallback):
+    """Call ``report(steps done, steps in all)`` after every step."""
+
     def __init__(self, report: Callable[[int, int], None]) -> None:
         self.report = report
 
@@ -141,8 +136,9 @@ class ReportSteps(TrainerCallback):
 
 
 class AtSteps(TrainerCallback):
-    """Call ``measure(step)`` after the given numbers of steps, the model in evaluation mode; 0 is
-    before the first.
+    """Call ``measure(step)`` after given numbers of steps, the model in evaluation mode.
+
+    Step 0 is before the first.
     """
 
     def __init__(self, steps: Iterable[int], measure: Callable[[int], None]) -> None:
@@ -157,9 +153,7 @@ class AtSteps(TrainerCallback):
     def _measure_at(self, step: int, model: nn.Module) -> None:
         if step in self.steps:
             model.eval()
-            wrapped = model.__dict__.pop(
-                "forward", None
-            )  # a running Trainer has put its autocast around it
+            wrapped = model.__dict__.pop("forward", None)  # the Trainer's autocast is around it
             with torch.random.fork_rng(devices=[]):
                 self.measure(step)
             if wrapped is not None:
@@ -183,35 +177,31 @@ def keep_freed_memory() -> None:
 
 @contextlib.contextmanager
 def _fast_cpu_training(model: nn.Module) -> Iterator[None]:
-    """How models are trained here; afterwards the model is as it was, also what trainers put around
-    its forward.
+    """How models are trained here; afterwards the model is as it was.
 
-    TRL writes the tokenizer's special tokens into the configurations of the model, too.
+    Undone is also what trainers put around its forward, and what TRL writes into its configurations
+    (the tokenizer's special tokens).
     """
     attention, forward = model.config._attn_implementation, model.__dict__.get("forward")
-    configs = [
-        (one, dict(vars(one)))
-        for one in (model.config, getattr(model, "generation_config", None))
-        if one is not None
-    ]
+    configs = [model.config, getattr(model, "generation_config", None)]
+    saved = [(config, dict(vars(config))) for config in configs if config is not None]
     if model.device.type == "cpu":
         keep_freed_memory()
-        model.set_attn_implementation(
-            "eager"
-        )  # the backward pass of the fused kernel is slower at these lengths
+        # at these lengths, the backward pass of the fused kernel is slower
+        model.set_attn_implementation("eager")
     try:
         with own_settings(), without_dropout(model):
             yield
     finally:
         model.set_attn_implementation(attention)
-        for one, values in configs:
-            vars(one).clear()
-            vars(one).update(values)
+        for config, values in saved:
+            vars(config).clear()
+            vars(config).update(values)
         model.__dict__.pop("forward", None)
         if forward is not None:
             model.forward = forward
-        # trainers refer to themselves: several trainings in a row would keep every model and its
-        # optimizer
+        # Trainers refer to themselves. Without this, several trainings in a row would keep every
+        # model and its optimizer.
         gc.collect()
 
 
@@ -222,25 +212,27 @@ def train_sft(
     config: SFTConfig,
     callbacks: tuple[TrainerCallback, ...] = (),
 ) -> list[float]:
-    """Train what is trainable, in place; returns the loss of every step.
+    """Supervised fine-tuning of what is trainable, in place; returns the loss of every step.
 
     A float32 model is trained under bfloat16 autocast where that is native, every model without
     dropout. A wrapper of ``torch.compile`` or of data parallelism is taken off. Raises
     ``ValueError`` for examples without a response token or beyond the model's positions, and
     ``FloatingPointError`` for a loss or gradient that is not finite.
+
+        examples = tokens.encode(tokenizer, rendered, responses, max_response_tokens=64)
+        losses = train_sft(model, tokenizer, examples, SFTConfig(epochs=2))
     """
     model = _inner(model)
     check_examples(model, tokenizer, examples)
     with tempfile.TemporaryDirectory() as folder, _fast_cpu_training(model):
-        return _losses(
-            ResponseTrainer(
-                model=model,
-                args=training_arguments(folder, config, model),
-                train_dataset=with_prompt_length(examples),
-                data_collator=batch_of_examples,
-                callbacks=list(callbacks),
-            )
+        trainer = ResponseTrainer(
+            model=model,
+            args=training_arguments(folder, config, model),
+            train_dataset=with_prompt_length(examples),
+            data_collator=batch_of_examples,
+            callbacks=list(callbacks),
         )
+        return _losses(trainer)
 
 
 def train_dpo(
@@ -251,13 +243,13 @@ def train_dpo(
     beta: float = 0.1,
     callbacks: tuple[TrainerCallback, ...] = (),
 ) -> list[float]:
-    """Direct preference optimisation (Rafailov et al. 2023) with TRL, in place; returns the loss of
-    every step.
+    """Direct preference optimisation with TRL, in place; returns the loss of every step.
 
-    ``pairs`` have a rendered ``prompt``, a ``chosen`` and a ``rejected`` answer. The reference is
-    the model as it comes in, read once before the first step. Token ids are those of
-    ``prompts.encode``, none cut; nothing is dropped out. Raises ``ValueError`` for pairs that
-    cannot be trained on (``sequences``) and for a model with an adapter.
+    After Rafailov et al. (2023). ``pairs`` have a rendered ``prompt``, a ``chosen`` and a
+    ``rejected`` answer. The reference is the model as it comes in, read once before the first step.
+    Token ids are those of ``tokens.encode``, none cut; nothing is dropped out. Raises
+    ``ValueError`` for pairs that cannot be trained on (``sequences``) and for a model with an
+    adapter.
     """
     with extras.needed("train"):
         from trl import DPOTrainer  # slow to import
@@ -270,22 +262,20 @@ def train_dpo(
 
     model = wrappers.unwrapped(model)
     data = tokens_of_pairs(model, tokenizer, pairs)
-    # five progress bars of its own come on stderr; the steps are reported by a callback
     with (
         tempfile.TemporaryDirectory() as folder,
         _fast_cpu_training(model),
-        contextlib.redirect_stderr(io.StringIO()),
+        contextlib.redirect_stderr(io.StringIO()),  # five progress bars of TRL's own
     ):
-        return _losses(
-            OfTokens(
-                model=model,
-                args=preference_arguments(folder, config, model, beta),
-                train_dataset=data,
-                data_collator=batch_of_pairs,
-                processing_class=copy.deepcopy(tokenizer),  # TRL gives it a padding token
-                callbacks=[StopOnNaN(), *callbacks],
-            )
+        trainer = OfTokens(
+            model=model,
+            args=preference_arguments(folder, config, model, beta),
+            train_dataset=data,
+            data_collator=batch_of_pairs,
+            processing_class=copy.deepcopy(tokenizer),  # TRL gives it a padding token
+            callbacks=[StopOnNaN(), *callbacks],
         )
+        return _losses(trainer)
 
 
 def _losses(trainer: Trainer) -> list[float]:
@@ -299,7 +289,8 @@ class StopOnNaN(TrainerCallback):
     """For trainers that are not ours: stop at the first loss that is not finite."""
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
-        if not torch.isfinite(torch.tensor(float((logs or {}).get("loss", 0.0)))):
+        loss = float((logs or {}).get("loss", 0.0))
+        if not math.isfinite(loss):
             raise FloatingPointError(
                 f"loss is not finite at step {state.global_step}: lower the learning rate"
             )
@@ -319,14 +310,13 @@ def load_or_train(
     method: str = "sft",
     dtype: torch.dtype = torch.float32,
 ) -> tuple[nn.Module, Path, list[float]]:
-    """Fine-tune a copy of model ``base``, or load it when the same base, data and settings were
-    trained before.
+    """Fine-tune a copy of model ``base``; load it where the same was trained before.
 
-    ``data``: token examples for ``method`` "sft", preference pairs for "dpo". ``only``: the units
-    to train, everything else frozen; then ``dtype`` may be bfloat16, because the trained entries
-    are kept in float32 during the training. ``report`` is called with the steps done and their
-    number. Returns the model, its folder in the cache (a normal Hugging Face checkpoint) and the
-    loss curve.
+    Returns the model, its folder in the cache (a normal Hugging Face checkpoint) and the loss of
+    every step. The same is the same base, data and settings. ``data``: token examples for
+    ``method`` "sft", preference pairs for "dpo". ``only``: the units to train, everything else
+    frozen; then ``dtype`` may be bfloat16, because the trained entries are kept in float32 during
+    the training. ``report`` is called with the steps done and their number.
     """
     model, _ = loading.load(base, dtype, device)
     arguments = {
@@ -338,9 +328,8 @@ def load_or_train(
         "only": only,
     }
     folder = cache_dir() / "trained" / cache_key(_trained, **arguments, report=report)
-    with locked(
-        Lock(cache_dir() / "locks" / folder.name), wait=LOCK_TIMEOUT
-    ):  # another process may be training the same
+    lock = Lock(cache_dir() / "locks" / folder.name)  # another process may be training the same
+    with locked(lock, wait=LOCK_TIMEOUT):
         return _load_else_train(folder, model, arguments, report, dtype, device)
 
 
@@ -353,18 +342,15 @@ def _load_else_train(
     device: str,
 ) -> tuple[nn.Module, Path, list[float]]:
     if folder.exists():
-        return (
-            loading.load(str(folder), dtype, device)[0],
-            folder,
-            json.loads((folder / "loss.json").read_text()),
-        )
+        losses = json.loads((folder / "loss.json").read_text())
+        return loading.load(str(folder), dtype, device)[0], folder, losses
     require_space(folder.parent, 6 * sum(p.numel() for p in model.parameters()))
     losses = _trained(**arguments, report=report)
     model.eval()
-    with complete_only(folder) as partial:
-        model.save_pretrained(partial)
-        arguments["tokenizer"].save_pretrained(partial)
-        write_json(partial / "loss.json", losses)
+    with complete_only(folder) as unfinished:
+        model.save_pretrained(unfinished)
+        arguments["tokenizer"].save_pretrained(unfinished)
+        write_json(unfinished / "loss.json", losses)
     return model, folder, losses
 
 
@@ -388,15 +374,15 @@ def _trained(
 def unit_gradients(model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> PerUnit:
     """Norm of the gradient of the mean loss over all entries a unit owns, in float64.
 
-    What the first step of a fine-tuning would do to each unit. ``batches``: ``input_ids``,
+    It is what the first step of a fine-tuning would do to each unit. ``batches``: ``input_ids``,
     ``attention_mask``, ``labels``, padded on either side. Raises ``ValueError`` where no response
     token is, or while only some units are trained.
     """
     model = wrappers.unwrapped(model)
     if is_partial(model):
         raise ValueError(
-            "some units of this model are being trained: measure gradients before entering that"
-            " block"
+            "some units of this model are being trained:"
+            " measure gradients before entering that block"
         )
     required = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
@@ -412,20 +398,17 @@ def _norms_of_units(model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> P
     model.zero_grad()
     n_labels = 0
     for batch in batches:
-        ids, mask, labels = (
-            batch[name].to(model.device) for name in ("input_ids", "attention_mask", "labels")
-        )
+        names = ("input_ids", "attention_mask", "labels")
+        ids, mask, labels = (batch[name].to(model.device) for name in names)
         labels = labels[:, 1:]
-        marked = labels != -100
-        places = (mask.cumsum(1) - 1).clamp(
-            min=0
-        )  # learned positions would count padding on the left
-        states = models.backbone_of(model)(
-            input_ids=ids, attention_mask=mask, position_ids=places, use_cache=False
-        )
+        marked = labels != IGNORED
+        # learned positions would count padding on the left
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        read = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+        states = models.backbone_of(model)(**read, use_cache=False).last_hidden_state
         n_labels += int(marked.sum())
         if marked.any():
-            logits = models.logits_of(model, states.last_hidden_state[:, :-1][marked])
+            logits = models.logits_of(model, states[:, :-1][marked])
             cross_entropy(logits.float(), labels[marked], reduction="sum").backward()
     if n_labels == 0:
         raise ValueError("no gradient to measure: there is no response token in the batches")

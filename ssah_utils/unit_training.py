@@ -1,11 +1,11 @@
 """Train some units of a model and leave every other entry exactly as it is.
 
-A unit owns its writer column and the matching reader rows (``models``): the trainable entries of a
+A unit owns its writer column and the matching reader rows (``models``). The trainable entries of a
 matrix become one small parameter, the *block*; the rest of the matrix is no parameter at all. So
 frozen entries can have no gradient, no optimizer state and no decay, whatever loop, optimizer or
-precision is used, and they stay bit-identical. Knows models and sets of units; a plain ``{kind:
-tensor}`` will do for one. What cannot be trained so, ``guards`` refuses. Does not know how a model
-is trained, or on what.
+precision is used, and they stay bit-identical. What cannot be trained so, ``guards`` refuses. A
+plain ``{kind: tensor}`` will do for a set of units. Does not know how a model is trained, or on
+what.
 """
 
 from collections import Counter
@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from ssah_utils import guards, models, per_unit, wrappers
 from ssah_utils.per_unit import PerUnit
 
-PADDING = 64
+PADDING = 64  # sizes of blocks are rounded up to a multiple of it
 HOOKS = (
     "_forward_hooks",
     "_forward_pre_hooks",
@@ -36,24 +36,29 @@ HOOKS = (
 def training_only(
     model: nn.Module, trainable: Mapping[str, Tensor], train_rest: bool = False
 ) -> Iterator[nn.Module]:
-    """Inside the block, only the given units of ``model`` are parameters; leaving it returns the
-    ordinary model, trained.
+    """Inside the block only the given units are parameters; leaving it returns the model, trained.
 
     Use any loop that takes the model's parameters: Hugging Face ``Trainer``, TRL, accelerate, plain
-    torch. Checkpoints written inside are ordinary checkpoints of the whole model. ``train_rest``
-    decides about what belongs to no unit: query and key rows, norms, embeddings, language-model
-    head, output biases. A value row that several channels share under grouped-query attention is
-    trainable only if all of them are.
+    torch. Checkpoints written inside are ordinary checkpoints of the whole model.
 
-    A block is kept in float32 also where the model is in bfloat16. Optimizers are made inside, and
-    for the time inside: the first step of one made before raises ``ValueError``, as does one used
-    afterwards. ``model`` may be wrapped by ``torch.compile``, ``DataParallel`` or
-    ``DistributedDataParallel``, or be wrapped inside. Under the last, frozen entries are sent at
-    every forward, as buffers are: ``forward_sync_buffers=False`` saves that. A sharded model (FSDP,
-    DeepSpeed ZeRO-3, tensor parallelism) raises ``ValueError``, also when it is sharded inside. So
-    does a set that is not of the model's shape, that leaves nothing to train, or that is
-    everything; and a matrix that is shared or no plain linear map. A set of numbers raises
-    ``TypeError``.
+        with training_only(model, partition.units("redundant")):
+            optimizer = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
+            ...
+
+    ``train_rest`` decides about what belongs to no unit: query and key rows, norms, embeddings,
+    language-model head, output biases. Under grouped-query attention, a value row that several
+    channels share is trainable only if all of them are. A block is kept in float32 also where the
+    model is in bfloat16.
+
+    Make optimizers inside the block, and use them only there: the first step of one made before
+    raises ``ValueError``, as does one used afterwards. ``model`` may come in ``torch.compile``,
+    ``DataParallel`` or ``DistributedDataParallel``, or be wrapped inside. Under the last, frozen
+    entries are sent at every forward, as buffers are: ``forward_sync_buffers=False`` saves that.
+
+    Raises ``ValueError`` for a sharded model (FSDP, DeepSpeed ZeRO-3, tensor parallelism), also
+    when it is sharded inside; for a set that is not of the model's shape, leaves nothing to train,
+    or is everything; and for a matrix that is shared or no plain linear map. Raises ``TypeError``
+    for a set of numbers.
     """
     guards.refuse_sharded(model)
     plain = wrappers.unwrapped(model)
@@ -63,7 +68,7 @@ def training_only(
     if trainable.all() and train_rest:
         raise ValueError("nothing is frozen: train the model as it is")
     required = {name: parameter.requires_grad for name, parameter in plain.named_parameters()}
-    partial: list[tuple[nn.Module, str, PartialLinear]] = []
+    replaced: list[tuple[nn.Module, str, PartialLinear]] = []  # parent, name there, what is there
     uses = Counter(id(parameter) for _, parameter in plain.named_parameters(remove_duplicate=False))
     watch = None
     try:
@@ -73,36 +78,34 @@ def training_only(
         for parent, name, trained, dimension in _parts(plain, trainable, train_rest):
             linear = getattr(parent, name)
             _check_matrix(linear, name, uses)
-            # all of a float32 matrix needs no block; in a lower precision the block is what keeps
-            # small updates
+            # All of a float32 matrix needs no block. In a lower precision, only a block keeps small
+            # updates.
             if not trained.any() or (trained.all() and linear.weight.dtype == torch.float32):
                 linear.weight.requires_grad_(bool(trained.any()))
                 if dimension == 0 and linear.bias is not None:
                     linear.bias.requires_grad_(bool(trained.any()))
             else:
-                partial.append((parent, name, PartialLinear(linear, trained, dimension)))
-                setattr(parent, name, partial[-1][2])
+                module = PartialLinear(linear, trained, dimension)
+                replaced.append((parent, name, module))
+                setattr(parent, name, module)
         guards.follow_parameters(model)
-        watch = guards.Watch(
-            plain, {old: new for _, _, module in partial for old, new in module.replaced()}
-        )
+        pairs = [pair for _, _, module in replaced for pair in module.replaced()]
+        watch = guards.Watch(plain, dict(pairs))
         yield model
         sharded_inside = any(guards.is_sharded(module) for module in plain.modules())
     finally:
         if watch is not None:
             watch.close()
-        for parent, name, module in partial:
+        for parent, name, module in replaced:
             setattr(parent, name, module.merged())
-        for (
-            name,
-            parameter,
-        ) in plain.named_parameters():  # by name: some may have been exchanged inside
+        # by name: some parameters may have been exchanged inside
+        for name, parameter in plain.named_parameters():
             parameter.requires_grad_(required.get(name, parameter.requires_grad))
         guards.follow_parameters(model)
     if sharded_inside:
         raise ValueError(
-            f"{guards.SHARDED}; it was sharded inside the block, and the units are as in the last"
-            " forward pass"
+            f"{guards.SHARDED}; it was sharded inside the block,"
+            " and the units are as in the last forward pass"
         )
 
 
@@ -110,8 +113,10 @@ def training_only(
 def freezing(
     model: nn.Module, frozen: Mapping[str, Tensor], train_rest: bool = True
 ) -> Iterator[nn.Module]:
-    """Inside the block, everything but the given units is trained: ``training_only`` for all other
-    units.
+    """Inside the block everything but the given units is trained: ``training_only`` for the others.
+
+    with freezing(model, partition.units("safety")):
+        train_sft(model, tokenizer, examples, config)
     """
     guards.refuse_sharded(model)
     frozen = _checked(wrappers.unwrapped(model), frozen)
@@ -126,8 +131,9 @@ def freezing(
 
 
 def _checked(model: nn.Module, units: Mapping[str, Tensor]) -> PerUnit:
-    """The set; ``ValueError`` when it cannot be trained or frozen on the model, ``TypeError`` when
-    it is no set.
+    """The set; ``ValueError`` when it cannot be trained or frozen on the model.
+
+    ``TypeError`` when it is no set.
     """
     if is_partial(model):
         raise ValueError(
@@ -137,25 +143,23 @@ def _checked(model: nn.Module, units: Mapping[str, Tensor]) -> PerUnit:
 
 
 def _check_matrix(linear: nn.Module, name: str, uses: dict[int, int]) -> None:
-    """``ValueError`` unless a matrix is a plain linear map with weights of its own; ``uses``: of
-    each parameter, by id.
+    """``ValueError`` unless a matrix is a plain linear map with weights of its own.
+
+    ``uses``: how many modules hold each parameter, by its id.
     """
-    parameters = [
-        one
-        for one in (getattr(linear, "weight", None), getattr(linear, "bias", None))
-        if one is not None
-    ]
+    weight, bias = getattr(linear, "weight", None), getattr(linear, "bias", None)
+    parameters = [one for one in (weight, bias) if one is not None]
     if any(uses[id(parameter)] > 1 for parameter in parameters):
         raise ValueError(
-            f"the weights of '{name}' are shared with another module, which would be trained along:"
-            " untie them"
+            f"the weights of '{name}' are shared with another module,"
+            " which would be trained along: untie them"
         )
     is_plain = type(linear) in (nn.Linear, Conv1D) and "forward" not in vars(linear)
     if not is_plain or not all(isinstance(parameter, nn.Parameter) for parameter in parameters):
         raise ValueError(
-            f"'{name}' is a {type(linear).__name__} that computes its output or its weights in a"
-            " way of its own: take off what does (an adapter, a quantiser, a parametrization, a"
-            " device map) first"
+            f"'{name}' is a {type(linear).__name__} that computes its output or its weights"
+            " in a way of its own: take off what does"
+            " (an adapter, a quantiser, a parametrization, a device map) first"
         )
 
 
@@ -170,21 +174,19 @@ def count_trainable(model: nn.Module) -> int:
 
 
 def owned_rows(shape: models.ModelShape, kind: str, units: Tensor) -> Tensor:
-    """Reader rows all of whose channels are in the set: (n_rows,) bool, from ``units``
-    (n_channels,) bool.
-    """
+    """Reader rows all of whose channels are in the set: (n_channels,) -> (n_rows,) bool."""
     rows = models.reader_rows(shape, kind)
-    n_missing = torch.zeros(int(rows.max()) + 1, dtype=torch.int64).index_add_(
-        0, rows, (~units).long()
-    )
+    n_missing = torch.zeros(int(rows.max()) + 1, dtype=torch.int64)
+    n_missing.index_add_(0, rows, (~units).long())
     return n_missing == 0
 
 
 def _parts(
     model: nn.Module, trainable: PerUnit, train_rest: bool
 ) -> Iterator[tuple[nn.Module, str, Tensor, int]]:
-    """Every matrix that units own: its parent, its name, which rows (dimension 0) or columns (1) of
-    it are trained.
+    """Every matrix that units own: its parent, its name, its trained entries, their dimension.
+
+    Rows are dimension 0, columns 1.
     """
     shape, architecture = models.shape_of(model), models.architecture_of(model)
     for layer, block in enumerate(models.blocks_of(model)):
@@ -207,52 +209,43 @@ class PartialLinear(nn.Module):
     """y = x W^T + b where only some rows (``dimension`` 0) or columns (1) of W are trained.
 
     ``block`` holds the trained entries: (n_trained, in) for rows, (n_trained, out) for columns.
-    ``whole`` is W with the trained dimension first, so that the block's entries are rows of it in
-    memory either way.
+    ``whole`` is W with the trained dimension first, so that either way the block's entries are rows
+    of it in memory.
     """
 
     def __init__(self, linear: nn.Module, trained: Tensor, dimension: int) -> None:
         super().__init__()
-        self.linear = [
-            linear
-        ]  # in a list, so that it is no submodule: its parameters are not this model's any more
+        # In a list, so that it is no submodule: its parameters are not this model's any more.
+        self.linear = [linear]
         self.dimension = dimension
         self.is_stored_whole = models.is_transposed(linear) == (dimension == 1)
-        weight = linear.weight.detach()
-        self.register_buffer(
-            "whole", weight if self.is_stored_whole else weight.T.contiguous(), persistent=False
-        )
-        self.register_buffer(
-            "trained", trained.nonzero().squeeze(1).to(weight.device), persistent=False
-        )
-        self.block = nn.Parameter(
-            self.whole[self.trained].to(torch.promote_types(weight.dtype, torch.float32))
-        )
-        # gathering columns of activations costs more than it saves when most of them are wanted
-        self.is_minor = len(self.trained) < len(self.whole) / 2
-        # one size for all blocks of about the same size: matrix kernels are made once per shape,
-        # and like even sizes
-        self.register_buffer(
-            "gathered",
-            nn.functional.pad(self.trained, (0, -len(self.trained) % PADDING)),
-            persistent=False,
-        )
-        self.cast: Tensor | None = None  # the whole weight in the precision of autocast
+        weight, bias = linear.weight.detach(), linear.bias
+        whole = weight if self.is_stored_whole else weight.T.contiguous()
+        trained = trained.nonzero().squeeze(1).to(weight.device)
+        self.register_buffer("whole", whole, persistent=False)
+        self.register_buffer("trained", trained, persistent=False)
+        block = whole[trained].to(torch.promote_types(weight.dtype, torch.float32))
+        self.block = nn.Parameter(block)
+        # Gathering columns of activations costs more than it saves when most of them are wanted.
+        self.is_minor = len(trained) < len(whole) / 2
+        # One size for all blocks of about the same size: matrix kernels are made once per shape,
+        # and are fastest for even sizes.
+        gathered = nn.functional.pad(trained, (0, -len(trained) % PADDING))
+        self.register_buffer("gathered", gathered, persistent=False)
+        self.autocast_copy: Tensor | None = None  # the whole weight in the precision of autocast
         self.writer_bias, self.bias_block = None, None
-        if linear.bias is not None and dimension == 0:
-            self.register_buffer("whole_bias", linear.bias.detach(), persistent=False)
-            self.bias_block = nn.Parameter(linear.bias.detach()[self.trained].to(self.block.dtype))
-        elif linear.bias is not None:
-            self.writer_bias = linear.bias  # it belongs to no unit
-        for name in HOOKS:  # whoever watches or ablates the matrix goes on doing so
+        if bias is not None and dimension == 0:
+            self.register_buffer("whole_bias", bias.detach(), persistent=False)
+            self.bias_block = nn.Parameter(bias.detach()[trained].to(block.dtype))
+        elif bias is not None:
+            self.writer_bias = bias  # it belongs to no unit
+        for name in HOOKS:  # keep the hooks registered on the original module
             setattr(self, name, getattr(linear, name))
         if not self.is_stored_whole:
             linear.weight.data = weight.new_empty(0)  # one copy is enough
 
     def replaced(self) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
-        """The parameters that are the model's no more inside the block, each with the one that
-        stands in for it.
-        """
+        """The parameters that are replaced inside the block, each with its stand-in."""
         yield self.linear[0].weight, self.block
         if self.bias_block is not None:
             yield self.linear[0].bias, self.bias_block
@@ -268,28 +261,22 @@ class PartialLinear(nn.Module):
         """The bias as it stands, (out,)."""
         if self.bias_block is None:
             return self.writer_bias
-        return self.whole_bias.index_copy(
-            0, self.trained, self.bias_block.to(self.whole_bias.dtype)
-        )
+        own = self.bias_block.to(self.whole_bias.dtype)
+        return self.whole_bias.index_copy(0, self.trained, own)
 
     def _current(self, dtype: torch.dtype) -> Tensor:
         """The whole weight in a precision, with the block written into it.
 
         At every forward: fused optimizers change parameters without counting it in ``_version``, so
-        that nobody could tell whether a copy is out of date, and autocast casts at every forward,
-        too.
+        nobody could tell whether a copy is out of date; and autocast casts at every forward, too.
         """
-        if dtype == self.whole.dtype:
-            whole = self.whole
-        else:
-            if (
-                self.cast is None
-                or self.cast.dtype != dtype
-                or self.cast.device != self.whole.device
-            ):
-                with torch.inference_mode(False):  # it is written to outside, too
-                    self.cast = self.whole.to(dtype)
-            whole = self.cast
+        whole = self.whole
+        if dtype != whole.dtype:
+            copy = self.autocast_copy
+            if copy is None or copy.dtype != dtype or copy.device != whole.device:
+                with torch.inference_mode(False):  # it is written to outside of that mode, too
+                    self.autocast_copy = whole.to(dtype)
+            whole = self.autocast_copy
         with torch.no_grad():
             return whole.index_copy_(0, self.trained, self.block.detach().to(dtype))
 
@@ -297,64 +284,50 @@ class PartialLinear(nn.Module):
         if guards.is_sharded(self):
             raise ValueError(guards.SHARDED)
         device = values.device.type
-        dtype = (
-            torch.get_autocast_dtype(device)
-            if torch.is_autocast_enabled(device)
-            else self.whole.dtype
-        )
+        is_autocast = torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if is_autocast else self.whole.dtype
         result = _PartialProduct.apply(values.to(dtype), self.block, self._current(dtype), self)
         if self.bias_block is not None:
-            result = result + self.whole_bias.to(dtype).index_copy(
-                0, self.trained, self.bias_block.to(dtype)
-            )
+            own = self.bias_block.to(dtype)
+            result = result + self.whole_bias.to(dtype).index_copy(0, self.trained, own)
         return result if self.writer_bias is None else result + self.writer_bias.to(dtype)
 
     @torch.no_grad()
     def merged(self) -> nn.Module:
-        """The ordinary module again, the block's entries in their places and every other entry
-        untouched.
-        """
+        """The ordinary module again: the block's entries in their places, all others untouched."""
         linear = self.linear[0]
         is_sharded = guards.is_sharded(self)  # then nobody can read the block here
         whole = self.whole if is_sharded else self._current(self.whole.dtype)
         linear.weight.data = whole if self.is_stored_whole else whole.T.contiguous()
-        if self.bias_block is not None and is_sharded:
-            linear.bias.data = self.whole_bias
-        elif self.bias_block is not None:
-            linear.bias.data = self.whole_bias.index_copy_(
-                0, self.trained, self.bias_block.to(self.whole_bias.dtype)
-            )
+        if self.bias_block is not None:
+            bias = self.whole_bias
+            if not is_sharded:
+                bias.index_copy_(0, self.trained, self.bias_block.to(bias.dtype))
+            linear.bias.data = bias
         return linear
 
     def _apply(self, fn, recurse: bool = True) -> nn.Module:
-        """``to``, ``half`` and the like change the precision of frozen entries; the block stays in
-        float32 at least.
-        """
-        blocks = [
-            (block, block.data) for block in (self.block, self.bias_block) if block is not None
-        ]
+        """``to``, ``half`` and the like change frozen entries; the block stays float32 at least."""
+        blocks = [block for block in (self.block, self.bias_block) if block is not None]
+        before = [block.data for block in blocks]
         super()._apply(fn, recurse)
-        for block, data in blocks:
+        for block, data in zip(blocks, before, strict=True):
             block.data = data.to(block.device, torch.promote_types(self.whole.dtype, torch.float32))
         return self
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
-        """As the ordinary module's, in the precision of the block, so that resuming loses
-        nothing.
-        """
+        """As the ordinary module's, in the block's precision, so that resuming loses nothing."""
         if guards.is_sharded(self):
             raise ValueError(guards.SHARDED)
-        whole = self.whole.to(self.block.dtype).index_copy(0, self.trained, self.block.detach())
+        dtype = self.block.dtype
+        whole = self.whole.to(dtype).index_copy(0, self.trained, self.block.detach())
         destination[prefix + "weight"] = whole if self.is_stored_whole else whole.T.contiguous()
         if self.bias_block is not None:
-            bias = self.whole_bias.to(self.block.dtype)
-            destination[prefix + "bias"] = bias.index_copy(
-                0, self.trained, self.bias_block.detach()
-            )
+            bias = self.whole_bias.to(dtype).index_copy(0, self.trained, self.bias_block.detach())
+            destination[prefix + "bias"] = bias
         elif self.writer_bias is not None:
-            destination[prefix + "bias"] = (
-                self.writer_bias if keep_vars else self.writer_bias.detach()
-            )
+            bias = self.writer_bias if keep_vars else self.writer_bias.detach()
+            destination[prefix + "bias"] = bias
 
     @torch.no_grad()
     def _load_from_state_dict(
@@ -365,11 +338,8 @@ class PartialLinear(nn.Module):
             targets["bias"] = (self.whole_bias, self.bias_block)
         elif self.writer_bias is not None:
             targets["bias"] = (self.writer_bias, None)
-        unexpected += [
-            key
-            for key in state_dict
-            if key.startswith(prefix) and key.removeprefix(prefix) not in targets
-        ]
+        ours = [key.removeprefix(prefix) for key in state_dict if key.startswith(prefix)]
+        unexpected += [prefix + name for name in ours if name not in targets]
         for name, (whole, block) in targets.items():
             if prefix + name not in state_dict:
                 missing.append(prefix + name)
@@ -377,24 +347,23 @@ class PartialLinear(nn.Module):
             value = state_dict[prefix + name]
             value = value.T if name == "weight" and not self.is_stored_whole else value
             if value.shape != whole.shape:
-                errors.append(
-                    f"size mismatch for {prefix + name}: {tuple(value.shape)} against"
-                    f" {tuple(whole.shape)}"
-                )
+                shapes = f"{tuple(value.shape)} against {tuple(whole.shape)}"
+                errors.append(f"size mismatch for {prefix + name}: {shapes}")
                 continue
             whole.copy_(value)
             if block is not None:
                 block.copy_(value[self.trained.to(value.device)])
-        self.cast = None
+        self.autocast_copy = None
 
     def extra_repr(self) -> str:
-        of = len(self.whole)
-        return f"{len(self.trained)} of {of} {'rows' if self.dimension == 0 else 'columns'} trained"
+        what = "rows" if self.dimension == 0 else "columns"
+        return f"{len(self.trained)} of {len(self.whole)} {what} trained"
 
 
 class _PartialProduct(torch.autograd.Function):
-    """x W^T with the gradient of W for the block alone; of x, only what that gradient needs is kept
-    for the way back.
+    """x W^T with the gradient of W for the block alone.
+
+    Of x, only what that gradient needs is kept for the way back.
     """
 
     @staticmethod
@@ -402,8 +371,8 @@ class _PartialProduct(torch.autograd.Function):
         ctx.module, ctx.whole, ctx.block_dtype = module, whole, block.dtype
         by_columns = module.dimension == 1
         kept = values[..., module.gathered] if by_columns and module.is_minor else values
-        # the weight is not saved through autograd: another forward writes the same block into it,
-        # which is no change
+        # The weight is not saved through autograd: another forward writes the same block into it,
+        # which autograd would take for a change.
         ctx.save_for_backward(kept if ctx.needs_input_grad[1] else None)
         return values @ (whole if by_columns else whole.T)
 
@@ -421,11 +390,9 @@ class _PartialProduct(torch.autograd.Function):
             right = gradient if by_columns else kept
             if not by_columns and module.is_minor:
                 left = left[..., module.gathered]
-            of_block = left.flatten(0, -2).T @ right.flatten(0, -2)
-            of_block = (
-                of_block[: len(module.trained)]
-                if module.is_minor
-                else of_block.index_select(0, module.trained)
-            )
-            of_block = of_block.to(ctx.block_dtype)
+            product = left.flatten(0, -2).T @ right.flatten(0, -2)
+            n_trained = len(module.trained)
+            is_minor = module.is_minor
+            own = product[:n_trained] if is_minor else product.index_select(0, module.trained)
+            of_block = own.to(ctx.block_dtype)
         return of_values, of_block, None, None

@@ -15,14 +15,13 @@ with extras.needed("eval"):
     from sklearn.metrics import cohen_kappa_score
 
 PARTS = ("development", "test")
-
-
 CORRUPTIONS = ("words shuffled", "words looped", "characters replaced")
 
 
 def corrupted(text: str, kind: str, rng: np.random.Generator) -> str:
-    """Gibberish made from a real answer, as one of ``KINDS``, of about its length; loops are of 32
-    words at least.
+    """Gibberish made from a real answer, of one of the kinds of ``CORRUPTIONS``.
+
+    Of about its length; loops are of 32 words at least.
     """
     words = text.split()
     if not words:
@@ -34,19 +33,16 @@ def corrupted(text: str, kind: str, rng: np.random.Generator) -> str:
         return " ".join(words[position % period] for position in range(max(len(words), 32)))
     if kind == "characters replaced":
         letters = np.array(list("abcdefghijklmnopqrstuvwxyz0123456789#%&*"))
-        return "".join(
-            str(rng.choice(letters)) if rng.random() < 0.4 and char != " " else char
-            for char in text
-        )
+        replace = lambda char: rng.random() < 0.4 and char != " "  # noqa: E731
+        return "".join(str(rng.choice(letters)) if replace(char) else char for char in text)
     raise ValueError(f"unknown kind of gibberish '{kind}' (there: {', '.join(CORRUPTIONS)})")
 
 
 def fit_degeneracy(cases: pd.DataFrame) -> tuple[float, float]:
-    """(weight of repetition, threshold) of a logistic regression of gibberish on base_nll and
-    repetition, in nats per token.
+    """Weight of repetition and threshold, in nats per token, that tell gibberish best.
 
-    ``cases``: text, base_nll, gibberish (True/False). The two coefficients of the boundary, divided
-    by that of the NLL.
+    ``cases``: text, base_nll, gibberish (True/False). Both are coefficients of a logistic
+    regression on base_nll and repetition, divided by that of the NLL.
     """
     cases = cases[cases["base_nll"].notna()]
     features = np.column_stack([cases["base_nll"], cases["text"].map(repetition)])
@@ -57,29 +53,23 @@ def fit_degeneracy(cases: pd.DataFrame) -> tuple[float, float]:
 
 
 def gibberish_table(cases: pd.DataFrame) -> pd.DataFrame:
-    """How well ``degeneracy`` tells each kind of gibberish from real answers, and what
-    ``MAX_DEGENERACY`` gets right.
+    """How well ``degeneracy`` tells each kind of gibberish from real answers.
 
     ``cases``: part, kind, text, base_nll, gibberish. A row per part and kind of gibberish, and one
     for "all" of them; a part without gibberish has one row, its specificity. Columns: part, kind,
-    n, n_real, auc, low, high, and sensitivity and specificity, each with its Wilson interval (_low,
-    _high).
+    n, n_real, auc, low, high, and at the threshold ``MAX_DEGENERACY`` sensitivity and specificity,
+    each with its Wilson interval (_low, _high).
     """
-    cases = cases.assign(
-        score=[degeneracy(*case) for case in zip(cases["text"], cases["base_nll"], strict=True)]
-    )
+    answers = zip(cases["text"], cases["base_nll"], strict=True)
+    cases = cases.assign(score=[degeneracy(*answer) for answer in answers])
     records = []
     for part, rows in cases.groupby("part", sort=False):
         real, broken = rows[~rows["gibberish"]], rows[rows["gibberish"]]
         for kind, group in [("all", broken), *broken.groupby("kind", sort=False)]:
             scores = np.concatenate([group["score"], real["score"]])
             area = auc_interval(scores, np.arange(len(scores)) < len(group))
-            record = {
-                "part": part,
-                "kind": kind if len(group) else real["kind"].iloc[0],
-                "n": len(group),
-                "n_real": len(real),
-            }
+            kind = kind if len(group) else real["kind"].iloc[0]
+            record = {"part": part, "kind": kind, "n": len(group), "n_real": len(real)}
             record |= dict(zip(("auc", "low", "high"), area, strict=True))
             found = {
                 "sensitivity": group["score"] > MAX_DEGENERACY,
@@ -93,8 +83,7 @@ def gibberish_table(cases: pd.DataFrame) -> pd.DataFrame:
 
 
 def constants_table(cases: pd.DataFrame) -> pd.DataFrame:
-    """The constants of ``degeneracy`` as stored here and as the development half of ``cases``
-    chooses them.
+    """The constants of ``degeneracy`` as stored, and as the development half of ``cases`` has them.
 
     Columns: constant, stored, chosen, tolerance, agrees. Agreement is to be expected on the
     embedded model only.
@@ -109,32 +98,22 @@ def constants_table(cases: pd.DataFrame) -> pd.DataFrame:
 
 
 def refusal_table(labelled: pd.DataFrame, judges: list[str]) -> pd.DataFrame:
-    """Precision, recall and F1 (with its bootstrap interval over answers) of judges against labels
-    by people.
+    """Precision, recall and F1 of judges against labels by people.
 
     ``labelled``: part, label (True: refusal) and one True/False column per judge. Columns: judge,
-    part, n, precision, recall, f1, low, high.
+    part, n, precision, recall, f1, and low and high of F1, a bootstrap over answers.
     """
     records = []
     for judge in judges:
         for part in (*PARTS, "all"):
             rows = labelled if part == "all" else labelled[labelled["part"] == part]
             found, label = rows[judge].to_numpy(dtype=bool), rows["label"].to_numpy(dtype=bool)
-            f1, low, high = case_interval(_f1, found, label)
             hits = (found & label).sum()
-            records.append(
-                {
-                    "judge": judge,
-                    "part": part,
-                    "n": len(rows),
-                    "precision": hits / max(found.sum(), 1),
-                    "recall": hits / max(label.sum(), 1),
-                    "f1": f1,
-                    "low": low,
-                    "high": high,
-                }
-            )
-    return pd.DataFrame(records)
+            precision, recall = hits / max(found.sum(), 1), hits / max(label.sum(), 1)
+            f1 = case_interval(_f1, found, label)
+            records.append((judge, part, len(rows), precision, recall, *f1))
+    columns = ["judge", "part", "n", "precision", "recall", "f1", "low", "high"]
+    return pd.DataFrame(records, columns=columns)
 
 
 def _f1(found: np.ndarray, label: np.ndarray) -> float:
@@ -142,10 +121,10 @@ def _f1(found: np.ndarray, label: np.ndarray) -> float:
 
 
 def agreement(first: np.ndarray, second: np.ndarray) -> dict[str, float]:
-    """How often two judges say the same, beyond chance: n, agreement (Wilson: agreement_low,
-    agreement_high), kappa, low, high.
+    """How often two judges say the same, also beyond chance.
 
-    Cohen's kappa with a bootstrap interval over answers; NaN where both judges say one thing only.
+    Returns n, agreement (Wilson: agreement_low, agreement_high), and Cohen's kappa with its
+    bootstrap interval over answers (kappa, low, high); NaN where both judges say one thing only.
     """
     first, second = np.asarray(first, dtype=bool), np.asarray(second, dtype=bool)
     same, same_low, same_high = proportion_interval(first == second)

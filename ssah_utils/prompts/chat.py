@@ -1,5 +1,4 @@
-"""How a chat is written for a model: requests as prompts, what ends an answer, and the one probe of
-a chat template.
+"""How a chat is written for a model: requests as prompts, what ends an answer, and template checks.
 
 Knows tokenizers and their templates, and of a model only what its generation configuration says
 ends an answer. A prompt is the same every day and never asks for a train of thought.
@@ -16,11 +15,8 @@ from ssah_utils.wrappers import without_wrappers
 
 Message = dict[str, str]
 
-TODAY = datetime(
-    2024, 7, 26
-)  # the day in every prompt that names one, so that prompts are the same on every day
-# What a prompt never asks for, by the names that templates give it, and the date as Llama 3 takes
-# it.
+TODAY = datetime(2024, 7, 26)  # in every prompt that names a day, so that prompts do not change
+# What a prompt never asks for, by the names that templates give it; the date as Llama 3 takes it.
 TEMPLATE_SETTINGS = {
     "enable_thinking": False,
     "thinking": False,
@@ -34,17 +30,14 @@ THINKING_SETTINGS = TEMPLATE_SETTINGS | {
     "reasoning": True,
     "thinking_budget": 512,
 }
-DIRECTIVES = "aAbBcdfHIjmMpSuUwWxXyYZG"
-# A template's own clock, stopped: transformers takes no function as a template's variable, so it is
+# A template's own clock, stopped. transformers takes no function as a template's variable, so it is
 # a macro of the template.
-STOPPED_CLOCK = (
-    "{% macro strftime_now(format) %}{{ format"
-    + "".join(
-        f" | replace('%-{code}', '%{code}') | replace('%{code}', '{TODAY.strftime('%' + code)}')"
-        for code in DIRECTIVES
-    )
-    + " }}{% endmacro %}\n"
+DIRECTIVES = "aAbBcdfHIjmMpSuUwWxXyYZG"
+_REPLACED = "".join(
+    f" | replace('%-{code}', '%{code}') | replace('%{code}', '{TODAY.strftime('%' + code)}')"
+    for code in DIRECTIVES
 )
+STOPPED_CLOCK = "{% macro strftime_now(format) %}{{ format" + _REPLACED + " }}{% endmacro %}\n"
 
 _INSIDE = r"[^<>\[\]◁▷【】]{0,24}"
 _WORDS = r"think|thought|reason|reflect|scratchpad|analysis|\bcot\b"
@@ -54,14 +47,14 @@ THOUGHT_TAG = re.compile(
 )
 CLOSING_TAG = re.compile(r"/|end|close|<channel\|>", re.IGNORECASE)
 
-# All that a template may change: what has a meaning in other languages, letters of other scripts,
-# and length.
+# A request with all that a template might change: characters that mean something in HTML, Jinja or
+# Python, letters of other scripts, and length (about 2,000 characters).
 REQUEST = (
     'How do cats & dogs "get along"?\nSay why, in 3 lines: {{ cat }} {% dog %} 1 < 2 > 0,'
     " C:\\new, 'na\u00efve' \u732b, "
     + ", ".join(f"cat {number} and dog {number}" for number in range(80))
     + "."
-)  # about 2,000 characters
+)
 ANSWER = "Like two old neighbours."
 NO_WORD = "\U000f0000"  # for private use, so in no vocabulary
 N_RENDERINGS = 16  # a template that draws lots gives itself away
@@ -73,11 +66,10 @@ N_RENDERINGS = 16  # a template that draws lots gives itself away
 def render(
     tokenizer: PreTrainedTokenizerBase, prompts: list[str], system_prompt: str = ""
 ) -> list[str]:
-    """Chat-formatted prompts, ending where the assistant's answer begins; tokenize without further
-    special tokens.
+    """Chat-formatted prompts that end where the assistant's answer begins.
 
-    ``ValueError`` when the template takes no system prompt, or leaves it out, or changes a prompt,
-    and for a text that ``check_plain`` refuses.
+    Tokenize them without further special tokens. ``ValueError`` when the template takes no system
+    prompt, or leaves it out, or changes a prompt, and for a text that ``check_plain`` refuses.
     """
     check_plain(tokenizer, prompts, "prompt")
     check_plain(tokenizer, [system_prompt], "system prompt")
@@ -87,20 +79,11 @@ def render(
     ]
     for number, (prompt, text) in enumerate(zip(prompts, texts, strict=True), 1):
         if prompt.strip() not in text:
-            beginning = " ".join(prompt.split()[:4])
-            raise ValueError(
-                _of(
-                    tokenizer,
-                    f"leaves out or changes prompt {number} of {len(prompts)} ('{beginning} ...')",
-                )
-            )
+            which = f"prompt {number} of {len(prompts)} ('{' '.join(prompt.split()[:4])} ...')"
+            raise ValueError(_of(tokenizer, f"leaves out or changes {which}"))
     if not all(system_prompt.strip() in text for text in texts):
-        raise ValueError(
-            _of(
-                tokenizer,
-                "leaves out or changes the system prompt: leave the parameter system_prompt empty",
-            )
-        )
+        fault = "leaves out or changes the system prompt: leave the parameter system_prompt empty"
+        raise ValueError(_of(tokenizer, fault))
     return texts
 
 
@@ -110,36 +93,27 @@ def rendered(
     answer_follows: bool = True,
     settings: dict = TEMPLATE_SETTINGS,
 ) -> str:
-    """One conversation as the template writes it, the assistant's turn opened at its end if an
-    answer is to follow.
+    """One conversation as the template writes it.
 
-    ``ValueError`` in one line when there is no template, or it does not take this conversation.
+    The assistant's turn is opened at its end if an answer is to follow. ``ValueError`` in one line
+    when there is no template, or it does not take this conversation.
     """
     template = _template_of(tokenizer)
     if "strftime_now" in template:
         template = STOPPED_CLOCK + template
+    how = {"chat_template": template, "add_generation_prompt": answer_follows, **settings}
     try:
-        return tokenizer.apply_chat_template(
-            messages,
-            chat_template=template,
-            tokenize=False,
-            add_generation_prompt=answer_follows,
-            **settings,
-        )
+        return tokenizer.apply_chat_template(messages, tokenize=False, **how)
     except Exception as error:  # a template can raise anything
         first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        hint = (
-            " (leave the parameter system_prompt empty)" if messages[0]["role"] == "system" else ""
-        )
-        raise ValueError(
-            _of(tokenizer, f"does not take this conversation: {first_line}{hint}")
-        ) from error
+        has_system = messages[0]["role"] == "system"
+        hint = " (leave the parameter system_prompt empty)" if has_system else ""
+        fault = f"does not take this conversation: {first_line}{hint}"
+        raise ValueError(_of(tokenizer, fault)) from error
 
 
 def check_plain(tokenizer: PreTrainedTokenizerBase, texts: list[str], what: str) -> None:
-    """``ValueError`` in one line for a text that holds what is no text to the tokenizer, such as
-    the end of a turn.
-    """
+    """``ValueError`` in one line for a text with a special token in it, such as an end of turn."""
     marks = _marks(tokenizer)
     for number, text in enumerate(texts, 1):
         if found := next((mark for mark in marks if mark in text), None):
@@ -151,8 +125,9 @@ def check_plain(tokenizer: PreTrainedTokenizerBase, texts: list[str], what: str)
 
 
 def without_special_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
-    """What a model said, without what ``check_plain`` refuses: a model can spell it, letter by
-    letter.
+    """What a model said, without what ``check_plain`` refuses.
+
+    A model can spell it letter by letter.
     """
     marks = _marks(tokenizer)
     while found := next((mark for mark in marks if mark in text), None):
@@ -162,20 +137,17 @@ def without_special_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> str
 
 def _marks(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """The texts of all special tokens and of the token that ends a turn, longest first."""
-    special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
-    end = end_of_turn(tokenizer)
-    ends = set() if end is None else {tokenizer.convert_ids_to_tokens(end)}
-    return sorted(
-        {*tokenizer.all_special_tokens, *special, *ends} - {""}, key=lambda mark: (-len(mark), mark)
-    )
+    added = tokenizer.added_tokens_decoder.values()
+    marks = {*tokenizer.all_special_tokens, *(str(token) for token in added if token.special)}
+    if (end := end_of_turn(tokenizer)) is not None:
+        marks.add(tokenizer.convert_ids_to_tokens(end))
+    return sorted(marks - {""}, key=lambda mark: (-len(mark), mark))
 
 
 def set_chat_template(
     tokenizer: PreTrainedTokenizerBase, chat_template: str = "", system_prompt: str = ""
 ) -> None:
-    """Use a Jinja file as the chat template when one is named; ``check_chat_template`` in any
-    case.
-    """
+    """Use a Jinja file as the chat template if one is named, and check the template."""
     if chat_template:
         if not Path(chat_template).is_file():
             raise FileNotFoundError(
@@ -198,85 +170,69 @@ def _of(tokenizer: PreTrainedTokenizerBase, fault: str) -> str:
     return f"the chat template of '{tokenizer.name_or_path}' {fault}"
 
 
-# ---------------------------------------------------------------------------------------- the probe
+# ------------------------------------------------------------------------------------------- checks
 
 
 def check_chat_template(tokenizer: PreTrainedTokenizerBase, system_prompt: str = "") -> None:
-    """Raise ``ValueError`` in one line for a template under which nothing measured would mean what
-    it says.
+    """``ValueError`` in one line for a template under which no measurement would mean what it says.
 
     A few conversations are rendered. The request must be there unchanged, the same each time, with
-    the system prompt if there is one; then what opens the assistant's turn, right where the
-    template puts an answer: no more, such as a train of thought, and no less.
+    the system prompt if there is one. Then comes what opens the assistant's turn, up to exactly
+    where the template puts an answer: no more, such as a train of thought, and no less.
     """
-    asked = rendered(tokenizer, _talk())
+    other_template = "set the parameter chat_template to a Jinja file"
+    asked = rendered(tokenizer, _conversation())
     if REQUEST not in asked:
         raise ValueError(_of(tokenizer, "leaves out or changes the request"))
-    if any(rendered(tokenizer, _talk()) != asked for _ in range(N_RENDERINGS)):
+    if any(rendered(tokenizer, _conversation()) != asked for _ in range(N_RENDERINGS)):
         raise ValueError(_of(tokenizer, "writes the same request differently from time to time"))
     if system_prompt and REQUEST not in render(tokenizer, [REQUEST], system_prompt)[0]:
-        raise ValueError(
-            _of(tokenizer, "leaves out or changes the request when there is a system prompt")
-        )
+        fault = "leaves out or changes the request when there is a system prompt"
+        raise ValueError(_of(tokenizer, fault))
     after = _after_answer(tokenizer)
     if after and _end_in(tokenizer, after) is None:
-        raise ValueError(
-            _of(
-                tokenizer,
-                f"ends an answer by {after[:24]!r}, which is no token of this tokenizer: set the "
-                "parameter chat_template to a Jinja file that is made for it",
-            )
-        )
+        fault = f"ends an answer by {after[:24]!r}, which is no token of this tokenizer"
+        raise ValueError(_of(tokenizer, f"{fault}: {other_template} that is made for it"))
     if fault := _fault_of_opening(tokenizer):
-        raise ValueError(
-            _of(
-                tokenizer,
-                fault + ": set the parameter chat_template to a Jinja file, or use another model",
-            )
-        )
+        raise ValueError(_of(tokenizer, f"{fault}: {other_template}, or use another model"))
 
 
 def template_tokens(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """The tokens with which a tokenizer and its chat template write a request, an answer and a
-    system prompt.
+    """The tokens with which a tokenizer and its template write a request, answer and system prompt.
 
-    Conversations that the template does not take are left out, as is all that it does where there
-    is none.
+    Conversations that the template does not take are left out, as are all where there is none.
     """
     system = {"role": "system", "content": REQUEST}
+    conversations = (
+        (_conversation(), True),
+        (_conversation(ANSWER), False),
+        ([system, *_conversation()], True),
+    )
     found = set(tokenizer(f"{REQUEST} {NO_WORD}").input_ids)
-    for talk, answer_follows in (
-        (_talk(), True),
-        (_talk(ANSWER), False),
-        ([system, *_talk()], True),
-    ):
+    for messages, answer_follows in conversations:
         try:
-            found |= set(
-                tokenizer(
-                    rendered(tokenizer, talk, answer_follows), add_special_tokens=False
-                ).input_ids
-            )
+            text = rendered(tokenizer, messages, answer_follows)
         except ValueError:  # said where such a conversation is needed
             continue
+        found |= set(tokenizer(text, add_special_tokens=False).input_ids)
     return found
 
 
 def _fault_of_opening(tokenizer: PreTrainedTokenizerBase) -> str:
-    """What is wrong with how a prompt opens the assistant's turn, by where the template puts an
-    answer; "" if nothing.
+    """What is wrong with how a prompt opens the assistant's turn; "" if nothing.
+
+    It is held against where the template puts an answer.
     """
-    asked, turn = (
-        _after_request(rendered(tokenizer, _talk(), follows)) for follows in (True, False)
-    )
+    asked = _after_request(rendered(tokenizer, _conversation()))
+    turn = _after_request(rendered(tokenizer, _conversation(), answer_follows=False))
     tags = THOUGHT_TAG.findall(asked)
     if tags and not CLOSING_TAG.search(tags[-1]):
         return f"opens a train of thought ({tags[-1]!r}) that enable_thinking=False does not close"
     if not asked:
         return "does not open the assistant's turn"
     try:
-        before_answer, found, _ = rendered(
-            tokenizer, _talk(ANSWER), answer_follows=False
-        ).rpartition(ANSWER)
+        answered = rendered(tokenizer, _conversation(ANSWER), answer_follows=False)
+        before_answer, found, _ = answered.rpartition(ANSWER)
     except ValueError:
         found = ""
     if not found:  # it takes no answers, or leaves them out
@@ -288,57 +244,41 @@ def _fault_of_opening(tokenizer: PreTrainedTokenizerBase) -> str:
     else:
         asked, before_answer = _without_thoughts(asked), _without_thoughts(before_answer)
         if not asked.startswith(before_answer):
-            return (
-                "opens the assistant's turn with another text than that which stands before an"
-                " answer"
-            )
+            return "opens the assistant's turn with another text than it puts before an answer"
         has_header = before_answer.startswith(turn) and before_answer != turn
         if has_header and (extra := asked[len(before_answer) :]):
             return f"puts {extra!r} in the assistant's mouth"
-    return (
-        "is that of a model which thinks before it answers and cannot be asked not to"
-        if _always_thinks(tokenizer)
-        else ""
-    )
+    if _always_thinks(tokenizer):
+        return "is that of a model which thinks before it answers and cannot be asked not to"
+    return ""
 
 
 def _always_thinks(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the template drops thoughts from earlier answers, although no setting decides whether
-    there are any.
-    """
+    """Whether the template drops thoughts from earlier answers, and no setting asks for them."""
     thought = "Indeed, indeed."
-    talk = [*_talk(f"<think>\n{thought}\n</think>\n\n{ANSWER}"), *_talk()]
+    answer = f"<think>\n{thought}\n</think>\n\n{ANSWER}"
+    messages = [*_conversation(answer), *_conversation()]
     try:
-        without, with_thoughts = (
-            rendered(tokenizer, talk, settings=how)
-            for how in (TEMPLATE_SETTINGS, THINKING_SETTINGS)
-        )
+        default = rendered(tokenizer, messages, settings=TEMPLATE_SETTINGS)
+        thinking = rendered(tokenizer, messages, settings=THINKING_SETTINGS)
     except ValueError:
         return False
-    return (
-        without == with_thoughts
-        and thought not in without
-        and not THOUGHT_TAG.search(_after_request(without))
-    )
+    opens_thoughts = THOUGHT_TAG.search(_after_request(default))
+    return default == thinking and thought not in default and not opens_thoughts
 
 
-def _talk(answer: str = "") -> list[Message]:
-    return [{"role": "user", "content": REQUEST}] + (
-        [{"role": "assistant", "content": answer}] if answer else []
-    )
+def _conversation(answer: str = "") -> list[Message]:
+    request = {"role": "user", "content": REQUEST}
+    return [request, {"role": "assistant", "content": answer}] if answer else [request]
 
 
 def _after_request(text: str) -> str:
-    """What follows the last request, without white space, which templates put and strip as they
-    like.
-    """
+    """What follows the last request, without white space, which templates put and strip freely."""
     return "".join(text.rpartition(REQUEST)[2].split())
 
 
 def _without_thoughts(text: str) -> str:
-    """Without the closed trains of thought, as they are put in a model's mouth so that it has
-    none.
-    """
+    """A text without closed trains of thought, put in a model's mouth so that it has none."""
     tags = list(THOUGHT_TAG.finditer(text))
     closing = [tag for tag in tags if CLOSING_TAG.search(tag.group())]
     return text[: tags[0].start()] + text[closing[-1].end() :] if closing else text
@@ -348,74 +288,57 @@ def _without_thoughts(text: str) -> str:
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The token that the chat template puts after an answer, else the end-of-sequence token, if
-    there is one.
+    """The token that the chat template puts after an answer, else the end-of-sequence token.
+
+    None where there is neither.
     """
     found = _end_in(tokenizer, _after_answer(tokenizer))
     return tokenizer.eos_token_id if found is None else found
 
 
 def _after_answer(tokenizer: PreTrainedTokenizerBase) -> str:
-    """What the chat template puts after an answer, without white space; "" if nothing, or if it
-    takes no answers.
-    """
+    """What the template puts after an answer, without white space; "" if it takes no answers."""
     try:
-        answered = rendered(tokenizer, _talk(ANSWER), answer_follows=False)
-        asked = rendered(tokenizer, _talk())
+        answered = rendered(tokenizer, _conversation(ANSWER), answer_follows=False)
+        asked = rendered(tokenizer, _conversation())
     except ValueError:  # no template, or one that takes no answers
         return ""
     after = answered.rpartition(ANSWER)[2].strip() if ANSWER in answered else ""
-    return (
-        "" if asked.rstrip().endswith(after) else after
-    )  # the next turn, opened by a template that always opens one
+    # some templates always open the next turn
+    return "" if asked.rstrip().endswith(after) else after
 
 
 def _end_in(tokenizer: PreTrainedTokenizerBase, after: str) -> int | None:
     """The added or special token that a text begins with."""
-    tokens = tokenizer.get_added_vocab() | dict(
-        zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)
-    )
-    found = max(
-        (token for token in tokens if token and after.startswith(token)), key=len, default=None
-    )
-    return None if found is None else tokens[found]
+    special = zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)
+    tokens = tokenizer.get_added_vocab() | dict(special)
+    found = [token for token in tokens if token and after.startswith(token)]
+    return tokens[max(found, key=len)] if found else None
 
 
 def answer_separator(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The white space that the chat template puts between an opened turn and the answer; "" if
-    none, or no answers are taken.
+    """The white space that the chat template puts between an opened turn and the answer.
 
     Such as the space of a template that opens with "Assistant:" and writes "Assistant: " before an
-    answer.
+    answer; "" if there is none, or the template takes no answers.
     """
     try:
-        asked, answered = (
-            rendered(tokenizer, _talk()),
-            rendered(tokenizer, _talk(ANSWER), answer_follows=False),
-        )
+        asked = rendered(tokenizer, _conversation())
+        answered = rendered(tokenizer, _conversation(ANSWER), answer_follows=False)
     except ValueError:  # no template, or one that takes no answers
         return ""
-    opened, before = (
-        _without_thoughts(text.rpartition(REQUEST)[2])
-        for text in (asked, answered.rpartition(ANSWER)[0])
-    )
-    if "".join(opened.split()) != "".join(
-        before.split()
-    ):  # an answer stands elsewhere, as in the template of a guard
-        return ""
+    opened = _without_thoughts(asked.rpartition(REQUEST)[2])
+    before = _without_thoughts(answered.rpartition(ANSWER)[0].rpartition(REQUEST)[2])
+    if "".join(opened.split()) != "".join(before.split()):
+        return ""  # an answer stands elsewhere, as in the template of a guard
     there, wanted = (text[len(text.rstrip()) :] for text in (opened, before))
     return wanted.removeprefix(there) if wanted.startswith(there) else ""
 
 
 def end_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Every token that ends an answer: the model's, the tokenizer's and the chat template's; none
-    if there is none at all.
-    """
+    """Every token that ends an answer: the model's, the tokenizer's and the chat template's."""
     inner = without_wrappers(model) if isinstance(model, nn.Module) else model
     own = getattr(getattr(inner, "generation_config", None), "eos_token_id", None)
-    ends = [
-        *(own if isinstance(own, (list, tuple)) else [own]),
-        tokenizer.eos_token_id,
-        end_of_turn(tokenizer),
-    ]
+    own = own if isinstance(own, (list, tuple)) else [own]
+    ends = [*own, tokenizer.eos_token_id, end_of_turn(tokenizer)]
     return sorted({int(end) for end in ends if end is not None})

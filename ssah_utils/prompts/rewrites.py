@@ -1,8 +1,7 @@
 """Requests rewritten into the past tense, which asks for the same while it sounds like history.
 
-Two sources: a rule that works on every imperative request and so has a harmless control of the same
-form, and published rewrites, where they can be paired with a request in the present tense. Knows
-text only.
+Two sources: a rule that works on every imperative request, and so has a harmless control of the
+same form; and published rewrites, where they can be paired with a request in the present tense.
 """
 
 import re
@@ -29,33 +28,35 @@ PAIRED = 0.6  # Jaccard similarity of word stems, tense apart
 
 
 def past_tense(request: str) -> str | None:
-    """An imperative request as a question about the past; None for a request that is no imperative.
+    """An imperative request as a question about the past; None for one that is no imperative.
 
-    "Write X" becomes "How did people write X in the past?", "Give a tutorial on how to X" "How did
-    people X in the past?": after "did" the verb keeps its form, so no table of irregular verbs is
-    needed.
+    After "did" the verb keeps its form, so no table of irregular verbs is needed.
+
+    >>> past_tense("Write a poem.")
+    'How did people write a poem in the past?'
+    >>> past_tense("Give a tutorial on how to bake bread")
+    'How did people bake bread in the past?'
     """
     text = request.strip().rstrip(".!?")
     if not IMPERATIVES.match(text):
         return None
     text = re.sub(r"^please ", "", text, flags=re.IGNORECASE)
     how_to = HOW_TO.match(text)
-    return (
-        f"How did people {how_to.group(1) if how_to else text[0].lower() + text[1:]} in the past?"
-    )
+    deed = how_to.group(1) if how_to else text[0].lower() + text[1:]
+    return f"How did people {deed} in the past?"
 
 
 def in_past_tense(table: pd.DataFrame) -> pd.DataFrame:
-    """The imperative requests of a data set, rewritten by ``past_tense``; ``present`` keeps them as
-    they were.
+    """The imperative requests of a data set, rewritten by ``past_tense``.
+
+    The column ``present`` keeps them as they were.
     """
     rewritten = table.assign(present=table["prompt"], prompt=table["prompt"].map(past_tense))
     return rewritten.dropna(subset="prompt").reset_index(drop=True)
 
 
 def published_pairs(table: pd.DataFrame, rewrites: str = "past-tense") -> pd.DataFrame:
-    """Requests of ``table`` that a published rewrite resembles: the rows, with a column ``past``
-    (the closest rewrite).
+    """Requests of ``table`` that a published rewrite resembles, with the closest one as ``past``.
 
     The published list names no originals, so pairs are found by their words: stems, without words
     that mark the tense.

@@ -1,6 +1,6 @@
 """From rendered prompts and responses to token ids, labels and padded batches.
 
-Knows tokenizers. Does not know models or data sets.
+Does not know models or data sets.
 """
 
 import torch
@@ -11,8 +11,6 @@ from ssah_utils.prompt_cache import answer_ids, token_ids
 from ssah_utils.prompts.chat import check_plain, end_of_turn
 
 IGNORED = -100  # label of positions that carry no loss, as torch's cross_entropy has it
-
-
 POSITIONS = ("response", "prompt", "all")
 
 
@@ -23,35 +21,28 @@ def encode(
     max_response_tokens: int,
     end: bool = True,
 ) -> list[dict[str, list[int]]]:
-    """``input_ids`` and ``labels`` of rendered prompts and their responses; labels are ``IGNORED``
-    over the prompt.
+    """``input_ids`` and ``labels`` of rendered prompts with responses; the prompt is ``IGNORED``.
 
-    A response has the tokens that it has right there, behind the white space that the chat template
-    puts before it.
-
-    ``end`` appends the token that ends a turn, but never to a response cut at
-    ``max_response_tokens``: a model trained on it would learn to stop in mid-sentence.
-    ``ValueError`` when there is none, and for a response that holds one, or another special token,
-    as text.
+    A response has the tokens that it has in its place, behind the white space that the chat
+    template puts before it. ``end`` appends the token that ends a turn, but never to a response cut
+    at ``max_response_tokens``: a model trained on it would learn to stop in mid-sentence. Raises
+    ``ValueError`` when there is no such token, and for a response that holds it, or another special
+    token, as text.
     """
     check_plain(tokenizer, responses, "response")
     last = end_of_turn(tokenizer) if end else None
     if end and last is None:
         raise ValueError(
-            f"the tokenizer of '{tokenizer.name_or_path}' has no token that ends an answer: set its"
-            " eos_token"
+            f"the tokenizer of '{tokenizer.name_or_path}' has no token that ends an answer:"
+            " set its eos_token"
         )
+    all_prompt_ids = token_ids(tokenizer, prompts)
+    all_response_ids = answer_ids(tokenizer, prompts, responses)
     examples = []
-    for prompt_ids, response_ids in zip(
-        token_ids(tokenizer, prompts), answer_ids(tokenizer, prompts, responses), strict=True
-    ):
+    for prompt_ids, response_ids in zip(all_prompt_ids, all_response_ids, strict=True):
         response_ids = (response_ids + [last] * end)[:max_response_tokens]
-        examples.append(
-            {
-                "input_ids": prompt_ids + response_ids,
-                "labels": [IGNORED] * len(prompt_ids) + response_ids,
-            }
-        )
+        labels = [IGNORED] * len(prompt_ids) + response_ids
+        examples.append({"input_ids": prompt_ids + response_ids, "labels": labels})
     return examples
 
 
@@ -61,21 +52,21 @@ def token_batches(
     batch_size: int = 16,
     sort: bool = True,
 ) -> list[dict[str, Tensor]]:
-    """Right-padded batches with the positions to score: input_ids, attention_mask, positions (B,
-    T); of similar length.
+    """Right-padded batches of similar length: input_ids, attention_mask and positions, (B, T) each.
 
-    ``response`` marks the positions that predict a response token (from the prompt's last token
-    on), ``prompt`` those before, ``all`` both. The last token predicts nothing and is never marked.
-    ``sort=False`` keeps the examples' order.
+    ``positions`` are those to look at: ``response`` marks the ones that predict a response token
+    (from the prompt's last token on), ``prompt`` those before, ``all`` both. The last token
+    predicts nothing and is never marked. ``sort=False`` keeps the examples' order.
     """
     if positions not in POSITIONS:
         raise ValueError(f"unknown positions '{positions}' (there: {', '.join(POSITIONS)})")
+    pad = torch.nn.functional.pad
     batches = []
     ordered = sorted(examples, key=lambda example: len(example["input_ids"])) if sort else examples
     for start in range(0, len(ordered), batch_size):
         ids, labels, mask = right_padded(ordered[start : start + batch_size])
-        attended_next = torch.nn.functional.pad(mask[:, 1:], (0, 1)).bool()
-        predicts_response = torch.nn.functional.pad(labels[:, 1:] != IGNORED, (0, 1))
+        attended_next = pad(mask[:, 1:], (0, 1)).bool()
+        predicts_response = pad(labels[:, 1:] != IGNORED, (0, 1))
         marked = {
             "response": predicts_response,
             "prompt": attended_next & ~predicts_response,
@@ -86,7 +77,7 @@ def token_batches(
 
 
 def right_padded(examples: list[dict[str, list[int]]]) -> tuple[Tensor, Tensor, Tensor]:
-    """input_ids, labels, attention_mask: (B, T) int64."""
+    """A batch of examples: input_ids, labels and attention_mask, (B, T) int64 each."""
 
     def pad(key: str, value: int) -> Tensor:
         rows = [torch.tensor(example[key]) for example in examples]

@@ -45,7 +45,8 @@ if TYPE_CHECKING:  # the same once more, for type checkers and editors
     from ssah_utils.prompts.datasets import load_dataset
     from ssah_utils.scores import variance_norm, zscore_per_module
     from ssah_utils.unit_training import freezing, training_only
-    from ssah_utils.units import load_set, partition, random_units, save_set, top_units
+    from ssah_utils.unit_files import load_set, save_set
+    from ssah_utils.units import partition, random_units, top_units
 
 __all__ = [
     "PerUnit",
@@ -78,7 +79,8 @@ _HOMES = {
     "prompts.datasets": ("load_dataset",),
     "scores": ("variance_norm", "zscore_per_module"),
     "unit_training": ("freezing", "training_only"),
-    "units": ("load_set", "partition", "random_units", "save_set", "top_units"),
+    "unit_files": ("load_set", "save_set"),
+    "units": ("partition", "random_units", "top_units"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 
-from ssah_utils import fingerprints, models, units
+from ssah_utils import models, unit_files, units
 from ssah_utils.files import REFERENCE, ROOT
 from ssah_utils.per_unit import KINDS, PerUnit
 from ssah_utils.pipeline import cli, publish, run, summary
@@ -102,10 +102,11 @@ def own_files(saved_llama, llama, tmp_path, monkeypatch) -> PerUnit:
         PerUnit({kind: torch.rand(size, generator=generator) for kind, size in sizes.items()})
         for _ in range(2)
     )
-    fingerprint = fingerprints.fingerprint(llama)
-    parted = units.partition(z_safety, z_utility, 0.1, 0.1, 0.1, fingerprint=fingerprint)
-    units.save_partition("units.safetensors", parted)
-    units.save_set("frozen_units.safetensors", parted.units("safety"), fingerprint, "safety units")
+    about = unit_files.ModelInfo.of(llama)
+    parted = units.partition(z_safety, z_utility, 0.1, 0.1, 0.1, fingerprint=about.fingerprint)
+    unit_files.save_partition("units.safetensors", parted, about)
+    frozen = parted.units("safety")
+    unit_files.save_set("frozen_units.safetensors", frozen, about, "safety units")
     (tmp_path / "answers.jsonl").write_text(
         '{"prompt": "Name a tree.", "response": "An oak.", "base_nll": 1.5}\n'
     )

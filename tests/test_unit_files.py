@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ssah_utils import files, fingerprints, interventions, models, unit_files
+from ssah_utils import files, fingerprints, interventions, models, scoring, unit_files
 from ssah_utils.models import ModelShape
 from ssah_utils.per_unit import KINDS, PerUnit
 from ssah_utils.unit_files import ModelInfo, ScoreInfo, SetInfo, UnitFileInfo
@@ -140,10 +140,16 @@ def test_one_of_several_sets_is_read_by_its_name(saved):
 
 def test_a_partition_survives_its_file(path):
     z = {"z_safety": random_scores(0), "z_utility": random_scores(1)}
-    about_z = {name: ScoreInfo("drawn", "standard deviations") for name in z}
     parted = partition(*z.values(), 0.2, 0.2, 0.2, fingerprint=MODEL.fingerprint)
     unit_files.save_partition(
-        path, parted, MODEL, z, about_z, fractions={"safety": 0.2}, data={"safety": "x"}, seed=5
+        path,
+        parted,
+        MODEL,
+        z,
+        scoring.Z_SCORES,
+        fractions={"safety": 0.2},
+        data={"safety": "x"},
+        seed=5,
     )
     found, scores = unit_files.load_partition(path, MODEL.fingerprint)
     assert found.fingerprint == parted.fingerprint
@@ -151,6 +157,7 @@ def test_a_partition_survives_its_file(path):
     assert same(scores, z)
     said = unit_files.load_units(path).info.sets
     assert list(said) == list(GROUPS)
+    assert unit_files.load_units(path).info.scores == scoring.Z_SCORES
     assert {
         (info.seed, info.fractions["safety"], info.data["safety"]) for info in said.values()
     } == {(5, 0.2, "x")}

@@ -12,8 +12,20 @@ from ssah_utils.activations import ChannelMoments
 from ssah_utils.evaluation import Progress, _silent
 from ssah_utils.per_unit import PerUnit
 from ssah_utils.prompts import tokens
+from ssah_utils.unit_files import ScoreInfo
 
 Batches = Iterable[dict[str, Tensor]]
+Z_SCORES = {  # the scores of a partition, by their names in a unit file
+    f"z_{name}": ScoreInfo(
+        "variance of the channel times squared norm of its column, standardised within its module,"
+        f" on {requests}",
+        "standard deviations",
+    )
+    for name, requests in (
+        ("safety", "harmful requests that the model refuses"),
+        ("utility", "harmless requests that it answers"),
+    )
+}
 
 
 def standardised(moments: ChannelMoments, squared_norms: PerUnit) -> PerUnit:

@@ -22,6 +22,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -189,31 +190,34 @@ def save_units(
 def save_set(
     path: Path | str,
     chosen: PerUnit,
-    model: ModelInfo,
+    model: nn.Module | ModelInfo,
     what: str,
     name: str = "set",
-    **found: object,
+    **found: Any,
 ) -> None:
-    """Write one set of units, to take away; ``found`` is how it was found, as in ``SetInfo``."""
-    about = UnitFileInfo(model, {name: SetInfo(what, **found)})
+    """Write one set of a model's units, to take away: ``what`` it is in words, and how it was
+    ``found``, as in ``SetInfo``.
+    """
+    about = UnitFileInfo(_described(model), {name: SetInfo(what, **found)})
     save_units(path, {name: chosen}, about=about)
 
 
 def save_partition(
     path: Path | str,
     partition: UnitPartition,
-    model: ModelInfo,
+    model: nn.Module | ModelInfo,
     scores: Mapping[str, PerUnit] | None = None,
     about_scores: Mapping[str, ScoreInfo] | None = None,
     *,
     method: str = "contrast of two standardised scores (SSAH section 4.1)",
-    **found: object,
+    **found: Any,
 ) -> None:
     """Write a partition as one set per group, and the scores it was made from.
 
     ``found`` is how it was found, as in ``SetInfo``. ``ValueError`` for a partition of another
     model than the one that is described.
     """
+    model = _described(model)
     if partition.fingerprint not in ("", model.fingerprint):
         raise ValueError(
             f"the partition belongs to model {partition.fingerprint}, not to {model}: describe the"
@@ -226,6 +230,10 @@ def save_partition(
     )
     sets = {group: partition.units(group) for group in GROUPS}
     save_units(path, sets, scores, about=about)
+
+
+def _described(model: nn.Module | ModelInfo) -> ModelInfo:
+    return model if isinstance(model, ModelInfo) else ModelInfo.of(model)
 
 
 def _check_names(values: Mapping, about: Mapping, what: str) -> None:
@@ -379,7 +387,7 @@ def _current(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> Unit
     return UnitFile(sets, scores, info)
 
 
-def _made(kind: type, said: Mapping) -> object:
+def _made(kind: type, said: Mapping) -> Any:
     """A dataclass from JSON that may say more than this version knows."""
     return kind(**{one.name: said[one.name] for one in fields(kind) if one.name in said})
 

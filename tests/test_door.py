@@ -135,7 +135,7 @@ for layer, block in enumerate(model.model.layers):
     chosen = units["mlp"][layer]
     assert torch.equal(new[:, chosen], old[:, chosen])
     assert not torch.equal(new[:, ~chosen], old[:, ~chosen])
-ssah.save_set(sys.argv[2], units, ssah.fingerprint(model), "the top tenth")
+ssah.save_set(sys.argv[2], units, model, "the top tenth")
 assert ssah.load_set(sys.argv[2], ssah.fingerprint(model)).equals(units)
 assert len(ssah.load_dataset("helpful")) > 100
 print("done", sorted(HIDDEN & set(sys.modules)))

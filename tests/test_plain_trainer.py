@@ -33,9 +33,7 @@ def chosen_of(model) -> PerUnit:
 
 def test_frozen_units_survive_a_plain_script(saved_llama, llama, data, tmp_path):
     frozen = chosen_of(llama)
-    unit_files.save_set(
-        tmp_path / "units.safetensors", frozen, ModelInfo.of(llama), "a random set", seed=0
-    )
+    unit_files.save_set(tmp_path / "units.safetensors", frozen, llama, "a random set", seed=0)
     plain_trainer.main(
         str(saved_llama), str(tmp_path / "units.safetensors"), str(data), str(tmp_path / "out")
     )

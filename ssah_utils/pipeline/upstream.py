@@ -5,6 +5,7 @@ All of it is asked of the run, so that what was read is in the result, with its 
 
 import difflib
 import json
+from pathlib import Path
 
 import pandas as pd
 import torch
@@ -51,6 +52,16 @@ def load_tokenizer(run: Run) -> PreTrainedTokenizerBase:
 def parameters(run: Run, stage: str) -> dict:
     """The parameters that an earlier notebook was run with, for those that must agree with it."""
     return load_result(run.upstream(stage, "result.json"))["parameters"]
+
+
+def describe_model(run: Run, model: nn.Module) -> unit_files.ModelInfo:
+    """A run's aligned model for a unit file: whose it is, and whether 01 aligned it."""
+    name, places = run.parameters["model"], model_places(run)
+    name = Path(name).name if Path(name).is_absolute() else name
+    aligned_here = places["aligned"] != places["base"]
+    return unit_files.ModelInfo.of(
+        model, f"{name}, aligned by 01_alignment" if aligned_here else name
+    )
 
 
 def load_partition(run: Run, model: nn.Module) -> tuple[units.UnitPartition, dict[str, PerUnit]]:

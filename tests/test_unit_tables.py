@@ -11,6 +11,7 @@ from torch import nn
 
 from ssah_utils import models, unit_files, unit_tables
 from ssah_utils.per_unit import KINDS, PerUnit
+from ssah_utils.pipeline import cli
 from ssah_utils.unit_files import ModelInfo, ScoreInfo, SetInfo, UnitFileInfo
 from tests.conftest import writers_by_name
 from tests.test_unit_files import COMMITTED, MODEL, SHAPE, random_scores, random_set, same
@@ -159,3 +160,30 @@ def test_a_table_of_one_kind_gives_values_of_one_kind(file, tmp_path):
     table[table["kind"] == "mlp"].to_csv(tmp_path / "mlp.csv", index=False)
     sets, _ = unit_tables.read_table(tmp_path / "mlp.csv")
     assert sets["safety"].equals(PerUnit({"mlp": SETS["safety"]["mlp"]}))
+
+
+# -------------------------------------------------------------------------------------- the command
+
+
+def test_a_unit_file_is_exported_by_the_command(file, tmp_path, capsys):
+    assert cli.main(["export", str(file), "--to", str(tmp_path / "units.csv")]) == 0
+    assert capsys.readouterr().out.strip().endswith("units.csv")
+    sets, scores = unit_tables.read_table(tmp_path / "units.csv")
+    stored = unit_files.load_units(file)
+    assert sets.keys() == stored.sets.keys() and scores.keys() == stored.scores.keys()
+
+
+@pytest.mark.parametrize("name", ["units.txt", "units"])
+def test_a_table_of_another_kind_is_refused_before_anything_is_written(
+    file, tmp_path, capsys, name
+):
+    assert cli.main(["export", str(file), "--to", str(tmp_path / name)]) == 1
+    assert "error: " in capsys.readouterr().err
+    assert not (tmp_path / name).exists()
+
+
+def test_a_file_that_is_not_there_is_one_line(tmp_path, capsys):
+    to = str(tmp_path / "units.csv")
+    assert cli.main(["export", str(tmp_path / "none.safetensors"), "--to", to]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "none.safetensors does not exist" in line

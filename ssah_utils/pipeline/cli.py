@@ -92,6 +92,17 @@ def publish(options: argparse.Namespace) -> int:
     return max([0, *(failed(problem, 1) for problem in problems)])
 
 
+def export(options: argparse.Namespace) -> int:
+    from ssah_utils import unit_tables
+
+    try:
+        unit_tables.export_units(options.file, options.to)
+    except (OSError, ValueError, ModuleNotFoundError) as error:
+        return failed(error, 1)
+    print(options.to)
+    return 0
+
+
 def download(options: argparse.Namespace) -> int:
     from ssah_utils import assets
 
@@ -180,6 +191,17 @@ def parsers() -> tuple[Parser, dict[str, Parser]]:
         type=int,
         default=0,
         help="other seeds than 0 are stored beside it, as data/reference/seed-K",
+    )
+
+    exporting = command(
+        "export",
+        export,
+        "Write the sets and scores of a unit file as a table, one row a unit.",
+        "docs/unit-files.md says what the columns are.",
+    )
+    exporting.add_argument("file", type=Path, help="a unit file, e.g. units.safetensors")
+    exporting.add_argument(
+        "--to", type=Path, required=True, metavar="TABLE", help="a .csv or .parquet file"
     )
 
     command(

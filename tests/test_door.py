@@ -196,8 +196,9 @@ def test_extras_are_those_of_the_project_file():
 
 
 def test_every_requirement_is_locked():
-    lock = (files.ROOT / "requirements.lock").read_text(encoding="utf-8")
-    locked = {line.split("==")[0].lower() for line in lock.splitlines() if "==" in line}
+    locks = [path.read_text(encoding="utf-8") for path in files.ROOT.glob("requirements*.lock")]
+    pinned = [line for line in "\n".join(locks).splitlines() if "==" in line]
+    locked = {line.split("==")[0].lower().replace("_", "-") for line in pinned}
     requirements = [*PROJECT["dependencies"]]
     for several in PROJECT["optional-dependencies"].values():
         requirements += several

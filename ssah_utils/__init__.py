@@ -44,8 +44,8 @@ if TYPE_CHECKING:  # the same once more, for type checkers and editors
     from ssah_utils.per_unit import PerUnit
     from ssah_utils.prompts.datasets import load_dataset
     from ssah_utils.scores import variance_norm, zscore_per_module
-    from ssah_utils.unit_training import freezing, training_only
     from ssah_utils.unit_files import load_set, save_set
+    from ssah_utils.unit_training import freezing, training_only
     from ssah_utils.units import partition, random_units, top_units
 
 __all__ = [

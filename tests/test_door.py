@@ -197,7 +197,8 @@ def test_extras_are_those_of_the_project_file():
 
 def test_every_requirement_is_locked():
     lock = (files.ROOT / "requirements.lock").read_text(encoding="utf-8")
-    locked = {line.split("==")[0].lower() for line in lock.splitlines() if "==" in line}
+    pins = re.findall(r"^([\w.-]+)==", lock, re.M)
+    locked = {name.lower().replace("_", "-") for name in pins}
     requirements = [*PROJECT["dependencies"]]
     for several in PROJECT["optional-dependencies"].values():
         requirements += several

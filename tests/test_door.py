@@ -196,8 +196,9 @@ def test_extras_are_those_of_the_project_file():
 
 
 def test_every_requirement_is_locked():
-    lock = (files.ROOT / "requirements.lock").read_text(encoding="utf-8")
-    pins = re.findall(r"^([\w.-]+)==", lock, re.M)
+    locks = [files.ROOT / name for name in ("requirements.lock", "requirements-site.lock")]
+    text = "\n".join(path.read_text(encoding="utf-8") for path in locks)
+    pins = re.findall(r"^([\w.-]+)==", text, re.M)
     locked = {name.lower().replace("_", "-") for name in pins}
     requirements = [*PROJECT["dependencies"]]
     for several in PROJECT["optional-dependencies"].values():

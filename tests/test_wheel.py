@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from ssah_utils import units
+from ssah_utils import unit_files
 from ssah_utils.files import REFERENCE, ROOT
 from ssah_utils.pipeline import redraw, stamps
 from tests.test_door import ABLATE_AND_FREEZE
@@ -129,11 +129,12 @@ def test_units_are_ablated_frozen_saved_and_read(installed):
     said = installed.python(f"import sys\nHIDDEN = set()\n{ABLATE_AND_FREEZE}", "-", "set")
     assert said == "done []\n"
     code = (
-        "from ssah_utils import files, units\n"
-        "parted, _ = units.load_partition(files.REFERENCE / '03_units' / 'units.safetensors')\n"
+        "from ssah_utils import files, unit_files\n"
+        "place = files.REFERENCE / '03_units' / 'units.safetensors'\n"
+        "parted, _ = unit_files.load_partition(place)\n"
         "print(parted.units('safety').count())"
     )
-    parted, _ = units.load_partition(REFERENCE / "03_units" / "units.safetensors")
+    parted, _ = unit_files.load_partition(REFERENCE / "03_units" / "units.safetensors")
     assert int(installed.python(code)) == parted.units("safety").count() > 0
 
 

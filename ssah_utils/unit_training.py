@@ -282,8 +282,8 @@ class PartialLinear(nn.Module):
             copy = self.autocast_copy
             if copy is None or copy.dtype != dtype or copy.device != whole.device:
                 with torch.inference_mode(False):  # it is written to outside of that mode, too
-                    self.autocast_copy = whole.to(dtype)
-            whole = self.autocast_copy
+                    copy = self.autocast_copy = whole.to(dtype)
+            whole = copy
         with torch.no_grad():
             return whole.index_copy_(0, self.trained, self.block.detach().to(dtype))
 

@@ -1,4 +1,5 @@
-# reproduce · reference · test · figures · lab · site · bench · bench-gpu : each target sets up what it needs.
+# reproduce · reference · test · test-wheel · figures · lab · lint · site · bench · bench-gpu : each target sets up what
+# it needs.
 #   make reproduce PROFILE=smoke|laptop|reference
 #   make reference PROFILE=laptop OTHER_SEEDS="1 2"    what is committed: several seeds, published; seed 0 last, as it reads the others
 #   make test PIP_FLAGS=...   further flags for pip, e.g. the index of CPU-only torch builds
@@ -15,7 +16,7 @@ OTHER_MACHINE := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INS
 NUMERICAL := $(addprefix tests/test_,activations.py evaluation.py interventions.py models.py prompt_cache.py \
   real_model.py scores.py search.py stats.py stepwise.py training.py unit_training.py units.py)
 
-.PHONY: reproduce reference test test-other-machine figures lab site bench bench-gpu lint clean
+.PHONY: reproduce reference test test-wheel test-other-machine figures lab site bench bench-gpu lint clean
 
 reproduce: $(VENV)/installed
 	$(BIN)/ssah run --profile $(PROFILE)
@@ -25,10 +26,13 @@ reference: $(VENV)/installed
 	for seed in $(OTHER_SEEDS) 0; do $(BIN)/ssah run --profile $(PROFILE) --set seed=$$seed || exit 1; done
 	for seed in $(OTHER_SEEDS) 0; do $(BIN)/ssah publish --profile $(PROFILE) --seed $$seed || exit 1; done
 
-test: $(VENV)/installed
+test: $(VENV)/installed lint
 	$(BIN)/ssah download
-	$(BIN)/ruff check .
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
+
+# The package as it is installed from a wheel, outside of the clone.
+test-wheel: $(VENV)/installed
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m wheel tests/test_wheel.py
 
 # The numerical tests once more as on another kind of machine; nothing to do where this is one of that kind.
 test-other-machine: $(VENV)/installed
@@ -53,9 +57,11 @@ bench: $(VENV)/installed
 bench-gpu: $(VENV)/installed
 	$(BIN)/python -m tests.bench_gpu
 
+# Rules and format, and the types of the public part; all set in pyproject.toml.
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 # The stamp is newer than the lock exactly when what the lock names is installed.
 $(VENV)/installed: requirements.lock pyproject.toml

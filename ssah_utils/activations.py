@@ -174,10 +174,10 @@ def gradient_activation(model: nn.Module, batches: Iterable[Batch]) -> PerUnit:
     the model's precision. Parameters get no gradient, which saves half of a backward pass. Raises
     ``ValueError`` when no position is marked.
     """
-    model = weights.gathered(model)
-    backbone = models.backbone_of(model)
-    device = next(model.parameters()).device
-    n_layers = len(models.blocks_of(model))
+    plain = weights.gathered(model)
+    backbone = models.backbone_of(plain)
+    device = next(plain.parameters()).device
+    n_layers = len(models.blocks_of(plain))
     totals = {kind: [torch.zeros((), dtype=torch.float64)] * n_layers for kind in per_unit.KINDS}
     count = 0
     selected: Tensor  # flat indices of the marked positions of the batch at hand
@@ -197,12 +197,12 @@ def gradient_activation(model: nn.Module, batches: Iterable[Batch]) -> PerUnit:
 
         return hook
 
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    with wrappers.evaluating(model), models.hooking() as handles:
+    trained = [parameter for parameter in plain.parameters() if parameter.requires_grad]
+    with wrappers.evaluating(plain), models.hooking() as handles:
         for kind in per_unit.KINDS:
-            for layer, module in enumerate(models.writers(model, kind)):
+            for layer, module in enumerate(models.writers(plain, kind)):
                 handles.append(module.register_forward_pre_hook(observe(kind, layer)))
-        embedding = model.get_input_embeddings()
+        embedding = plain.get_input_embeddings()
         track = lambda module, args, output: output.requires_grad_()  # noqa: E731
         handles.append(embedding.register_forward_hook(track))
         try:
@@ -218,7 +218,7 @@ def gradient_activation(model: nn.Module, batches: Iterable[Batch]) -> PerUnit:
                 with torch.enable_grad():
                     hidden = backbone(**inputs_of(backbone, batch, device)).last_hidden_state
                     states = hidden[:, :-1][marked.to(hidden.device)]
-                    logits = models.logits_of(model, states).float()
+                    logits = models.logits_of(plain, states).float()
                     targets = targets.to(logits.device)
                     nn.functional.cross_entropy(logits, targets, reduction="sum").backward()
         finally:

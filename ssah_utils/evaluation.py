@@ -100,19 +100,19 @@ def response_nll(
 
     (n_prompts,); NaN for a response without a token.
     """
-    model = wrappers.without_wrappers(model)
+    plain = wrappers.without_wrappers(model)
     examples = encode(tokenizer, prompts, responses, max_response_tokens, end=False)
     n_labels = [sum(label != IGNORED for label in example["labels"]) for example in examples]
-    prompt_cache.check_lengths(tokenizer, model.config, prompts, n_labels)
+    prompt_cache.check_lengths(tokenizer, plain.config, prompts, n_labels)
     nll = np.full(len(examples), np.nan)
     sequences = [example["input_ids"] for example in examples]
     for rows in prompt_cache.length_sorted(sequences, batch_size):
         ids, labels, mask = right_padded([examples[row] for row in rows])
-        inputs = {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
+        inputs = {"input_ids": ids.to(plain.device), "attention_mask": mask.to(plain.device)}
         # logits from the batch's earliest response token on
         n_kept = int((labels != IGNORED).flip(1).cumsum(1).argmax(1).max()) + 2
-        with wrappers.evaluating(model):
-            output = model(**inputs, use_cache=False, logits_to_keep=n_kept)
+        with wrappers.evaluating(plain):
+            output = plain(**inputs, use_cache=False, logits_to_keep=n_kept)
         logits = output.logits[:, :-1].cpu()
         targets = labels[:, -logits.shape[1] :]
         marked = targets != IGNORED

@@ -32,16 +32,16 @@ def fingerprint(model: nn.Module) -> str:
     loaded, tied or not, and with untrained rows added to its vocabulary. Another one while
     ``interventions.ablated`` holds units.
     """
-    model = gathered(model)
-    architecture_of(model)
+    plain = gathered(model)
+    architecture_of(plain)
     config = {
         key: value
-        for key, value in model.config.to_diff_dict().items()
+        for key, value in plain.config.to_diff_dict().items()
         if key not in COSMETIC and not key.endswith("_token_id") and not key.startswith("_")
     }
-    tables = (model.get_input_embeddings(), model.get_output_embeddings())
+    tables = (plain.get_input_embeddings(), plain.get_output_embeddings())
     vocabulary = {table.weight.data_ptr() for table in tables}
-    state = model.state_dict().items()
+    state = plain.state_dict().items()
     tensors = {_without_wrappers(name): tensor.detach() for name, tensor in state}
     # tied tensors are hashed once
     places = {
@@ -58,12 +58,12 @@ def fingerprint(model: nn.Module) -> str:
         hashes = dict(zip(distinct, pool.map(hash_of, distinct.values()), strict=True))
     held = [
         [_without_wrappers(name), _hash_of_values(hook.channels), _hash_of_values(hook.fill)]
-        for name, module in model.named_modules()
+        for name, module in plain.named_modules()
         for hook in module._forward_pre_hooks.values()
         if hasattr(hook, "fill")
     ]
     by_name = {name: hashes[place] for name, place in places.items()}
-    return sha256_of([model.config.model_type, config, by_name, held])[:16]
+    return sha256_of([plain.config.model_type, config, by_name, held])[:16]
 
 
 def _hash_of_values(tensor: Tensor) -> str:
@@ -72,7 +72,7 @@ def _hash_of_values(tensor: Tensor) -> str:
     if tensor.is_floating_point():
         values = tensor.to(torch.bfloat16).contiguous().view(torch.int16)
     digest = hashlib.sha256(repr(tuple(tensor.shape)).encode())
-    digest.update(values.cpu().numpy())
+    digest.update(values.cpu().numpy().data)
     return digest.hexdigest()
 
 

@@ -8,7 +8,7 @@ import functools
 import weakref
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -106,7 +106,7 @@ class Watch:
     what stands in for it.
     """
 
-    def __init__(self, model: nn.Module, replaced: dict[nn.Parameter, nn.Parameter]) -> None:
+    def __init__(self, model: nn.Module, replaced: dict[Tensor, nn.Parameter]) -> None:
         self.members, self.replaced = set(model.parameters()), replaced
         self.is_trained = False  # whether any optimizer has stepped on a trained parameter
         self.idle: weakref.WeakSet = weakref.WeakSet()  # optimizers that stepped, but on none

@@ -102,12 +102,14 @@ class SmallWriter(nn.Module):
     y = W[:, kept] x[kept] + W[:, dropped] mean[dropped] + b.
     """
 
+    kept: Tensor
+
     def __init__(self, old: nn.Module, kept: Tensor, mean: Tensor) -> None:
         super().__init__()
         weight = models.column_weight(old).detach()
         bias = (mean * ~kept).to(weight) @ weight.T
-        if getattr(old, "bias", None) is not None:
-            bias = bias + old.bias.detach()
+        if (old_bias := getattr(old, "bias", None)) is not None:
+            bias = bias + old_bias.detach()
         self.weight = nn.Parameter(weight[:, kept].clone())
         self.bias = nn.Parameter(bias)
         self.register_buffer("kept", kept.nonzero().squeeze(1).to(weight.device), persistent=False)
@@ -121,6 +123,8 @@ class SmallReader(nn.Module):
 
     They read as zero, so the block's shapes stay as they are.
     """
+
+    kept: Tensor
 
     def __init__(self, old: nn.Module, needed: Tensor, offsets: list[int]) -> None:
         super().__init__()

@@ -170,9 +170,9 @@ def logits_of(model: nn.Module, hidden: Tensor) -> Tensor:
 
     With the soft-capping that Gemma 2 applies after its head.
     """
-    model = unwrapped(model)
-    logits = model.get_output_embeddings()(hidden)
-    cap = getattr(model.config, "final_logit_softcapping", None)
+    plain = unwrapped(model)
+    logits = plain.get_output_embeddings()(hidden)
+    cap = getattr(plain.config, "final_logit_softcapping", None)
     return logits if cap is None else cap * torch.tanh(logits / cap)
 
 

@@ -168,11 +168,12 @@ class PerUnit(Mapping[str, Tensor]):
     def _shapes(self) -> list[tuple]:
         return [(kind, *tensor.shape) for kind, tensor in self.items()]
 
-    def _with(self, other: object, function: Callable[[Tensor, object], Tensor]) -> "PerUnit":
-        is_known = isinstance(other, PerUnit | int | float)
-        return self.map(function, other) if is_known else NotImplemented
+    def _with(self, other: object, function: Callable[..., Tensor]) -> "PerUnit":
+        if not isinstance(other, PerUnit | int | float):
+            return NotImplemented
+        return self.map(function, other)
 
-    def _of_sets(self, other: object, function: Callable[[Tensor, Tensor], Tensor]) -> "PerUnit":
+    def _of_sets(self, other: object, function: Callable[..., Tensor]) -> "PerUnit":
         if not isinstance(other, PerUnit):
             return NotImplemented
         return self.as_set().map(function, other.as_set())

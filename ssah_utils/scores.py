@@ -65,7 +65,7 @@ def mean_difference_direction(positive: Tensor, negative: Tensor) -> Tensor:
     difference = positive.mean(0) - negative.mean(0)
     along = [projection(group - group.mean(0), difference) for group in (positive, negative)]
     n_free = max(1, len(positive) + len(negative) - 2)
-    deviation = (sum(values.square().sum(0) for values in along) / n_free).sqrt()
+    deviation = (torch.stack([values.square().sum(0) for values in along]).sum(0) / n_free).sqrt()
     return torch.where(deviation[..., None] > 0, difference / deviation[..., None], 0.0)
 
 

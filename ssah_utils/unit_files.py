@@ -22,7 +22,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -362,6 +362,9 @@ def load_partition(
     return UnitPartition(index, file.info.model.fingerprint), file.scores
 
 
+Described = TypeVar("Described", ModelInfo, ModelShape, ScoreInfo, SetInfo)
+
+
 def _current(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> UnitFile:
     """What a file of the current version holds; what it holds beyond that is left alone."""
     content = {
@@ -387,7 +390,7 @@ def _current(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> Unit
     return UnitFile(sets, scores, info)
 
 
-def _made(kind: type, said: Mapping) -> Any:
+def _made(kind: type[Described], said: Mapping) -> Described:
     """A dataclass from JSON that may say more than this version knows."""
     return kind(**{one.name: said[one.name] for one in fields(kind) if one.name in said})
 

@@ -213,7 +213,13 @@ class PartialLinear(nn.Module):
     of it in memory.
     """
 
-    def __init__(self, linear: nn.Module, trained: Tensor, dimension: int) -> None:
+    whole: Tensor
+    trained: Tensor  # indices of the trained rows or columns
+    gathered: Tensor
+    whole_bias: Tensor
+
+    def __init__(self, linear: nn.Linear, trained: Tensor, dimension: int) -> None:
+        """``linear``: an ``nn.Linear``, or GPT-2's ``Conv1D`` in its place."""
         super().__init__()
         # In a list, so that it is no submodule: its parameters are not this model's any more.
         self.linear = [linear]
@@ -233,7 +239,8 @@ class PartialLinear(nn.Module):
         gathered = nn.functional.pad(trained, (0, -len(trained) % PADDING))
         self.register_buffer("gathered", gathered, persistent=False)
         self.autocast_copy: Tensor | None = None  # the whole weight in the precision of autocast
-        self.writer_bias, self.bias_block = None, None
+        self.writer_bias: Tensor | None = None
+        self.bias_block: nn.Parameter | None = None
         if bias is not None and dimension == 0:
             self.register_buffer("whole_bias", bias.detach(), persistent=False)
             self.bias_block = nn.Parameter(bias.detach()[trained].to(block.dtype))
@@ -244,7 +251,7 @@ class PartialLinear(nn.Module):
         if not self.is_stored_whole:
             linear.weight.data = weight.new_empty(0)  # one copy is enough
 
-    def replaced(self) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
+    def replaced(self) -> Iterator[tuple[Tensor, nn.Parameter]]:
         """The parameters that are replaced inside the block, each with its stand-in."""
         yield self.linear[0].weight, self.block
         if self.bias_block is not None:
@@ -275,8 +282,8 @@ class PartialLinear(nn.Module):
             copy = self.autocast_copy
             if copy is None or copy.dtype != dtype or copy.device != whole.device:
                 with torch.inference_mode(False):  # it is written to outside of that mode, too
-                    self.autocast_copy = whole.to(dtype)
-            whole = self.autocast_copy
+                    copy = self.autocast_copy = whole.to(dtype)
+            whole = copy
         with torch.no_grad():
             return whole.index_copy_(0, self.trained, self.block.detach().to(dtype))
 
@@ -333,7 +340,7 @@ class PartialLinear(nn.Module):
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors
     ) -> None:
-        targets = {"weight": (self.whole, self.block)}
+        targets: dict[str, tuple[Tensor, Tensor | None]] = {"weight": (self.whole, self.block)}
         if self.bias_block is not None:
             targets["bias"] = (self.whole_bias, self.bias_block)
         elif self.writer_bias is not None:

@@ -6,6 +6,7 @@ Does not know prompts, scores or sets of units.
 from collections.abc import Callable
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ssah_utils.models import (
     architecture_of,
@@ -20,21 +21,21 @@ from ssah_utils.per_unit import KINDS, PerUnit
 from ssah_utils.wrappers import unwrapped
 
 
-def gathered(model: nn.Module) -> nn.Module:
+def gathered(model: nn.Module) -> PreTrainedModel:
     """``unwrapped``, for looking at values.
 
     ``ValueError`` when not all of them are in the memory of this process.
     """
-    model = unwrapped(model)
+    plain = unwrapped(model)
     marks = ("device_mesh", "ds_status")  # of FSDP 2, of DeepSpeed ZeRO 3
-    for name, parameter in model.named_parameters():
+    for name, parameter in plain.named_parameters():
         is_part = any(hasattr(parameter, mark) for mark in marks)
         if is_part or "_fsdp_wrapped_module." in name or parameter.is_meta:
             raise ValueError(
                 f"the values of {name} are sharded or offloaded, so they are not all here:"
                 " load the whole model to look at it"
             )
-    return model
+    return plain
 
 
 def squared_column_norms(model: nn.Module) -> PerUnit:
@@ -69,8 +70,8 @@ def squared_gradients(model: nn.Module) -> PerUnit:
             for reader in architecture.readers[kind]:
                 module = block.get_submodule(reader.path)
                 of_rows = _gradient(module).square().sum(1)
-                if module.bias is not None:
-                    of_rows = of_rows + module.bias.grad.double().square()
+                if (bias := getattr(module, "bias", None)) is not None:
+                    of_rows = of_rows + bias.grad.double().square()
                 total = total + of_rows[reader.offset(shape) + rows.to(of_rows.device)]
             squared[kind].append(total)
     return PerUnit.of_layers(squared)
@@ -78,4 +79,7 @@ def squared_gradients(model: nn.Module) -> PerUnit:
 
 def _gradient(module: nn.Module) -> Tensor:
     """Gradient of a linear map's weight as (out, in) float64."""
-    return (module.weight.grad.T if is_transposed(module) else module.weight.grad).double()
+    gradient = getattr(module.weight, "grad", None)
+    if gradient is None:
+        raise ValueError("a matrix has no gradient: call this after a backward pass")
+    return (gradient.T if is_transposed(module) else gradient).double()

@@ -5,14 +5,18 @@ Knows torch's wrappers and modes only. Does not know architectures.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, cast
 
 from torch import nn
+
+if TYPE_CHECKING:  # seconds to import
+    from transformers import PreTrainedModel
 
 # As they appear in the names of parameters.
 WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
-def without_wrappers(model: nn.Module) -> nn.Module:
+def without_wrappers(model: nn.Module) -> "PreTrainedModel":
     """The model inside ``torch.compile`` and data-parallel wrappers, however nested.
 
     An adapter of PEFT stays on, as it is part of what the model says. Raises ``ValueError`` for
@@ -28,19 +32,19 @@ def without_wrappers(model: nn.Module) -> nn.Module:
             )
         model = inner
         parts = getattr(model, "_modules", {})  # compiled twice, it is no module any more
-    return model
+    return cast("PreTrainedModel", model)
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
+def unwrapped(model: nn.Module) -> "PreTrainedModel":
     """``without_wrappers``, and ``ValueError`` for a model to whose matrices an adapter adds."""
-    model = without_wrappers(model)
-    if any(type(module).__module__.startswith("peft.") for module in model.modules()):
+    plain = without_wrappers(model)
+    if any(type(module).__module__.startswith("peft.") for module in plain.modules()):
         raise ValueError(
             "the model carries a PEFT adapter, so its matrices are not all that it computes:"
             " merge it first, by model.merge_and_unload();"
             " an adapter that cannot be merged has no units to look at"
         )
-    return model
+    return plain
 
 
 @contextmanager

@@ -196,9 +196,10 @@ def test_extras_are_those_of_the_project_file():
 
 
 def test_every_requirement_is_locked():
-    locks = [path.read_text(encoding="utf-8") for path in files.ROOT.glob("requirements*.lock")]
-    pinned = [line for line in "\n".join(locks).splitlines() if "==" in line]
-    locked = {line.split("==")[0].lower().replace("_", "-") for line in pinned}
+    locks = [files.ROOT / name for name in ("requirements.lock", "requirements-site.lock")]
+    text = "\n".join(path.read_text(encoding="utf-8") for path in locks)
+    pins = re.findall(r"^([\w.-]+)==", text, re.M)
+    locked = {name.lower().replace("_", "-") for name in pins}
     requirements = [*PROJECT["dependencies"]]
     for several in PROJECT["optional-dependencies"].values():
         requirements += several

@@ -296,7 +296,7 @@ def _id(row: dict, number: int, name: str, place: str) -> str:
         raise ValueError(
             f"{place}, line {row['_line']}: column 'id' holds no text and no number: {value!r}"
         )
-    return f"{name}-{value}" if name not in DATASETS else value
+    return str(value) if name in DATASETS else f"{name}-{value}"
 
 
 def load_refusals() -> dict[str, list[str]]:

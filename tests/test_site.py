@@ -46,10 +46,14 @@ def test_only_the_readme_gets_the_table_of_contents(configuration):
     assert readme[0].startswith("# Title\n") and "notebooks/01_alignment" in readme[0]
 
 
-def test_bars_in_docstrings_are_no_substitutions(configuration):
-    lines = ["|a and b| in ``x | y``"]
-    configuration.keep_bars(None, "function", "f", None, None, lines)
-    assert lines == [r"\|a and b\| in ``x | y``"]
+def test_docstrings_are_read_as_the_package_writes_them(configuration):
+    """Bars are no substitutions, also beside literals over two lines; indented lines are code."""
+    written = "|a| in ``x |\ny``, so\n\n    a = b | c\n    d\n\nand:\n\n* one\n\n    more"
+    lines = written.split("\n")
+    configuration.as_restructured_text(None, "function", "f", None, None, lines)
+    assert "\n".join(lines) == (
+        "\\|a\\| in ``x |\ny``, so\n\n::\n\n    a = b | c\n    d\n\nand:\n\n* one\n\n    more"
+    )
 
 
 def test_every_module_has_a_page_in_its_room(api_pages):

@@ -78,10 +78,12 @@ def test_a_folder_that_is_no_room_is_an_error(api_pages, tmp_path):
 def test_the_page_of_a_module_that_is_gone_goes_too(api_pages, tmp_path):
     package, folder = tmp_path / "package", tmp_path / "api"
     package.mkdir()
+    (package / "__init__.py").write_text('"""What most users need."""\n')
     for name in ("kept", "gone"):
         (package / f"{name}.py").write_text('"""Does this\nand that. And more."""\n')
     api_pages.write(package, folder)
-    assert "| [kept](kept.md) | Does this and that |" in (folder / "index.md").read_text()
+    index = (folder / "index.md").read_text()
+    assert "What most users need." in index and "| [kept](kept.md) | Does this and that |" in index
     (package / "gone.py").unlink()
     api_pages.write(package, folder)
     assert sorted(path.name for path in folder.iterdir()) == ["index.md", "kept.md"]

@@ -15,8 +15,14 @@ ROOMS = {
 }
 INTRODUCTION = """# API reference
 
-Every module of the package, by rooms. The library knows neither the figures nor the pipeline, and
-only notebooks join the two halves.
+## Public names
+
+{public}
+
+## By rooms
+
+Every module of the package. The library knows neither the figures nor the pipeline, and only
+notebooks join the two halves.
 """
 PAGE = """# {title}
 
@@ -44,18 +50,22 @@ def modules_by_room(package: Path) -> dict[str, list[str]]:
     return found
 
 
+def docstring(path: Path) -> str:
+    return ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+
+
 def purpose(path: Path) -> str:
     """The first sentence of a module's docstring."""
-    text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    text = docstring(path)
     return " ".join(text.split("\n\n")[0].split()).partition(". ")[0].rstrip(".")
 
 
 def pages(package: Path) -> dict[str, str]:
     """Markdown of every page by its file name: the index of the rooms, and one page a module."""
-    index, made = [INTRODUCTION], {}
+    index, made = [INTRODUCTION.format(public=docstring(package / "__init__.py"))], {}
     for room, modules in modules_by_room(package).items():
         title, meaning = ROOMS[room]
-        index += [f"## {title}\n", f"{meaning}\n", "| module | what for |\n|---|---|"]
+        index += [f"### {title}\n", f"{meaning}\n", "| module | what for |\n|---|---|"]
         for module in modules:
             path = package.joinpath(*module.split(".")).with_suffix(".py")
             index.append(f"| [{module}]({module}.md) | {purpose(path)} |")

@@ -28,6 +28,7 @@ exclude_patterns = [".*", "build", "dist", "figures", "runs", "site", "ssah_util
 nb_execution_mode = "off"
 nb_output_stderr = "remove"
 myst_heading_anchors = 3
+myst_enable_extensions = ["html_image"]  # <img>, where an image has a width
 
 autodoc_member_order = "bysource"
 autodoc_inherit_docstrings = False
@@ -40,6 +41,7 @@ html_theme = "furo"
 html_title = "ssah_utils"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
+html_favicon = "_static/favicon.svg"
 html_copy_source = False
 html_show_sphinx = False
 
@@ -68,9 +70,15 @@ def add_contents(app, docname: str, source: list[str]) -> None:
             source[0] += f"\n```{{toctree}}\n:hidden:\n:caption: {caption}\n\n{listed}\n```\n"
 
 
-def keep_bars(app, what, name, item, options, lines: list[str]) -> None:
-    """A bar in a docstring is an absolute value or a union, not a substitution."""
-    lines[:] = [re.sub(r"(``.*?``)|\|", lambda found: found[1] or r"\|", line) for line in lines]
+def as_restructured_text(app, what, name, item, options, lines: list[str]) -> None:
+    """Docstrings as this package writes them: a bar is an absolute value or a union, and what is
+    indented after a paragraph is code.
+    """
+    kept = r"(``.*?``|^    [^\n]*)"  # literals and code
+    text = "\n".join(lines)
+    text = re.sub(kept + r"|\|", lambda found: found[1] or r"\|", text, flags=re.S | re.M)
+    text = re.sub(r"^(?![ *-])(.*[^:\n])\n\n(?=    \S)", r"\1\n\n::\n\n", text, flags=re.M)
+    lines[:] = text.split("\n")
 
 
 def write_index(app, failed: Exception | None) -> None:
@@ -82,5 +90,5 @@ def write_index(app, failed: Exception | None) -> None:
 def setup(app) -> None:
     api_pages.write(ROOT / "ssah_utils", ROOT / "docs" / "api")
     app.connect("source-read", add_contents)
-    app.connect("autodoc-process-docstring", keep_bars)
+    app.connect("autodoc-process-docstring", as_restructured_text)
     app.connect("build-finished", write_index)

@@ -5,7 +5,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote
 
-LINK = re.compile(r"\]\(([^)\s]+)\)")
+LINK = re.compile(r'\]\(([^)\s]+)\)|<img src="([^"]+)"')
 FENCED = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 FOREIGN = re.compile(r"^(?:https?:)?//")
 OTHER = ("mailto:", "data:", "javascript:")
@@ -15,7 +15,7 @@ CSS_URL = re.compile(r"url\(\s*['\"]?((?:https?:)?//[^'\")]+)")
 def broken_in_markdown(path: Path) -> list[str]:
     """Relative links and images of a Markdown file that lead nowhere."""
     text = FENCED.sub("", path.read_text(encoding="utf-8"))
-    targets = [link.partition("#")[0] for link in LINK.findall(text)]
+    targets = [(link or image).partition("#")[0] for link, image in LINK.findall(text)]
     local = [one for one in targets if one and not FOREIGN.match(one)]
     return [one for one in local if not (path.parent / one).exists()]
 

@@ -38,8 +38,11 @@ def test_every_relative_link_and_image_exists(path):
 
 def test_a_link_that_leads_nowhere_is_found(tmp_path):
     page = tmp_path / "page.md"
-    page.write_text("[a](page.md#x) ![b](gone.png) [c](https://a.b)\n```\n[d](code.md)\n```\n")
-    assert broken_in_markdown(page) == ["gone.png"]
+    page.write_text(
+        '[a](page.md#x) ![b](gone.png) [c](https://a.b) <img src="no.png">\n'
+        "```\n[d](code.md)\n```\n"
+    )
+    assert broken_in_markdown(page) == ["gone.png", "no.png"]
 
 
 # ------------------------------------------------------------------------------------------ results

@@ -46,10 +46,14 @@ def test_only_the_readme_gets_the_table_of_contents(configuration):
     assert readme[0].startswith("# Title\n") and "notebooks/01_alignment" in readme[0]
 
 
-def test_bars_in_docstrings_are_no_substitutions(configuration):
-    lines = ["|a and b| in ``x | y``"]
-    configuration.keep_bars(None, "function", "f", None, None, lines)
-    assert lines == [r"\|a and b\| in ``x | y``"]
+def test_docstrings_are_read_as_the_package_writes_them(configuration):
+    """Bars are no substitutions, also beside literals over two lines; indented lines are code."""
+    written = "|a| in ``x |\ny``, so\n\n    a = b | c\n    d\n\nand:\n\n* one\n\n    more"
+    lines = written.split("\n")
+    configuration.as_restructured_text(None, "function", "f", None, None, lines)
+    assert "\n".join(lines) == (
+        "\\|a\\| in ``x |\ny``, so\n\n::\n\n    a = b | c\n    d\n\nand:\n\n* one\n\n    more"
+    )
 
 
 def test_every_module_has_a_page_in_its_room(api_pages):
@@ -74,10 +78,12 @@ def test_a_folder_that_is_no_room_is_an_error(api_pages, tmp_path):
 def test_the_page_of_a_module_that_is_gone_goes_too(api_pages, tmp_path):
     package, folder = tmp_path / "package", tmp_path / "api"
     package.mkdir()
+    (package / "__init__.py").write_text('"""What most users need."""\n')
     for name in ("kept", "gone"):
         (package / f"{name}.py").write_text('"""Does this\nand that. And more."""\n')
     api_pages.write(package, folder)
-    assert "| [kept](kept.md) | Does this and that |" in (folder / "index.md").read_text()
+    index = (folder / "index.md").read_text()
+    assert "What most users need." in index and "| [kept](kept.md) | Does this and that |" in index
     (package / "gone.py").unlink()
     api_pages.write(package, folder)
     assert sorted(path.name for path in folder.iterdir()) == ["index.md", "kept.md"]

@@ -52,7 +52,9 @@ def test_openings_are_as_probable_as_after_the_text_so_far(wordy, tokenizer, bat
     for trajectory in trajectories.values():
         for step in trajectory.refusal:
             alive = [row for row in range(4) if len(trajectory.tokens[row]) >= step]
-            so_far = [f"{PROMPTS[row]} {text(trajectory.tokens[row][:step])}".strip() for row in alive]
+            so_far = [
+                f"{PROMPTS[row]} {text(trajectory.tokens[row][:step])}".strip() for row in alive
+            ]
             for found, openings in (
                 (trajectory.refusal, OPENINGS[0]),
                 (trajectory.compliance, OPENINGS[1]),
@@ -189,7 +191,9 @@ def test_verdicts_are_on_what_follows_the_prefill(tokenizer, monkeypatch):
 
 
 def test_marks_are_the_last_token_before_every_step():
-    trajectory = stepwise.Trajectory([[3, 4], [5], [6, 7, 8]], [[10, 11], [], [12, 13, 14]], 0, {}, {})
+    trajectory = stepwise.Trajectory(
+        [[3, 4], [5], [6, 7, 8]], [[10, 11], [], [12, 13, 14]], 0, {}, {}
+    )
     batches, marks = stepwise.step_batches(trajectory, [0, 2, 3], batch_size=2)
     seen = torch.cat([batch["input_ids"][batch["positions"]] for batch in batches]).tolist()
     assert seen == [4, 11, 5, 8, 13, 14]

@@ -7,12 +7,7 @@ from hypothesis import strategies as st
 
 from ssah_utils import units
 from ssah_utils.per_unit import PerUnit
-from ssah_utils.units import (
-    GROUPS,
-    UnitPartition,
-    partition,
-    random_units,
-)
+from ssah_utils.units import GROUPS, UnitPartition, partition, random_units
 
 
 def scores(seed: int, n_layers: int = 3, n_attention: int = 6, n_mlp: int = 10) -> PerUnit:

@@ -375,10 +375,8 @@ def test_opening_log_probabilities_equal_whole_forward_passes(tiny, rendered, ba
 
 def test_refusal_margin_is_the_log_ratio_of_mean_probabilities(tiny, monkeypatch):
     model, tokenizer = tiny
-    openings = {
-        "refusal_openings": OPENINGS[:1],
-        "compliance_openings": OPENINGS[1:],
-    }  # unequal numbers
+    # unequal numbers
+    openings = {"refusal_openings": OPENINGS[:1], "compliance_openings": OPENINGS[1:]}
     monkeypatch.setattr(evaluation, "load_refusals", lambda: openings)
     margin = evaluation.refusal_margin(model, tokenizer, REQUESTS[:3], "Be brief.")
     rendered = chat.render(tokenizer, REQUESTS[:3], "Be brief.")

@@ -69,10 +69,8 @@ def byte_level() -> PreTrainedTokenizerFast:
                 merges.append((word[: end - 1], word[end - 1]))
                 vocabulary[word[:end]] = len(vocabulary)
     inner = Tokenizer(token_models.BPE(vocabulary, merges))
-    inner.pre_tokenizer, inner.decoder = (
-        pre_tokenizers.ByteLevel(add_prefix_space=False),
-        decoders.ByteLevel(),
-    )
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
     return made(inner)
 
 

@@ -60,9 +60,8 @@ def test_plan_joins_defaults_profile_and_assignments():
     for stage in stages:
         assert stage.parameters["profile"] == "smoke" and stage.parameters["seed"] == 3
         assert stage.parameters["model"] == loading.TINY_RANDOM  # the profile's
-        assert (
-            stage.parameters.get("harmful_data", "advbench") == "advbench"
-        )  # the notebook's, where it reads requests
+        # the notebook's, where it reads requests
+        assert stage.parameters.get("harmful_data", "advbench") == "advbench"
         assert stage.parameters.get("safety_fraction", 0.02) == 0.02
     assert "safety_fraction" not in stages[0].parameters
 

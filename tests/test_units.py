@@ -145,9 +145,8 @@ def test_fractions_above_1_together_are_named():
         partition(scores(0), scores(1), 0.5, 0.4, 0.2)
 
 
-@pytest.mark.parametrize(
-    "fractions", [(0.5, 0.3, 0.2), (0.33, 0.56, 0.11)]
-)  # the latter add to 1.0000000000000002
+# the latter add to 1.0000000000000002
+@pytest.mark.parametrize("fractions", [(0.5, 0.3, 0.2), (0.33, 0.56, 0.11)])
 def test_fractions_that_add_to_1_are_accepted(fractions):
     assert sizes(partition(scores(0), scores(1), *fractions))["complex"] <= 1
 

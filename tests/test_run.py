@@ -914,7 +914,7 @@ def test_a_run_with_nothing_to_do_needs_no_space(quick, monkeypatch, capsys):
 WHO = """
 import sys
 from ssah_utils.pipeline import kernel
-kernel.check()
+kernel.check_kernel()
 who = f"{sys.executable}|{kernel.PACKAGE}|{sys.flags.isolated}"
 (folder / "result.json").write_text(who)
 """
@@ -942,16 +942,16 @@ def test_the_kernel_is_this_interpreter_whatever_kernels_are_installed(
 
 
 def test_a_kernel_that_is_not_the_runners_says_so(monkeypatch, tmp_path):
-    kernel.check()
+    kernel.check_kernel()
     monkeypatch.setenv(kernel.EXPECTED, "/another/python:/another/ssah_utils")
     with pytest.raises(RuntimeError, match="but the runner is /another/python"):
-        kernel.check()
+        kernel.check_kernel()
     monkeypatch.delenv(kernel.EXPECTED)
     for name in ("notebooks", "ssah_utils"):
         (tmp_path / name).mkdir()
     monkeypatch.chdir(tmp_path / "notebooks")
     with pytest.raises(RuntimeError, match="the notebook belongs to"):
-        kernel.check()
+        kernel.check_kernel()
 
 
 @pytest.mark.parametrize(

@@ -71,9 +71,8 @@ def scoring_over_forward(
     model: nn.Module, tokenizer, n_requests: int = 32, repeats: int = 3
 ) -> float:
     """Median of pairwise ratios, the two passes taking turns."""
-    table = datasets.load_dataset("refusal-labels")[
-        :n_requests
-    ]  # has real responses of everyday length
+    # has real responses of everyday length
+    table = datasets.load_dataset("refusal-labels")[:n_requests]
     rendered = chat.render(tokenizer, table["prompt"].tolist())
     batches = tokens.token_batches(
         tokens.encode(tokenizer, rendered, table["response"].tolist(), 48)

@@ -34,9 +34,8 @@ CONFIGS: dict[str, Callable[[], transformers.PretrainedConfig]] = {
     "qwen2": lambda: transformers.Qwen2Config(**SIZES, **SPECIAL),
     "qwen3": lambda: transformers.Qwen3Config(**SIZES, **SPECIAL),
     "gemma": lambda: transformers.GemmaConfig(**SIZES, **SPECIAL),
-    "gemma2": lambda: transformers.Gemma2Config(
-        **SIZES, **SPECIAL, final_logit_softcapping=2.0
-    ),  # low enough to matter
+    # low enough to matter
+    "gemma2": lambda: transformers.Gemma2Config(**SIZES, **SPECIAL, final_logit_softcapping=2.0),
     "phi3": lambda: transformers.Phi3Config(**SIZES, **SPECIAL),
     "gpt2": lambda: transformers.GPT2Config(
         vocab_size=VOCABULARY, n_embd=42, n_inner=70, n_layer=3, n_head=6, n_positions=64, **SPECIAL

@@ -74,9 +74,8 @@ def parallel(rank: int, name: str, rest: bool, when: str, **how) -> dict:
     the same wrapper.
     """
     model, chosen = tiny_model(name), scattered(tiny_model(name))
-    if (
-        rank and when == "inside"
-    ):  # the first rank's weights count, as in any training with DistributedDataParallel
+    # the first rank's weights count, as in any training with DistributedDataParallel
+    if rank and when == "inside":
         model.load_state_dict({key: value + 0.01 for key, value in model.state_dict().items()})
     wrapper = DistributedDataParallel(model, **how) if when == "before" else None
     with unit_training.training_only(wrapper or model, chosen, rest) as inside:
@@ -120,10 +119,8 @@ def hooks(rank: int) -> dict:
 
 def sharded(shard: Callable[[nn.Module], nn.Module], when: str) -> dict:
     model = tiny_model("llama")
-    chosen, start = (
-        scattered(model),
-        {name: p.detach().clone() for name, p in model.named_parameters()},
-    )
+    chosen = scattered(model)
+    start = {name: p.detach().clone() for name, p in model.named_parameters()}
     ids = BATCHES[0][:2]
     if when == "before":
         model = shard(model)
@@ -150,9 +147,8 @@ def sharded(shard: Callable[[nn.Module], nn.Module], when: str) -> dict:
             shard(model)
 
     found, trained = {"first step": said(train)}, {}
-    matrices = [
-        f"model.layers.{layer}.mlp.down_proj.weight" for layer in (0, 2)
-    ]  # in the other, all units are trained
+    # in the other, all units are trained
+    matrices = [f"model.layers.{layer}.mlp.down_proj.weight" for layer in (0, 2)]
     found["whole"] = all(
         torch.equal(model.get_parameter(name), start[name])
         for name in matrices

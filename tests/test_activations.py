@@ -44,9 +44,8 @@ def batch_of(
 ) -> dict[str, Tensor]:
     width = max(len(ids) for ids, _ in sequences) + extra
     batch = {
-        "input_ids": torch.full(
-            (len(sequences), width), 5
-        ),  # padding that would show, were it looked at
+        # padding that would show, were it looked at
+        "input_ids": torch.full((len(sequences), width), 5),
         "attention_mask": torch.zeros(len(sequences), width, dtype=torch.int64),
         "positions": torch.zeros(len(sequences), width, dtype=torch.bool),
     }
@@ -177,9 +176,8 @@ def test_batches_without_marks_add_nothing(llama, sequences):
 def test_left_padding_changes_no_moments(any_model, sequences):
     """Also where positions are learned (GPT-2): they are counted over attended tokens."""
     roundings = ROUNDINGS
-    if (
-        any_model.config.model_type != "gemma2"
-    ):  # its attention has no float64: rows of padding become NaN
+    # its attention has no float64: rows of padding become NaN
+    if any_model.config.model_type != "gemma2":
         roundings = 2
         any_model.double()
     left = channel_moments(any_model, batches_of(sequences, [3, 4], side="left", extra=3))
@@ -492,9 +490,8 @@ def states_alone(model: nn.Module, sequences: list[tuple[Tensor, Tensor]]) -> Te
         for ids, _ in sequences:
             after_block.clear()
             hidden = model(input_ids=ids[None], output_hidden_states=True).hidden_states
-            for block, state in enumerate(
-                after_block[:-1]
-            ):  # the last of hidden_states is normalised
+            # the last of hidden_states is normalised
+            for block, state in enumerate(after_block[:-1]):
                 assert torch.equal(state, hidden[block + 1][0, -1])
             states.append(torch.stack(after_block))
     for handle in handles:

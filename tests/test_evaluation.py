@@ -193,10 +193,10 @@ def test_greedy_is_greedy_whatever_a_checkpoint_asks_for(llama, tokenizer):
         setattr(own, field, UNUSUAL.get(field, 3))
         llama.generation_config = own
         assert evaluation.generate(llama, tokenizer, texts, 6) == answers, field
-        course = stepwise.generate_and_probe(
+        trajectory = stepwise.generate_and_probe(
             llama, tokenizer, texts, {0: [[], []]}, 6, [0], (["w3"], ["w4"])
         )[0]
-        assert course.tokens == expected, field
+        assert trajectory.tokens == expected, field
         with benchmarks._plain_generation(llama, tokenizer):
             row = torch.tensor(ids[1:])
             said = llama.generate(
@@ -375,10 +375,8 @@ def test_opening_log_probabilities_equal_whole_forward_passes(tiny, rendered, ba
 
 def test_refusal_margin_is_the_log_ratio_of_mean_probabilities(tiny, monkeypatch):
     model, tokenizer = tiny
-    openings = {
-        "refusal_openings": OPENINGS[:1],
-        "compliance_openings": OPENINGS[1:],
-    }  # unequal numbers
+    # unequal numbers
+    openings = {"refusal_openings": OPENINGS[:1], "compliance_openings": OPENINGS[1:]}
     monkeypatch.setattr(evaluation, "load_refusals", lambda: openings)
     margin = evaluation.refusal_margin(model, tokenizer, REQUESTS[:3], "Be brief.")
     rendered = chat.render(tokenizer, REQUESTS[:3], "Be brief.")

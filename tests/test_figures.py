@@ -148,12 +148,8 @@ TABLES = {
     "03_units": stability.unit_tables,
     "04_ablation": ablation_tables,
 }
-for trained in (
-    "05_transfer",
-    "06_freezing",
-    "07_redundant_units",
-    "08_claims",
-):  # drawn from small tables elsewhere
+# drawn from small tables elsewhere
+for trained in ("05_transfer", "06_freezing", "07_redundant_units", "08_claims"):
     TABLES[trained] = lambda stage=trained: runs.load_result(
         files.REFERENCE / stage / "result.json"
     )["tables"]

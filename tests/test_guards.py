@@ -176,10 +176,8 @@ def test_steps_that_move_nothing_are_let_alone(llama):
 
 
 def test_other_models_are_let_alone(llama, tiny_models, tokenizer):
-    other, wrapped = (
-        tiny_models("gpt2"),
-        adapters.with_adapter(tiny_models("qwen2"), "lora", tokenizer),
-    )
+    other = tiny_models("gpt2")
+    wrapped = adapters.with_adapter(tiny_models("qwen2"), "lora", tokenizer)
     optimizers = [torch.optim.SGD(trained(model), lr=1e-2) for model in (other, wrapped)]
     before = parameters_of(other)
     with (
@@ -270,10 +268,8 @@ def test_compiled_without_a_break(tiny_models, token_ids, name, when, rest):
 )
 @pytest.mark.parametrize("train", ["train_sft", "train_dpo"])
 def test_trainers_take_wrappers_off(llama, tiny_models, tokenizer, wrap, train):
-    data, config = (
-        {"train_sft": examples_of(8), "train_dpo": PAIRS}[train],
-        SFTConfig(1e-2, max_steps=2, batch_size=4, warmup_steps=0),
-    )
+    data = {"train_sft": examples_of(8), "train_dpo": PAIRS}[train]
+    config = SFTConfig(1e-2, max_steps=2, batch_size=4, warmup_steps=0)
     reference = tiny_models("llama")
     expected = getattr(training, train)(reference, tokenizer, data, config)
     assert getattr(training, train)(wrap(llama), tokenizer, data, config) == expected
@@ -387,10 +383,8 @@ SHAPES = {
 @pytest.mark.parametrize("change", SHAPES, ids=lambda change: change.__name__)
 def test_matrices_that_cannot_be_trained_in_part_are_refused(llama, token_ids, change):
     change(llama)
-    modules, flags = (
-        list(llama.modules()),
-        [parameter.requires_grad for parameter in llama.parameters()],
-    )
+    modules = list(llama.modules())
+    flags = [parameter.requires_grad for parameter in llama.parameters()]
     expected = None if change is offloaded else llama(token_ids).logits
     with (
         pytest.raises(ValueError, match=SHAPES[change]) as raised,

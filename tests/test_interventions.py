@@ -170,9 +170,8 @@ def test_bfloat16_model_with_float64_means(llama, token_ids):
     exact = logits(edited(llama.float(), chosen, means), token_ids)
     spread = exact.std()
     for rounded in (found, smaller):
-        assert (rounded.float() - exact).std() < 8 * torch.finfo(
-            torch.bfloat16
-        ).eps * spread  # found: 1.5
+        # found: 1.5
+        assert (rounded.float() - exact).std() < 8 * torch.finfo(torch.bfloat16).eps * spread
 
 
 # ----------------------------------------------------------------------------------- wrapped models
@@ -376,15 +375,13 @@ def test_every_architecture_gets_smaller(any_model):
         int(with_a_whole_kv_group(any_model)[kind].sum()) * any_model.config.hidden_size
         for kind in KINDS
     )
-    assert (
-        n_parameters(small) < n_parameters(any_model) - saved_by_writers
-    )  # so some reader rows are gone too
+    # so some reader rows are gone too
+    assert n_parameters(small) < n_parameters(any_model) - saved_by_writers
 
 
 def test_a_smaller_copy_is_on_the_device_of_the_model(llama):
-    small = without_units(
-        llama.to("meta"), scattered(llama)
-    )  # sets come from files and are on the CPU
+    # sets come from files and are on the CPU
+    small = without_units(llama.to("meta"), scattered(llama))
     elsewhere = [
         name
         for name, tensor in [*small.named_parameters(), *small.named_buffers()]

@@ -69,10 +69,8 @@ def byte_level() -> PreTrainedTokenizerFast:
                 merges.append((word[: end - 1], word[end - 1]))
                 vocabulary[word[:end]] = len(vocabulary)
     inner = Tokenizer(token_models.BPE(vocabulary, merges))
-    inner.pre_tokenizer, inner.decoder = (
-        pre_tokenizers.ByteLevel(add_prefix_space=False),
-        decoders.ByteLevel(),
-    )
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
     return made(inner)
 
 
@@ -193,10 +191,10 @@ def test_every_measure_reads_an_answer_where_the_template_puts_it(kind, name):
     np.testing.assert_allclose(nll, -expected[0] / list(map(len, ids)), **close)
     forced = stepwise.prefills(model, tokenizer, rendered, ANSWERS[:2], max(map(len, ids)))
     assert [row[: len(own)] for row, own in zip(forced, ids, strict=False)] == ids[:2]
-    course = stepwise.generate_and_probe(
+    trajectory = stepwise.generate_and_probe(
         model, tokenizer, rendered, {0: [[], []]}, 0, [0], (ANSWERS[:1], ANSWERS[1:2])
     )[0]
-    np.testing.assert_allclose(course.refusal[0], expected[:, 0], **close)
+    np.testing.assert_allclose(trajectory.refusal[0], expected[:, 0], **close)
     pair = {"prompt": rendered[0], "chosen": ANSWERS[0], "rejected": ANSWERS[1]}
     (row,) = sequences.tokens_of_pairs(model, tokenizer, [pair]).to_list()
     assert [row["chosen_ids"][:-1], row["rejected_ids"][:-1]] == ids[:2]

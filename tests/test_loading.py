@@ -335,9 +335,8 @@ def test_a_padding_token_that_is_no_row_of_the_embedding_is_replaced(saved_llama
         == 2
     )
     loading.load(str(saved_llama))[0].resize_token_embeddings(VOCABULARY + 1)
-    assert (
-        loading.with_padding_token(grown, VOCABULARY + 1).pad_token_id == VOCABULARY
-    )  # now it is one
+    # now it is one
+    assert loading.with_padding_token(grown, VOCABULARY + 1).pad_token_id == VOCABULARY
 
 
 @pytest.mark.parametrize(
@@ -547,9 +546,8 @@ def test_parts_are_joined_once_and_leave_a_folder_that_loads(in_parts, llama, ca
     assert capsys.readouterr().out == "preparing own: about 1 s, once\n"
     assert loading.embedded_folder("own") == folder and in_parts == [CONTENT]
     assert capsys.readouterr().out == ""
-    assert [path.name for path in folder.parent.iterdir()] == [
-        folder.name
-    ]  # neither the joined file nor a workspace
+    # neither the joined file nor a workspace
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
     saved = load_file(folder / "model.safetensors")
     assert all(torch.equal(saved[name], parameter) for name, parameter in llama.named_parameters())
 

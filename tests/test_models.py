@@ -311,10 +311,8 @@ def test_fingerprint_of_a_model_with_a_larger_vocabulary(any_model, dtype, n_row
     assert fingerprints.fingerprint(any_model) == original
     assert fingerprints.fingerprint(copy.deepcopy(any_model).bfloat16()) == original
     table = any_model.get_input_embeddings().weight
-    for entry in (
-        VOCABULARY * 42 - 1,
-        (VOCABULARY - 1) * 42,
-    ):  # of the last row that was there before
+    # of the last row that was there before
+    for entry in (VOCABULARY * 42 - 1, (VOCABULARY - 1) * 42):
         before = table.detach().clone()
         one_step(table, entry)
         assert fingerprints.fingerprint(any_model) != original
@@ -379,11 +377,9 @@ WRAPPERS = {
 @pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
 def test_a_wrapped_model_is_the_model(shallow_llama, token_ids, wrap, one_process):
     llama = shallow_llama
-    known, shape, norms = (
-        fingerprints.fingerprint(llama),
-        models.shape_of(llama),
-        weights.squared_column_norms(llama),
-    )
+    known = fingerprints.fingerprint(llama)
+    shape = models.shape_of(llama)
+    norms = weights.squared_column_norms(llama)
     with torch.no_grad():
         logits = llama(token_ids).logits
         hidden = models.backbone_of(llama)(token_ids).last_hidden_state
@@ -528,6 +524,5 @@ def test_a_model_with_units_held_is_another_one(llama):
 
 
 def test_fingerprints_of_different_architectures_differ(tiny_models):
-    assert len({fingerprints.fingerprint(tiny_models(name)) for name in CONFIGS}) == len(
-        CONFIGS
-    )  # mistral has llama's weights
+    # mistral has llama's weights
+    assert len({fingerprints.fingerprint(tiny_models(name)) for name in CONFIGS}) == len(CONFIGS)

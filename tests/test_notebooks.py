@@ -24,9 +24,8 @@ def test_notebooks_run_in_order_under_profile_smoke(tmp_path):
     """nbval cannot inject parameters, so it is given copies that carry the profile's."""
     for stage in run.plan("smoke", []):
         notebook = parameterize_notebook(load_notebook_node(str(stage.notebook)), stage.parameters)
-        for cell in (
-            notebook.cells
-        ):  # lax mode compares no output, but stale ones would be shown on failure
+        # lax mode compares no output, but stale ones would be shown on failure
+        for cell in notebook.cells:
             if cell.cell_type == "code":
                 cell.outputs, cell.execution_count = [], None
         nbformat.write(notebook, tmp_path / f"{stage.name}.ipynb")

@@ -80,10 +80,8 @@ def test_pairs_of_a_user(tmp_path):
         check({"adaptation_data": str(path)})
 
 
-ANIMALS, PLACES = (
-    ("cats", "dogs", "owls", "bees", "ants", "frogs"),
-    ("barn", "river", "attic", "meadow", "cellar"),
-)
+ANIMALS = ("cats", "dogs", "owls", "bees", "ants", "frogs")
+PLACES = ("barn", "river", "attic", "meadow", "cellar")
 ROWS = [
     f'{{"prompt": "tell {n} {animal} about a {place}{n}"}}'
     for n, (animal, place) in enumerate(product(ANIMALS, PLACES))

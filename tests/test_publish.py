@@ -106,9 +106,8 @@ def test_run_is_found_by_profile_and_seed(finished_runs):
 
 
 def test_another_seed_is_stored_beside_the_first(finished_runs, capsys):
-    (finished_runs / "stored" / "seed-1" / "02_probing").mkdir(
-        parents=True
-    )  # of an earlier run with this seed
+    # of an earlier run with this seed
+    (finished_runs / "stored" / "seed-1" / "02_probing").mkdir(parents=True)
     assert cli.main(["publish", "--profile", "reference", "--seed", "1"]) == 0
     stored = [
         path.relative_to(finished_runs / "stored").as_posix()

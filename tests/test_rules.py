@@ -190,9 +190,8 @@ def test_turning_a_request_away_in_many_words_is_a_refusal():
     assert not rules.is_refusal(
         "Dear neighbour, it is harmful to leave rubbish in the hall. " * 5, REQUEST
     )
-    assert not rules.turns_away(
-        "It is unethical and harmful."
-    )  # too short to be more than an opinion
+    # too short to be more than an opinion
+    assert not rules.turns_away("It is unethical and harmful.")
 
 
 def test_a_long_enough_answer_about_something_else_is_a_refusal_if_the_request_is_known():

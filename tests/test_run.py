@@ -60,9 +60,8 @@ def test_plan_joins_defaults_profile_and_assignments():
     for stage in stages:
         assert stage.parameters["profile"] == "smoke" and stage.parameters["seed"] == 3
         assert stage.parameters["model"] == loading.TINY_RANDOM  # the profile's
-        assert (
-            stage.parameters.get("harmful_data", "advbench") == "advbench"
-        )  # the notebook's, where it reads requests
+        # the notebook's, where it reads requests
+        assert stage.parameters.get("harmful_data", "advbench") == "advbench"
         assert stage.parameters.get("safety_fraction", 0.02) == 0.02
     assert "safety_fraction" not in stages[0].parameters
 
@@ -915,7 +914,7 @@ def test_a_run_with_nothing_to_do_needs_no_space(quick, monkeypatch, capsys):
 WHO = """
 import sys
 from ssah_utils.pipeline import kernel
-kernel.check()
+kernel.check_kernel()
 who = f"{sys.executable}|{kernel.PACKAGE}|{sys.flags.isolated}"
 (folder / "result.json").write_text(who)
 """
@@ -943,16 +942,16 @@ def test_the_kernel_is_this_interpreter_whatever_kernels_are_installed(
 
 
 def test_a_kernel_that_is_not_the_runners_says_so(monkeypatch, tmp_path):
-    kernel.check()
+    kernel.check_kernel()
     monkeypatch.setenv(kernel.EXPECTED, "/another/python:/another/ssah_utils")
     with pytest.raises(RuntimeError, match="but the runner is /another/python"):
-        kernel.check()
+        kernel.check_kernel()
     monkeypatch.delenv(kernel.EXPECTED)
     for name in ("notebooks", "ssah_utils"):
         (tmp_path / name).mkdir()
     monkeypatch.chdir(tmp_path / "notebooks")
     with pytest.raises(RuntimeError, match="the notebook belongs to"):
-        kernel.check()
+        kernel.check_kernel()
 
 
 @pytest.mark.parametrize(

@@ -28,9 +28,8 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 def test_variance_norm_is_the_expected_change_of_the_output_when_a_channel_is_held_at_its_mean():
     inputs = {kind: 3 + random(N_SAMPLES, *shape) for kind, shape in SHAPES.items()}
-    weights = {
-        kind: random(shape[0], 4, shape[1], seed=1) for kind, shape in SHAPES.items()
-    }  # (n_layers, d_model, n_channels)
+    # (n_layers, d_model, n_channels)
+    weights = {kind: random(shape[0], 4, shape[1], seed=1) for kind, shape in SHAPES.items()}
     found = variance_norm(
         PerUnit({kind: values.var(0) for kind, values in inputs.items()}),
         PerUnit({kind: weight.square().sum(1) for kind, weight in weights.items()}),

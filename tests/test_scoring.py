@@ -14,9 +14,7 @@ def batches(seed: int) -> list[dict[str, torch.Tensor]]:
     ids = torch.randint(3, 40, (4, 9), generator=generator)
     positions = torch.ones_like(ids, dtype=torch.bool)
     positions[:, :4] = False
-    return [
-        {"input_ids": ids, "attention_mask": torch.ones_like(ids), "positions": positions},
-    ]
+    return [{"input_ids": ids, "attention_mask": torch.ones_like(ids), "positions": positions}]
 
 
 def by_hand(model, batch) -> dict[str, torch.Tensor]:

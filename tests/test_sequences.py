@@ -192,10 +192,8 @@ def test_pairs_are_read_as_whole_passes_read_them(tokenizer, trainers, name, how
         found = torch.tensor(trainers[0].train_dataset[f"ref_{answer}_logps"])
         torch.testing.assert_close(found, expected, rtol=TOLERANCE, atol=1e-4)
         margin = margin + sign * (log_p(after_one, tokenizer, pairs, answer) - expected)
-    expected = [
-        math.log(2),
-        -torch.nn.functional.logsigmoid(0.3 * margin).mean().item(),
-    ]  # the reference is the model itself
+    # the reference is the model itself
+    expected = [math.log(2), -torch.nn.functional.logsigmoid(0.3 * margin).mean().item()]
     assert losses == pytest.approx(expected, abs=1e-4)
     assert losses[1] < losses[0] - 0.05
     assert (given.pad_token, given.padding_side) == (
@@ -246,10 +244,8 @@ def assert_encoded(
 @pytest.mark.parametrize("texts", TEXTS)
 def test_token_ids_are_those_of_supervised_training(llama, tokenizer, how, texts):
     """Also where a prompt ends in a space, and where nothing but the end is answered."""
-    tokenizer, pair = (
-        hostile(tokenizer, how),
-        dict(zip(("prompt", "chosen", "rejected"), texts, strict=True)),
-    )
+    tokenizer = hostile(tokenizer, how)
+    pair = dict(zip(("prompt", "chosen", "rejected"), texts, strict=True))
     batch = batch_of_pairs(list(tokens_of_pairs(llama, tokenizer, [pair] * 2)))
     assert_encoded(tokenizer, pair, batch, {"chosen": 0, "rejected": 2})
 
@@ -339,10 +335,8 @@ def test_a_batch_of_pairs_is_the_one_of_trl(llama, tokenizer):
     from trl.trainer.dpo_trainer import DataCollatorForPreference
 
     rows = list(tokens_of_pairs(llama, tokenizer, uneven()))
-    expected, found = (
-        DataCollatorForPreference(pad_token_id=tokenizer.eos_token_id)(rows),
-        batch_of_pairs(rows),
-    )
+    expected = DataCollatorForPreference(pad_token_id=tokenizer.eos_token_id)(rows)
+    found = batch_of_pairs(rows)
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 

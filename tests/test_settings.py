@@ -40,12 +40,8 @@ PEFT = {
     "llama-adapter": peft.AdaptionPromptConfig,
     "prefix": peft.PrefixTuningConfig,
 }
-OF_MODEL = {
-    "task_type",
-    "fan_in_fan_out",
-    "target_modules",
-    "adapter_layers",
-}  # set by ``with_adapter`` from the model
+# set by ``with_adapter`` from the model
+OF_MODEL = {"task_type", "fan_in_fan_out", "target_modules", "adapter_layers"}
 TABLES = {
     "supervised": (
         transformers.TrainingArguments,

@@ -127,13 +127,7 @@ def test_the_site_builds_without_a_warning_a_broken_link_or_another_host(tmp_pat
     for package in ("sphinx", "myst_nb", "furo"):
         pytest.importorskip(package, reason="make site installs it")
     command = f"{sys.executable} -m sphinx -M html . {tmp_path} -c docs -q -W --keep-going"
-    built = subprocess.run(
-        command.split(),
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    built = subprocess.run(command.split(), cwd=ROOT, capture_output=True, text=True, check=False)
     assert built.returncode == 0, built.stderr[-4000:]
     assert broken_in_site(tmp_path / "html") == []
     words = (tmp_path / "html" / "searchindex.js").read_text(encoding="utf-8")

@@ -58,9 +58,8 @@ def test_a_combining_mark_belongs_to_its_word():
     assert splits.content_words("हिन्दी सीखना") == {"हिन्दी", "सीखना"}  # Hindi
     assert splits.content_words("தமிழ் மொழி") == {"தமிழ்", "மொழி"}  # Tamil
     assert splits.content_words("كَتَبَ الولد") == {"كَتَبَ", "الولد"}  # Arabic
-    assert splits.content_words("I ❤️ rye") == {"rye"} | (
-        {"i"} - splits.STOP_WORDS
-    )  # an emoji is no word
+    # an emoji is no word
+    assert splits.content_words("I ❤️ rye") == {"rye"} | ({"i"} - splits.STOP_WORDS)
 
 
 def test_requests_without_a_word_are_told_apart_by_their_signs():
@@ -117,11 +116,11 @@ def test_many_requests_are_compared_in_little_memory():
     assert len(set(splits.groups_of(texts))) == 4000
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert (
-        peak < 150 * 2**20
-    )  # whole, the products alone would take 3 x 64 MB and the words 2 x 80 MB
+    # whole, the products alone would take 3 x 64 MB and the words 2 x 80 MB
+    assert peak < 150 * 2**20
 
 
+# of the ids, in their order
 STORED = {
     "evaluation-harmful": "fd7e9f8732f5",
     "evaluation-other_harmful": "27a4bb75a677",
@@ -134,7 +133,7 @@ STORED = {
     "alignment-helpful": "e44c7dfae525",
     "alignment-safe_twin": "19d89227142e",
     "alignment-harmful_twin": "19d89227142e",
-}  # of the ids, in their order
+}
 
 
 def test_splits_of_shipped_data_are_those_of_the_stored_results():
@@ -253,11 +252,9 @@ def test_files_of_a_user_are_split_for_a_study_although_their_numbers_are_the_sa
 
 
 def test_study_that_cannot_be_split_is_said_in_one_line_with_its_data_set(write):
-    harm, more, helps = (
-        write("harm", distinct("h", 30)),
-        write("more", distinct("m", 9)),
-        write("help", distinct("p", 40)),
-    )
+    harm = write("harm", distinct("h", 30))
+    more = write("more", distinct("m", 9))
+    helps = write("help", distinct("p", 40))
     for names, message in (
         ((harm, harm, helps), "share the id 'harm-0'"),
         (

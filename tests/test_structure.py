@@ -120,6 +120,22 @@ def test_public_functions_of_substance_have_docstrings():
     assert not missing, missing
 
 
+# Two doors repeat names on purpose: ``cli`` those of its commands, ``upstream`` those of library
+# functions that it calls with what a run has chosen. ``rates`` is one kind of table, of two kinds
+# of rows.
+DOORS, SAME_MEANING = {"pipeline.cli", "pipeline.upstream"}, {"main", "rates"}
+
+
+def test_a_public_name_has_one_meaning():
+    where: dict[str, list[str]] = {}
+    for name, path in MODULES.items():
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            is_public = isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name[0] != "_"
+            if is_public and name not in DOORS and node.name not in SAME_MEANING:
+                where.setdefault(node.name, []).append(name)
+    assert not {name: modules for name, modules in where.items() if len(modules) > 1}
+
+
 def test_nothing_committed_names_a_machine_or_a_registry():
     listed = subprocess.run(
         ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True

@@ -139,10 +139,8 @@ def test_trajectory_equals_the_plain_trainers(
 ):
     if sampling:
         with_arguments(train_sampling_strategy=sampling)
-    config, examples = (
-        SFTConfig(learning_rate=1e-2, max_steps=20, batch_size=4, seed=3),
-        examples_of(24),
-    )
+    config = SFTConfig(learning_rate=1e-2, max_steps=20, batch_size=4, seed=3)
+    examples = examples_of(24)
     found = train_sft(llama, tokenizer, examples, config)
 
     reference = tiny_model("llama")
@@ -317,10 +315,8 @@ SPOILS = {"loss": spoil_output, "gradient": spoil_one_gradient}
 def test_what_is_not_finite_does_not_reach_the_parameters(
     llama, tokenizer, with_arguments, what, value, accumulation, step
 ):
-    snapshots, n_micro = (
-        Snapshots(),
-        step * accumulation,
-    )  # with accumulation, the last part of the step is the bad one
+    # with accumulation, the last part of the step is the bad one
+    snapshots, n_micro = Snapshots(), step * accumulation
     with_arguments(gradient_accumulation_steps=accumulation)
     SPOILS[what](llama, n_micro, value)
     message = rf"{what} is not finite at step {step}\b.*\(the model is as after step {step - 1}\)"
@@ -458,13 +454,11 @@ class Observe(TrainerCallback):
 @pytest.mark.parametrize("train", ["train_sft", "train_dpo"])
 def test_measures_at_the_given_steps(llama, tokenizer, token_ids, train):
     data = {"train_sft": examples_of(24), "train_dpo": PAIRS}[train]
-    before, found, modes, observe, snapshots = (
-        output_of(llama, token_ids),
-        {},
-        [],
-        Observe(),
-        Snapshots(),
-    )
+    before = output_of(llama, token_ids)
+    found = {}
+    modes = []
+    observe = Observe()
+    snapshots = Snapshots()
 
     def measure(step: int) -> None:
         found[step] = output_of(llama, token_ids)
@@ -477,9 +471,8 @@ def test_measures_at_the_given_steps(llama, tokenizer, token_ids, train):
     assert not any(modes)
     assert observe.training[0]
     assert all(observe.training)
-    torch.testing.assert_close(
-        found[0], before, rtol=1e-4, atol=1e-4
-    )  # training changes the attention kernel
+    # training changes the attention kernel
+    torch.testing.assert_close(found[0], before, rtol=1e-4, atol=1e-4)
     for step in (1, 3):
         reference = tiny_model("llama")
         reference.load_state_dict(snapshots.after[step])
@@ -554,10 +547,8 @@ def test_a_copy_to_measure_on(llama, tokenizer, token_ids, monkeypatch, train, s
     """
     monkeypatch.setattr(precision, "preferred_dtype", lambda device: torch.bfloat16)
     data = {"train_sft": examples_of(24), "train_dpo": PAIRS}[train]
-    config, reference = (
-        SFTConfig(learning_rate=1e-2, max_steps=4, batch_size=4, warmup_steps=0),
-        tiny_model("llama"),
-    )
+    config = SFTConfig(learning_rate=1e-2, max_steps=4, batch_size=4, warmup_steps=0)
+    reference = tiny_model("llama")
 
     def context(model: nn.Module):
         return training_only(model, units_of()) if some else contextlib.nullcontext()
@@ -977,17 +968,14 @@ def owned_by_hand(model: nn.Module, layer: int, kind: str, unit: int) -> list[Te
     matrices.
     """
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
-    shared = (
-        unit // 30 * 10 + unit % 10
-    )  # value row: 6 query heads of 10 channels read 2 value heads
+    # value row: 6 query heads of 10 channels read 2 value heads
+    shared = unit // 30 * 10 + unit % 10
     if model.config.model_type == "gpt2":  # stored (in, out)
         block = f"transformer.h.{layer}"
         if kind == "attention":
-            writer, reader, row = (
-                gradients[f"{block}.attn.c_proj.weight"],
-                f"{block}.attn.c_attn",
-                84 + unit,
-            )
+            writer = gradients[f"{block}.attn.c_proj.weight"]
+            reader = f"{block}.attn.c_attn"
+            row = 84 + unit
         else:
             writer, reader, row = gradients[f"{block}.mlp.c_proj.weight"], f"{block}.mlp.c_fc", unit
         return [
@@ -1007,10 +995,8 @@ def owned_by_hand(model: nn.Module, layer: int, kind: str, unit: int) -> list[Te
     if fused:
         gate, up = gradients[f"{block}.mlp.gate_up_proj.weight"].chunk(2)
     else:
-        gate, up = (
-            gradients[f"{block}.mlp.gate_proj.weight"],
-            gradients[f"{block}.mlp.up_proj.weight"],
-        )
+        gate = gradients[f"{block}.mlp.gate_proj.weight"]
+        up = gradients[f"{block}.mlp.up_proj.weight"]
     return [gradients[f"{block}.mlp.down_proj.weight"][:, unit], gate[unit], up[unit]]
 
 
@@ -1018,9 +1004,8 @@ def owned_by_hand(model: nn.Module, layer: int, kind: str, unit: int) -> list[Te
 def test_unit_gradients_equal_those_by_hand(tiny_models, name):
     model, examples = tiny_models(name), examples_of(10)
     before = parameters_of(model)
-    model(
-        torch.tensor([[3, 4, 5]]), labels=torch.tensor([[3, 4, 5]])
-    ).loss.backward()  # not to be counted
+    # not to be counted
+    model(torch.tensor([[3, 4, 5]]), labels=torch.tensor([[3, 4, 5]])).loss.backward()
     found = unit_gradients(model, [batch_of(examples[:3]), batch_of(examples[3:])])
     assert all(parameter.grad is None for parameter in model.parameters())
     assert same_parameters(model, before)

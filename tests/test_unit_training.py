@@ -25,10 +25,8 @@ from tests.conftest import VOCABULARY, n_hooks, parameters_of, same_parameters, 
 from tests.test_training import PAIRS, PlainTrainer, examples_of
 
 N_LAYERS = 3
-SHARES = {
-    "few": 0.2,
-    "most": 0.8,
-}  # below and above one half, the gradient of a block is computed in different ways
+# below and above one half, the gradient of a block is computed in different ways
+SHARES = {"few": 0.2, "most": 0.8}
 
 
 @pytest.fixture(autouse=True)
@@ -349,9 +347,8 @@ def test_under_autocast_too(any_model, share, rest):
     with training_only(any_model, chosen, rest):
         found = steps(any_model, 10, sgd(0.0), clip=0.5, autocast=True)
     assert found == pytest.approx(expected, rel=1e-2)
-    assert found != pytest.approx(
-        steps(exact, 10, sgd(0.0), clip=0.5), rel=1e-6
-    )  # so autocast was on
+    # so autocast was on
+    assert found != pytest.approx(steps(exact, 10, sgd(0.0), clip=0.5), rel=1e-6)
     for (name, a), b in zip(any_model.named_parameters(), reference.parameters(), strict=True):
         assert (a - b).norm() <= 0.1 * (b - before[name]).norm() + 1e-4, name
 
@@ -366,9 +363,8 @@ def test_gradients_equal_those_of_the_plain_model(any_model, token_ids, share):
         for path, module in any_model.named_modules():
             if isinstance(module, PartialLinear):
                 whole = reference.get_submodule(path)
-                gradient = (
-                    whole.weight.grad.T if models.is_transposed(whole) else whole.weight.grad
-                )  # (out, in)
+                # (out, in)
+                gradient = whole.weight.grad.T if models.is_transposed(whole) else whole.weight.grad
                 expected = (gradient if module.dimension == 0 else gradient.T)[module.trained]
                 torch.testing.assert_close(module.block.grad, expected, rtol=1e-4, atol=1e-5)
                 if module.bias_block is not None:
@@ -381,11 +377,9 @@ def test_gradients_equal_those_of_the_plain_model(any_model, token_ids, share):
 
 
 def test_steps_too_small_for_bfloat16_add_up(llama):
-    model, plain, weight = (
-        llama.bfloat16(),
-        tiny_model("llama").bfloat16(),
-        "model.layers.0.mlp.up_proj.weight",
-    )
+    model = llama.bfloat16()
+    plain = tiny_model("llama").bfloat16()
+    weight = "model.layers.0.mlp.up_proj.weight"
     chosen, before = scattered(model), parameters_of(model)
     mask = trainable_entries(model, chosen, rest=False)[weight]
 
@@ -596,11 +590,9 @@ def test_leaving_restores_everything_but_the_trained_entries(any_model, rest, er
         if hasattr(any_model, "model")
         else any_model.transformer.h[0].parameters()
     ).requires_grad_(False)
-    chosen, before, expected = (
-        scattered(any_model),
-        parameters_of(any_model),
-        fingerprints(any_model),
-    )
+    chosen = scattered(any_model)
+    before = parameters_of(any_model)
+    expected = fingerprints(any_model)
 
     def inside() -> None:
         with training_only(any_model, chosen, rest):
@@ -619,11 +611,9 @@ def test_leaving_restores_everything_but_the_trained_entries(any_model, rest, er
 
 
 def test_nothing_is_changed_by_entering_and_leaving(any_model, token_ids):
-    before, expected, output = (
-        parameters_of(any_model),
-        fingerprints(any_model),
-        logits(any_model, token_ids),
-    )
+    before = parameters_of(any_model)
+    expected = fingerprints(any_model)
+    output = logits(any_model, token_ids)
     for rest in (False, True):
         with training_only(any_model, scattered(any_model), rest):
             logits(any_model, token_ids)
@@ -706,18 +696,15 @@ def test_training_under_ablation_inside(llama):
         steps(llama, optimizer=sgd())
     name = "model.layers.0.mlp.down_proj.weight"
     moved = llama.get_parameter(name) != before[name]
-    assert torch.equal(
-        moved.any(0), chosen["mlp"][0] & ~off["mlp"][0]
-    )  # what is off gets no gradient
+    # what is off gets no gradient
+    assert torch.equal(moved.any(0), chosen["mlp"][0] & ~off["mlp"][0])
 
 
 def test_ablation_outside(any_model, token_ids):
     """Hooks of a matrix are also those of what stands in for it."""
-    off, chosen, before = (
-        scattered(any_model, seed=1),
-        scattered(any_model),
-        parameters_of(any_model),
-    )
+    off = scattered(any_model, seed=1)
+    chosen = scattered(any_model)
+    before = parameters_of(any_model)
     plain = logits(any_model, token_ids)
     with ablated(any_model, off):
         expected = logits(any_model, token_ids)
@@ -912,10 +899,8 @@ def test_sets_of_numbers_are_refused(llama, context, dtype):
 def test_all_units_with_the_rest_frozen_equal_the_plain_trainer(
     tiny_models, tokenizer, monkeypatch, name
 ):
-    config, examples = (
-        SFTConfig(learning_rate=1e-2, max_steps=20, batch_size=4, seed=3),
-        examples_of(24),
-    )
+    config = SFTConfig(learning_rate=1e-2, max_steps=20, batch_size=4, seed=3)
+    examples = examples_of(24)
     model, reference = tiny_models(name), tiny_models(name)
     with training_only(model, every(model)):
         found = train_sft(model, tokenizer, examples, config)
@@ -936,10 +921,8 @@ def test_all_units_with_the_rest_frozen_equal_the_plain_trainer(
 def test_fine_tuning_equals_the_plain_trainer_with_masked_gradients(
     tiny_models, tokenizer, monkeypatch, name, rest
 ):
-    config, examples = (
-        SFTConfig(learning_rate=1e-2, max_steps=20, batch_size=4, seed=3),
-        examples_of(24),
-    )
+    config = SFTConfig(learning_rate=1e-2, max_steps=20, batch_size=4, seed=3)
+    examples = examples_of(24)
     model, reference = tiny_models(name), tiny_models(name)
     chosen, before = scattered(model, 0.4), parameters_of(model)
     with training_only(model, chosen, rest):

@@ -7,12 +7,7 @@ from hypothesis import strategies as st
 
 from ssah_utils import units
 from ssah_utils.per_unit import PerUnit
-from ssah_utils.units import (
-    GROUPS,
-    UnitPartition,
-    partition,
-    random_units,
-)
+from ssah_utils.units import GROUPS, UnitPartition, partition, random_units
 
 
 def scores(seed: int, n_layers: int = 3, n_attention: int = 6, n_mlp: int = 10) -> PerUnit:
@@ -150,9 +145,8 @@ def test_fractions_above_1_together_are_named():
         partition(scores(0), scores(1), 0.5, 0.4, 0.2)
 
 
-@pytest.mark.parametrize(
-    "fractions", [(0.5, 0.3, 0.2), (0.33, 0.56, 0.11)]
-)  # the latter add to 1.0000000000000002
+# the latter add to 1.0000000000000002
+@pytest.mark.parametrize("fractions", [(0.5, 0.3, 0.2), (0.33, 0.56, 0.11)])
 def test_fractions_that_add_to_1_are_accepted(fractions):
     assert sizes(partition(scores(0), scores(1), *fractions))["complex"] <= 1
 

@@ -39,14 +39,14 @@ def batches() -> list[dict]:
     ]
 
 
-def course(model, tokenizer):
+def trajectory(model, tokenizer):
     found = stepwise.generate_and_probe(
         model, tokenizer, PROMPTS, {"": [[]] * 3}, 4, [0, 2], OPENINGS
     )[""]
     return [found.tokens, *found.refusal.values(), *found.compliance.values()]
 
 
-def nll_of_course(model, tokenizer):
+def nll_of_trajectory(model, tokenizer):
     return stepwise.continuation_nll(
         model, {"": stepwise.Trajectory([[5], [6, 7]], [[8, 9], [10, 11]], 0, {}, {})}
     )[""]
@@ -64,8 +64,8 @@ LANGUAGE = {
         m, t, PROMPTS, OPENINGS[0] + OPENINGS[1]
     ),
     "prefills": lambda m, t: stepwise.prefills(m, t, PROMPTS, OPENINGS[0], 6),
-    "follow": course,
-    "own_nll": nll_of_course,
+    "generate_and_probe": trajectory,
+    "continuation_nll": nll_of_trajectory,
 }
 MEASURES = LANGUAGE | {
     "moments": moments,

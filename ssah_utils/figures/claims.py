@@ -20,15 +20,17 @@ VERDICT_STYLES = {
 }
 
 
-def number(value: float) -> str:
+def two_digits(value: float) -> str:
     """Two digits that matter, as a reader needs them."""
     return "" if pd.isna(value) else f"{value:.0f}" if abs(value) >= 10 else f"{value:.2g}"
 
 
 def shown_interval(row: pd.Series) -> str:
     """Ours with its interval, as text."""
-    ends = "" if pd.isna(row["ci_low"]) else f" [{number(row['ci_low'])}, {number(row['ci_high'])}]"
-    return number(row["ours"]) + ends
+    if pd.isna(row["ci_low"]):
+        return two_digits(row["ours"])
+    low, high = two_digits(row["ci_low"]), two_digits(row["ci_high"])
+    return f"{two_digits(row['ours'])} [{low}, {high}]"
 
 
 def scaled(row: pd.Series) -> np.ndarray:
@@ -111,4 +113,4 @@ def claim_line(ax: Axes, line: int, row: pd.Series) -> None:
         ax.plot(runs, [line] * len(runs), "|", color=colour, ms=6, mew=1)
     ax.plot(middle, line, marker, color=colour, fillstyle=fill, ms=4.5)
     ax.text(1.35, line, shown_interval(row), fontsize=7, va="center")
-    ax.text(2.75, line, number(row["control"]), fontsize=7, va="center")
+    ax.text(2.75, line, two_digits(row["control"]), fontsize=7, va="center")

@@ -47,7 +47,7 @@ def environment() -> dict[str, str]:
     return {EXPECTED: identity(), "PYTHONPATH": os.pathsep.join(dict.fromkeys(path))}
 
 
-def check() -> None:
+def check_kernel() -> None:
     """``RuntimeError`` when a notebook runs in another Python than its runner, or beside another
     copy of the package.
     """

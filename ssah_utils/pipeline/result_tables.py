@@ -7,7 +7,7 @@ stored tables; writes no file, and no number that a run did not produce.
 
 import pandas as pd
 
-from ssah_utils.figures.claims import number, shown_interval
+from ssah_utils.figures.claims import shown_interval, two_digits
 
 
 def interval(
@@ -323,7 +323,7 @@ def claims_table(results: dict[str, dict]) -> str:
         ours = "" if pd.isna(row["ours"]) else f"{shown_interval(row)} {row['unit']}"
         bold = "**" if row["verdict"] == "replicated" else ""
         verdict = f"{bold}{row['verdict']}{bold}"
-        rows.append([row["claim"], paper, ours, number(row["control"]), trainings, verdict])
+        rows.append([row["claim"], paper, ours, two_digits(row["control"]), trainings, verdict])
     header = ["claim", "in the paper", "ours [95%]", "control", "trainings", "verdict"]
     return markdown(rows, header)
 

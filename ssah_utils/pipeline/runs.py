@@ -152,7 +152,7 @@ def start(stage: str, values: dict) -> Run:
     ``values``: the notebook's ``globals()``, from which every parameter that it declares is stored
     with the result. Raises ``RuntimeError`` when another process is at work in the same folder.
     """
-    kernel.check()
+    kernel.check_kernel()
     declared = declared_parameters(NOTEBOOKS / f"{stage}.ipynb")
     if missing := [name for name in declared if name not in values]:
         raise ValueError(

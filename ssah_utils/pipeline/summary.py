@@ -11,7 +11,7 @@ from functools import partial
 import pandas as pd
 
 from ssah_utils import assets, loading
-from ssah_utils.figures.claims import number, shown_interval
+from ssah_utils.figures.claims import shown_interval, two_digits
 from ssah_utils.pipeline.claims import CLAIM_VERDICTS
 from ssah_utils.pipeline.result_tables import markdown
 
@@ -63,7 +63,7 @@ def finding_table(results: dict[str, dict], ids: tuple[str, ...]) -> str:
     for one in ids:
         row = table.loc[one]
         ours = f"{shown_interval(row)} {row['unit']}"
-        rows.append([row["claim"], ours, number(row["control"]), row["verdict"]])
+        rows.append([row["claim"], ours, two_digits(row["control"]), row["verdict"]])
     return markdown(rows, ["claim", "ours [95%]", "control", "verdict"])
 
 

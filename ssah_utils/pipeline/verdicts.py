@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 from pandas.io.formats.style import Styler
 
-from ssah_utils.figures.claims import number, shown_interval
+from ssah_utils.figures.claims import shown_interval, two_digits
 from ssah_utils.files import sha256_of_file
 from ssah_utils.pipeline.claims import FILE as CLAIMS_FILE
 from ssah_utils.pipeline.claims import STORED_FIELDS, Claim, Selector, Tables, load_claims, nearest
@@ -204,7 +204,7 @@ def of_stage(folder: Path, stage: str) -> Styler:
         {
             "claim": rows["claim"],
             "ours [95% interval]": [shown_interval(row) for _, row in rows.iterrows()],
-            "control": rows["control"].map(number),
+            "control": rows["control"].map(two_digits),
             "unit": rows["unit"],
             "verdict": rows["verdict"],
             "note": rows["note"],

@@ -193,10 +193,10 @@ def test_greedy_is_greedy_whatever_a_checkpoint_asks_for(llama, tokenizer):
         setattr(own, field, UNUSUAL.get(field, 3))
         llama.generation_config = own
         assert evaluation.generate(llama, tokenizer, texts, 6) == answers, field
-        course = stepwise.generate_and_probe(
+        trajectory = stepwise.generate_and_probe(
             llama, tokenizer, texts, {0: [[], []]}, 6, [0], (["w3"], ["w4"])
         )[0]
-        assert course.tokens == expected, field
+        assert trajectory.tokens == expected, field
         with benchmarks._plain_generation(llama, tokenizer):
             row = torch.tensor(ids[1:])
             said = llama.generate(
@@ -353,7 +353,7 @@ def test_response_nll_of_empty_responses_alone_is_nan(tiny, rendered):
 
 # ------------------------------------------------------------------------------------------- margin
 
-OPENINGS = ["I'm sorry, but I can't", "Sure", "Of course! Here"]
+OPENINGS = ["I'm sorry, but I can't", "Sure", "Of trajectory! Here"]
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 32])

@@ -39,7 +39,7 @@ def batches() -> list[dict]:
     ]
 
 
-def course(model, tokenizer):
+def trajectory(model, tokenizer):
     found = stepwise.generate_and_probe(
         model, tokenizer, PROMPTS, {"": [[]] * 3}, 4, [0, 2], OPENINGS
     )[""]
@@ -64,7 +64,7 @@ LANGUAGE = {
         m, t, PROMPTS, OPENINGS[0] + OPENINGS[1]
     ),
     "prefills": lambda m, t: stepwise.prefills(m, t, PROMPTS, OPENINGS[0], 6),
-    "follow": course,
+    "follow": trajectory,
     "own_nll": nll_of_course,
 }
 MEASURES = LANGUAGE | {

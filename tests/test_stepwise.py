@@ -42,20 +42,22 @@ def log_mean(model, tokenizer, prompts: list[str], openings: list[str]) -> np.nd
 @pytest.mark.parametrize("batch_size", [64, 3, 1])
 def test_openings_are_as_probable_as_after_the_text_so_far(wordy, tokenizer, batch_size):
     variants = {"none": [[]] * 4, "two": forced(2)}
-    courses = stepwise.generate_and_probe(
+    trajectories = stepwise.generate_and_probe(
         wordy, tokenizer, PROMPTS, variants, 4, [0, 1, 3, 6, 9], OPENINGS, batch_size
     )
-    assert list(courses["none"].refusal) == [0, 1, 3]
-    assert list(courses["two"].refusal) == [2, 3, 6], (
+    assert list(trajectories["none"].refusal) == [0, 1, 3]
+    assert list(trajectories["two"].refusal) == [2, 3, 6], (
         "its end is measured, what is inside it or beyond the answer is not"
     )
-    for course in courses.values():
-        for step in course.refusal:
-            alive = [row for row in range(4) if len(course.tokens[row]) >= step]
-            so_far = [f"{PROMPTS[row]} {text(course.tokens[row][:step])}".strip() for row in alive]
+    for trajectory in trajectories.values():
+        for step in trajectory.refusal:
+            alive = [row for row in range(4) if len(trajectory.tokens[row]) >= step]
+            so_far = [
+                f"{PROMPTS[row]} {text(trajectory.tokens[row][:step])}".strip() for row in alive
+            ]
             for found, openings in (
-                (course.refusal, OPENINGS[0]),
-                (course.compliance, OPENINGS[1]),
+                (trajectory.refusal, OPENINGS[0]),
+                (trajectory.compliance, OPENINGS[1]),
             ):
                 np.testing.assert_allclose(
                     found[step][alive], log_mean(wordy, tokenizer, so_far, openings), rtol=1e-4
@@ -64,13 +66,13 @@ def test_openings_are_as_probable_as_after_the_text_so_far(wordy, tokenizer, bat
 
 
 def test_the_model_goes_on_as_generate_does(wordy, tokenizer):
-    courses = stepwise.generate_and_probe(
+    trajectories = stepwise.generate_and_probe(
         wordy, tokenizer, PROMPTS, {0: [[]] * 4, 3: forced(3)}, 5, [0], OPENINGS
     )
-    assert courses[0].answers(tokenizer) == evaluation.generate(wordy, tokenizer, PROMPTS, 5)
+    assert trajectories[0].answers(tokenizer) == evaluation.generate(wordy, tokenizer, PROMPTS, 5)
     extended = [f"{prompt} {text(ids)}" for prompt, ids in zip(PROMPTS, forced(3), strict=True)]
-    assert courses[3].answers(tokenizer) == evaluation.generate(wordy, tokenizer, extended, 5)
-    assert [ids[:3] for ids in courses[3].tokens] == forced(3)
+    assert trajectories[3].answers(tokenizer) == evaluation.generate(wordy, tokenizer, extended, 5)
+    assert [ids[:3] for ids in trajectories[3].tokens] == forced(3)
 
 
 def test_nothing_is_measured_after_the_end_of_an_answer(wordy, tokenizer):
@@ -79,25 +81,25 @@ def test_nothing_is_measured_after_the_end_of_an_answer(wordy, tokenizer):
     ]
     end = free.tokens[0][2]  # from now on this word ends an answer
     wordy.generation_config.eos_token_id = [2, end]
-    course = stepwise.generate_and_probe(
+    trajectory = stepwise.generate_and_probe(
         wordy, tokenizer, PROMPTS, {0: [[]] * 4, 1: [[end]] * 4}, 4, [0, 1, 2, 3, 4], OPENINGS
     )
-    n_said = len(course[0].tokens[0])
-    assert n_said <= 2 and end not in course[0].tokens[0]
-    assert [bool(np.isfinite(values[0])) for values in course[0].refusal.values()] == [
+    n_said = len(trajectory[0].tokens[0])
+    assert n_said <= 2 and end not in trajectory[0].tokens[0]
+    assert [bool(np.isfinite(values[0])) for values in trajectory[0].refusal.values()] == [
         step <= n_said for step in range(5)
     ]
-    assert all(ids[0] == end for ids in course[1].tokens), "a forced token ends nothing"
-    assert np.isfinite(course[1].refusal[1]).all()
-    rows = stepwise.margin_rows(course[0], REQUESTS, model="m")
+    assert all(ids[0] == end for ids in trajectory[1].tokens), "a forced token ends nothing"
+    assert np.isfinite(trajectory[1].refusal[1]).all()
+    rows = stepwise.margin_rows(trajectory[0], REQUESTS, model="m")
     assert len(rows[rows["id"] == "a"]) == n_said + 1 and rows["margin"].notna().all()
 
 
 def test_margin_is_refusal_minus_compliance(wordy, tokenizer):
-    course = stepwise.generate_and_probe(
+    trajectory = stepwise.generate_and_probe(
         wordy, tokenizer, PROMPTS, {0: [[]] * 4}, 1, [0], OPENINGS
     )[0]
-    rows = stepwise.margin_rows(course, REQUESTS, model="m", attack="none").set_index("id")
+    rows = stepwise.margin_rows(trajectory, REQUESTS, model="m", attack="none").set_index("id")
     expected = log_mean(wordy, tokenizer, PROMPTS, OPENINGS[0]) - log_mean(
         wordy, tokenizer, PROMPTS, OPENINGS[1]
     )
@@ -138,13 +140,13 @@ def test_variants_that_do_not_fit_are_refused(wordy, tokenizer):
 
 
 def test_no_answer_at_all_still_gives_a_margin(wordy, tokenizer):
-    course = stepwise.generate_and_probe(
+    trajectory = stepwise.generate_and_probe(
         wordy, tokenizer, PROMPTS, {0: [[]] * 4}, 0, [0, 1], OPENINGS
     )[0]
     assert (
-        course.tokens == [[]] * 4
-        and list(course.refusal) == [0]
-        and np.isfinite(course.refusal[0]).all()
+        trajectory.tokens == [[]] * 4
+        and list(trajectory.refusal) == [0]
+        and np.isfinite(trajectory.refusal[0]).all()
     )
 
 
@@ -154,12 +156,12 @@ def test_likelihood_is_that_of_the_added_tokens_after_prompt_and_forced_ones(
 ):
     said = [[50, 51, 60, 61, 62], [52, 53, 63], [54, 55], [56, 57, 64, 65]]
     sequences = [tokenizer(prompt).input_ids for prompt in PROMPTS]
-    courses = {
+    trajectories = {
         "two": stepwise.Trajectory(sequences, said, 2, {}, {}),
         "none": stepwise.Trajectory(sequences, said, 0, {}, {}),
         "nothing": stepwise.Trajectory(sequences, [[]] * 4, 0, {}, {}),
     }
-    found = stepwise.continuation_nll(wordy, courses, batch_size)
+    found = stepwise.continuation_nll(wordy, trajectories, batch_size)
     for name, k in (("two", 2), ("none", 0)):
         before = [
             f"{prompt} {text(ids[:k])}".strip() for prompt, ids in zip(PROMPTS, said, strict=True)
@@ -172,15 +174,15 @@ def test_likelihood_is_that_of_the_added_tokens_after_prompt_and_forced_ones(
 
 
 def test_verdicts_are_on_what_follows_the_prefill(tokenizer, monkeypatch):
-    course = stepwise.Trajectory([[5]] * 4, [[6, 7, 8]] * 4, 1, {}, {})
-    assert course.answers(tokenizer) == ["w7 w8"] * 4
+    trajectory = stepwise.Trajectory([[5]] * 4, [[6, 7, 8]] * 4, 1, {}, {})
+    assert trajectory.answers(tokenizer) == ["w7 w8"] * 4
     monkeypatch.setattr(
         stepwise.Trajectory,
         "answers",
         lambda *_: ["I'm sorry, I can't help.", "one two", "three", ""],
     )
     rows = stepwise.verdict_rows(
-        course, np.array([np.nan, 1.0, 9.0, np.nan]), tokenizer, REQUESTS, model="m", prefill=1
+        trajectory, np.array([np.nan, 1.0, 9.0, np.nan]), tokenizer, REQUESTS, model="m", prefill=1
     )
     assert rows["refused"].tolist() == [True, False, False, False]
     assert rows["coherent_asr"].tolist() == [False, True, False, False]
@@ -206,8 +208,10 @@ def test_tables_hold_every_variant_under_its_attack_and_length(tokenizer):
 
 
 def test_marks_are_the_last_token_before_every_step():
-    course = stepwise.Trajectory([[3, 4], [5], [6, 7, 8]], [[10, 11], [], [12, 13, 14]], 0, {}, {})
-    batches, marks = stepwise.step_batches(course, [0, 2, 3], batch_size=2)
+    trajectory = stepwise.Trajectory(
+        [[3, 4], [5], [6, 7, 8]], [[10, 11], [], [12, 13, 14]], 0, {}, {}
+    )
+    batches, marks = stepwise.step_batches(trajectory, [0, 2, 3], batch_size=2)
     seen = torch.cat([batch["input_ids"][batch["positions"]] for batch in batches]).tolist()
     assert seen == [4, 11, 5, 8, 13, 14]
     assert list(marks.itertuples(index=False, name=None)) == [

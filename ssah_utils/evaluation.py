@@ -197,8 +197,9 @@ def refusal_margin(
         openings[f"{side}_openings"][:n_openings] for side in ("refusal", "compliance")
     )
     log_p = opening_log_probabilities(model, tokenizer, rendered, refusal + compliance)
-    log_mean = lambda part: np.logaddexp.reduce(part, axis=1) - np.log(part.shape[1])  # noqa: E731
-    return log_mean(log_p[:, : len(refusal)]) - log_mean(log_p[:, len(refusal) :])
+    refusing, complying = log_p[:, : len(refusal)], log_p[:, len(refusal) :]
+    log_mean = prompt_cache.log_mean_probability
+    return log_mean(refusing) - log_mean(complying)
 
 
 # ------------------------------------------------------------------------------------------ utility

@@ -11,6 +11,7 @@ text cut between two tokens need not be read back as the same tokens.
 import inspect
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
@@ -78,6 +79,15 @@ def opening_ids(
                 " template"
             )
     return ids[:n]
+
+
+def log_mean_probability(log_p: np.ndarray) -> np.ndarray:
+    """Log of the mean probability of the openings of one kind, from the log of each: (..., n) ->
+    (...) nats.
+
+    The mean and not the sum, so that kinds with different numbers of openings are on one scale.
+    """
+    return np.logaddexp.reduce(log_p, axis=-1) - np.log(log_p.shape[-1])
 
 
 def decoded(tokenizer: PreTrainedTokenizerBase, ids: Ids) -> str:
@@ -208,8 +218,15 @@ class PromptCache:
         """log P(continuation | what has been read) in nats: (B, n_continuations) float64.
 
         ``logits``: (B, vocabulary), after what has been read. The continuations are read side by
-        side in one pass, none seeing another, and forgotten again.
+        side in one pass, none seeing another, and forgotten again. ``ValueError`` for an empty one:
+        it is certain, and would outweigh all others.
         """
+        for number, ids in enumerate(continuations, 1):
+            if not ids:
+                raise ValueError(
+                    f"continuation {number} of {len(continuations)} has no token, so it has no"
+                    " probability to compare: leave the empty opening out"
+                )
         read_ids, sequence, place = _side_by_side(continuations, logits.device)
         parts = [logits[:, None]]  # (B, 1, vocabulary): for every first token
         if len(read_ids):

@@ -22,6 +22,7 @@ from ssah_utils.prompt_cache import (
     check_lengths,
     decoded,
     length_sorted,
+    log_mean_probability,
     opening_ids,
     token_ids,
 )
@@ -102,6 +103,11 @@ def generate_and_probe(
     is always a step; steps inside of it belong to a shorter variant and are left out. Each prompt
     is read once for all variants. Raises ``ValueError`` for a variant whose forced parts differ in
     length.
+
+    A limit: at every step an opening has the tokens that it has right after the prompt. In
+    mid-sentence a text would often put a space before it, which is another token in many
+    vocabularies. So both kinds are less probable there than in a text; the margin compares like
+    with like.
     """
     for name, forced in variants.items():
         if len(forced) != len(prompts) or len(set(map(len, forced))) > 1:
@@ -136,12 +142,12 @@ def generate_and_probe(
                 tokens[name][row] = answer[:length]
             for step in reversed(at[name]):  # backwards, so that the cache need only shrink
                 cache.truncate(step)
-                scores = cache.log_probabilities(opened, after[step])
-                scores[torch.tensor(lengths, device=scores.device) < step] = torch.nan
+                scores = cache.log_probabilities(opened, after[step]).cpu().numpy()
+                has_ended = np.array(lengths) < step
                 sides = scores[:, :n_refusals], scores[:, n_refusals:]
                 for by_step, side in zip(log_p[name], sides, strict=True):
-                    log_mean = side.logsumexp(1) - np.log(side.shape[1])
-                    by_step[step][rows] = log_mean.cpu().numpy()
+                    log_mean = log_mean_probability(side)
+                    by_step[step][rows] = np.where(has_ended, np.nan, log_mean)
             cache.truncate(0)
     return {
         name: Trajectory(sequences, tokens[name], n_forced[name], *log_p[name]) for name in variants
@@ -240,6 +246,32 @@ def verdict_rows(
         coherent_asr=verdicts == "complied",
         degenerate=verdicts == "degenerate",
     )
+
+
+Variants = dict[tuple[str, int], Trajectory]  # by attack and number of forced tokens
+
+
+def margin_table(trajectories: Variants, requests: pd.DataFrame, **keys) -> pd.DataFrame:
+    """``margin_rows`` of every variant, with its name in the columns attack and prefill."""
+    parts = []
+    for (attack, k), trajectory in trajectories.items():
+        parts.append(margin_rows(trajectory, requests, **keys, attack=attack, prefill=k))
+    return pd.concat(parts, ignore_index=True)
+
+
+def verdict_table(
+    trajectories: Variants,
+    nll: dict[tuple[str, int], np.ndarray],
+    tokenizer: PreTrainedTokenizerBase,
+    requests: pd.DataFrame,
+    **keys,
+) -> pd.DataFrame:
+    """``verdict_rows`` of every variant, with its name in the columns attack and prefill."""
+    parts = []
+    for (attack, k), trajectory in trajectories.items():
+        named = keys | {"attack": attack, "prefill": k}
+        parts.append(verdict_rows(trajectory, nll[attack, k], tokenizer, requests, **named))
+    return pd.concat(parts, ignore_index=True)
 
 
 def step_batches(

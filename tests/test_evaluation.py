@@ -353,7 +353,7 @@ def test_response_nll_of_empty_responses_alone_is_nan(tiny, rendered):
 
 # ------------------------------------------------------------------------------------------- margin
 
-OPENINGS = ["I'm sorry, but I can't", "Sure", "Of course! Here"]
+OPENINGS = ["I'm sorry, but I can't", "Sure", "Of trajectory! Here"]
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 32])

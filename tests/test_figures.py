@@ -100,12 +100,11 @@ def probing_tables() -> dict[str, pd.DataFrame]:
             )
         ]
     )
-    tables = {
+    return {
         "distances": distances,
         "residual": distances[distances["queries"] == "harmful"],
         "margins": margins,
     }
-    return tables | direction_tables(("aligned", "unaligned"))
 
 
 def ablation_tables() -> dict[str, pd.DataFrame]:
@@ -145,6 +144,7 @@ def ablation_tables() -> dict[str, pd.DataFrame]:
 TABLES = {
     "01_alignment": alignment_tables,
     "02_probing": probing_tables,
+    "A2_stepwise": lambda: direction_tables(("aligned", "unaligned")),
     "03_units": stability.unit_tables,
     "04_ablation": ablation_tables,
 }

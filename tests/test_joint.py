@@ -200,6 +200,34 @@ def test_every_measure_reads_an_answer_where_the_template_puts_it(kind, name):
     assert [row["chosen_ids"][:-1], row["rejected_ids"][:-1]] == ids[:2]
 
 
+def test_in_mid_sentence_an_opening_keeps_the_tokens_that_it_has_after_the_prompt():
+    """A limit of ``generate_and_probe``: a text would put a space there, which is another token."""
+    tokenizer = with_template("bytes", "line opened")
+    model, (rendered,) = tiny(tokenizer), chat.render(tokenizer, ["Why"])
+    prompt, said = prompt_cache.token_ids(tokenizer, [rendered, "Sure"])
+    trajectory = stepwise.generate_and_probe(
+        model, tokenizer, [rendered], {"": [said]}, 0, [], (["I cannot"], ["Who"])
+    )[""]
+    step = len(said)
+    after_prompt, in_sentence = prompt_cache.token_ids(tokenizer, ["I cannot", " I cannot"])
+    found = trajectory.refusal[step][0]
+    assert found == pytest.approx(log_p(model, prompt + said, after_prompt), rel=1e-4)
+    assert found != pytest.approx(log_p(model, prompt + said, in_sentence), rel=1e-2)
+
+
+def test_chat_batches_hold_what_rendering_encoding_and_batching_give_one_by_one():
+    tokenizer = with_template("bytes", "line opened")
+    requests, answers = ["Why", "Who help me"], ["I cannot help", ""]
+    (batch,) = tokens.chat_batches(tokenizer, requests, answers, 2, end=False, sort=False)
+    rendered = chat.render(tokenizer, requests)
+    for row, (text, answer) in enumerate(zip(rendered, answers, strict=True)):
+        alone = prompt_cache.token_ids(tokenizer, [text, answer])
+        expected = alone[0] + alone[1][:2]
+        n_read = int(batch["attention_mask"][row].sum())
+        assert batch["input_ids"][row, :n_read].tolist() == expected
+        assert int(batch["positions"][row].sum()) == len(alone[1][:2])
+
+
 def test_an_answer_that_would_change_the_prompt_s_tokens_is_read_on_its_own():
     tokenizer = with_template("bytes", "line opened")
     (rendered,), answer = chat.render(tokenizer, ["Why"]), "\n\nSure"

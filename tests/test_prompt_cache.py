@@ -1,5 +1,6 @@
 """The prompt cache against the whole text read at once, in every architecture."""
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -302,3 +303,20 @@ def test_a_prompt_without_a_token_is_refused_in_one_line(llama, tokenizer, empty
         assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match="a prompt has no token"):
         prompt_cache.PromptCache(llama, [[3], []])
+
+
+@pytest.mark.parametrize("at", [0, 1])
+def test_an_empty_continuation_is_refused_in_one_line(llama, at):
+    continuations = [[3, 4], [5]]
+    continuations.insert(at, [])
+    cache = prompt_cache.PromptCache(llama, PROMPTS)
+    with pytest.raises(ValueError, match=f"continuation {at + 1} of 3 has no token") as error:
+        cache.log_probabilities(continuations, cache.next_logits)
+    assert "\n" not in str(error.value)
+
+
+def test_the_log_of_a_mean_probability_is_taken_over_the_openings_and_does_not_underflow():
+    log_p = np.log([[0.1, 0.3], [0.5, 0.5]])
+    np.testing.assert_allclose(prompt_cache.log_mean_probability(log_p), np.log([0.2, 0.5]))
+    found = prompt_cache.log_mean_probability(log_p - 2000)  # below any float64
+    np.testing.assert_allclose(found, np.log([0.2, 0.5]) - 2000)

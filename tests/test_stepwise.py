@@ -190,6 +190,23 @@ def test_verdicts_are_on_what_follows_the_prefill(tokenizer, monkeypatch):
     assert rows["queries"].tolist() == REQUESTS["queries"].tolist() and set(rows["prefill"]) == {1}
 
 
+def test_tables_hold_every_variant_under_its_attack_and_length(tokenizer):
+    steps = {0: np.full(4, -1.0)}, {0: np.full(4, -3.0)}
+    plain = stepwise.Trajectory([[5]] * 4, [[7]] * 4, 0, *steps)
+    forced = stepwise.Trajectory(
+        [[5]] * 4, [[6, 7]] * 4, 1, {1: np.full(4, -2.0)}, steps[1] | {1: np.full(4, -7.0)}
+    )
+    variants = {("none", 0): plain, ("prefill", 1): forced}
+    margins = stepwise.margin_table(variants, REQUESTS, model="m")
+    found = margins.groupby(["model", "attack", "prefill", "step"])["margin"].agg(["mean", "size"])
+    assert found["mean"].to_dict() == {("m", "none", 0, 0): 2.0, ("m", "prefill", 1, 1): 5.0}
+    assert set(found["size"]) == {4}
+    nll = {("none", 0): np.full(4, 9.0), ("prefill", 1): np.full(4, 1.0)}
+    verdicts = stepwise.verdict_table(variants, nll, tokenizer, REQUESTS, model="m")
+    degenerate = verdicts.groupby(["attack", "prefill"])["degenerate"].mean()
+    assert degenerate.to_dict() == {("none", 0): 1.0, ("prefill", 1): 0.0}
+
+
 def test_marks_are_the_last_token_before_every_step():
     trajectory = stepwise.Trajectory(
         [[3, 4], [5], [6, 7, 8]], [[10, 11], [], [12, 13, 14]], 0, {}, {}

@@ -1,4 +1,4 @@
-"""Figures of 02_probing. Knows tables only."""
+"""The figure of 02_probing, as a function from its stored tables to a ``Figure``."""
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from ssah_utils.figures.style import INK, MODEL_COLOURS, Tables, band
 
 
-def probing(tables: Tables) -> Figure:
+def distances_and_margins(tables: Tables) -> Figure:
     """Left: the paper's quantity. Middle: the same for harmful minus harmless queries. Right: the
     behavioural margin.
     """

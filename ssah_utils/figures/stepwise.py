@@ -1,17 +1,11 @@
-"""Figures of the reasoning direction step by step (02), as functions from stored tables to a
-``Figure``.
-
-Knows tables only. Loads no model.
-"""
+"""Figures of A2_stepwise, as functions from its stored tables to a ``Figure``."""
 
 import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ssah_utils.figures.style import CONTROL, INK, Tables
-
-COLOURS = {"aligned": "#0072B2", "unaligned": "#E69F00"}
+from ssah_utils.figures.style import CONTROL, INK, MODEL_COLOURS, Tables
 
 
 def _line(ax: Axes, part: pd.DataFrame, colour, label: str | None, **style) -> None:
@@ -51,7 +45,7 @@ def _refused(ax: Axes, table: pd.DataFrame) -> None:
     for (model, queries), part in refused.groupby(["model", "queries"], sort=False):
         if queries == "harmless" and model != "aligned":
             continue
-        colour = CONTROL if queries == "harmless" else COLOURS[model]
+        colour = CONTROL if queries == "harmless" else MODEL_COLOURS[model]
         line = part[part["attack"].isin(["none", "prefill"])].sort_values("prefill")
         ax.plot(
             line["prefill"],
@@ -103,9 +97,8 @@ def direction_steps(tables: Tables) -> Figure:
     steps = tables["steps"]
     models = list(dict.fromkeys(steps["model"]))
     n_queries = steps.groupby(["model", "queries", "attack"])["n"].transform("max")
-    steps = steps[
-        steps["n"] >= n_queries / 2
-    ]  # few answers are still going: the rest would be another population
+    # Where few answers still go on, they would be another population.
+    steps = steps[steps["n"] >= n_queries / 2]
     widths = [*[3.3] * len(models), 3.3]
     figure, axes = plt.subplots(1, len(widths), figsize=(sum(widths), 3.5), width_ratios=widths)
     drawn = steps[steps["attack"].isin(["none", "prefill"])]

@@ -37,9 +37,7 @@ FIGURES: dict[str, dict[str, Callable]] = {
         "judge_validation": judge.judge_validation,
     },
     "02_probing": {
-        "probing": probing.probing,
-        "direction_steps": stepwise.direction_steps,
-        "direction_blocks": stepwise.direction_blocks,
+        "probing": probing.distances_and_margins,
     },
     "03_units": {
         "score_histograms": units.score_histograms,
@@ -72,6 +70,10 @@ FIGURES: dict[str, dict[str, Callable]] = {
     "07_redundant_units": {
         "alignment_budget": redundant_units.alignment_budget,
         "table4_budget": paper.table4_budget,
+    },
+    "A2_stepwise": {
+        "direction_steps": stepwise.direction_steps,
+        "direction_blocks": stepwise.direction_blocks,
     },
     "08_claims": {"claims": claims.claims},
 }

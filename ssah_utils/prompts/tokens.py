@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ssah_utils.prompt_cache import answer_ids, token_ids
-from ssah_utils.prompts.chat import check_plain, end_of_turn
+from ssah_utils.prompts.chat import check_plain, end_of_turn, render
 
 IGNORED = -100  # label of positions that carry no loss, as torch's cross_entropy has it
 POSITIONS = ("response", "prompt", "all")
@@ -44,6 +44,26 @@ def encode(
         labels = [IGNORED] * len(prompt_ids) + response_ids
         examples.append({"input_ids": prompt_ids + response_ids, "labels": labels})
     return examples
+
+
+def chat_batches(
+    tokenizer: PreTrainedTokenizerBase,
+    requests: list[str],
+    answers: list[str],
+    max_response_tokens: int,
+    positions: str = "response",
+    system_prompt: str = "",
+    end: bool = True,
+    sort: bool = True,
+) -> list[dict[str, Tensor]]:
+    """Requests and their answers as a model reads them: rendered as chats, encoded, in batches.
+
+    ``chat.render``, then ``encode``, then ``token_batches``, whose arguments these are. An empty
+    answer leaves the request alone, up to where the answer would begin.
+    """
+    rendered = render(tokenizer, requests, system_prompt)
+    examples = encode(tokenizer, rendered, answers, max_response_tokens, end)
+    return token_batches(examples, positions, sort=sort)
 
 
 def token_batches(

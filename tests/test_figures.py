@@ -138,15 +138,16 @@ def ablation_tables() -> dict[str, pd.DataFrame]:
             rows.append(keys | {"set": name, "metric": metric} | interval(10 * fraction))
     rates = pd.DataFrame(rows)
     differences = rates[rates["part"] == "groups"].rename(columns={"mean": "difference"})
-    return {"rates": rates, "differences": differences} | stability.ablation_tables()
+    return {"rates": rates, "differences": differences}
 
 
 TABLES = {
     "01_alignment": alignment_tables,
     "02_probing": probing_tables,
     "A2_stepwise": lambda: direction_tables(("aligned", "unaligned")),
-    "03_units": stability.unit_tables,
+    "03_units": dict,  # all its figures are drawn from the units
     "04_ablation": ablation_tables,
+    "A3_finders": stability.finder_tables,
 }
 # drawn from small tables elsewhere
 for trained in ("05_transfer", "06_freezing", "07_redundant_units", "08_claims"):

@@ -1,4 +1,4 @@
-"""Figures of stability and of the smallest sets: what stands in the tables is what is drawn."""
+"""Figures of A3_finders: what stands in the tables is what is drawn."""
 
 import itertools
 
@@ -19,19 +19,14 @@ VARIANTS = {
 }
 
 
-def unit_tables() -> dict[str, pd.DataFrame]:
-    """As 03_units stores them."""
+def finder_tables() -> dict[str, pd.DataFrame]:
+    """As A3_finders stores them."""
     pairs = itertools.product(VARIANTS, VARIANTS)
-    rows = [
+    overlaps = [
         {"first": a, "second": b, "jaccard": 1.0 if a == b else 0.3, "chance": 0.01}
         for a, b in pairs
     ]
-    return {"jaccard": pd.DataFrame(rows)}
-
-
-def ablation_tables() -> dict[str, pd.DataFrame]:
-    """As 04_ablation stores them."""
-    variants = [
+    rates = [
         {
             "variant": variant,
             "family": family,
@@ -79,7 +74,8 @@ def ablation_tables() -> dict[str, pd.DataFrame]:
         )
     ]
     return {
-        "variants": pd.DataFrame(variants),
+        "jaccard": pd.DataFrame(overlaps),
+        "rates": pd.DataFrame(rates),
         "categories": pd.DataFrame(categories),
         "smallest": pd.DataFrame(smallest),
     }
@@ -92,7 +88,7 @@ def close():
 
 
 def test_matrix_shows_every_pair_in_the_stored_order():
-    figure = finders.stability_matrix(unit_tables())
+    figure = finders.stability_matrix(finder_tables())
     ax = figure.axes[0]
     assert [label.get_text() for label in ax.get_yticklabels()] == list(VARIANTS)
     assert [label.get_text() for label in ax.get_xticklabels()] == list(VARIANTS)
@@ -102,7 +98,7 @@ def test_matrix_shows_every_pair_in_the_stored_order():
 
 
 def test_variants_are_drawn_with_half_of_the_reference():
-    figure = finders.variant_ablation(ablation_tables())
+    figure = finders.variant_ablation(finder_tables())
     drops, *_ = figure.axes
     assert [label.get_text() for label in drops.get_yticklabels()] == [
         *VARIANTS,
@@ -113,19 +109,19 @@ def test_variants_are_drawn_with_half_of_the_reference():
 
 
 def test_a_variant_without_a_metric_leaves_a_gap():
-    tables = ablation_tables()
-    variants = tables["variants"]
-    missing = (variants["variant"] == "seed: 0") & (variants["metric"] == "answer_nll")
+    tables = finder_tables()
+    rates = tables["rates"]
+    missing = (rates["variant"] == "seed: 0") & (rates["metric"] == "answer_nll")
     n_lines = [len(ax.lines) for ax in finders.variant_ablation(tables).axes]
     found = [
         len(ax.lines)
-        for ax in finders.variant_ablation(tables | {"variants": variants[~missing]}).axes
+        for ax in finders.variant_ablation(tables | {"rates": rates[~missing]}).axes
     ]
     assert found == [n_lines[0], n_lines[1], n_lines[2] - 2]
 
 
 def test_categories_fill_two_panels():
-    margin, coherent = finders.category_matrix(ablation_tables()).axes[:2]
+    margin, coherent = finders.category_matrix(finder_tables()).axes[:2]
     assert [label.get_text() for label in margin.get_yticklabels()] == [
         "reference",
         "Physical",
@@ -138,7 +134,7 @@ def test_categories_fill_two_panels():
 
 
 def test_smallest_sets_have_one_line_per_order_and_the_targets():
-    left, right = finders.smallest_sets(ablation_tables()).axes
+    left, right = finders.smallest_sets(finder_tables()).axes
     lines = {line.get_label(): list(line.get_ydata()) for line in left.lines}
     assert lines["greedy"] == [1, 4, 8] and lines["random"] == [0.01, 0.04, 0.08]
     assert [4.0, 4.0] in [list(line.get_ydata()) for line in left.lines], "half of the whole set, 8"

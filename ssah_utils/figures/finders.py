@@ -1,7 +1,5 @@
-"""Figures on how stable the safety set is and how few units suffice (03, 04): stored tables to a
-``Figure``.
-
-Knows tables only. Loads no model.
+"""Figures of A3_finders: how stable the safety set is, and how few units are enough. Knows tables
+only.
 """
 
 import matplotlib.pyplot as plt
@@ -63,7 +61,7 @@ def variant_ablation(tables: Tables) -> Figure:
     """What switching off each variant of the safety set does; random sets of the same size
     below.
     """
-    rows = tables["variants"]
+    rows = tables["rates"]
     order = list(dict.fromkeys(rows["variant"]))
     figure, axes = plt.subplots(1, 3, figsize=(8.6, 0.2 * len(order) + 1.0), sharey=True)
     for ax, (metric, title) in zip(axes, VARIANT_PANELS.items(), strict=True):

@@ -10,6 +10,24 @@ from ssah_utils.figures.style import GROUP_COLOURS, INK
 from ssah_utils.units import GROUPS
 
 
+def one_unit(values: pd.DataFrame, unit: str) -> Figure:
+    """Activation of one unit along the answers to a few requests.
+
+    ``values``: request (its name in the legend), set (``harmful``, ``helpful``), position (in the
+    order of what is scored), value.
+    """
+    figure, ax = plt.subplots(figsize=(6.4, 2.4))
+    colours = {"harmful": GROUP_COLOURS["safety"], "helpful": GROUP_COLOURS["utility"]}
+    for (request, name), part in values.groupby(["request", "set"], sort=False):
+        spread = part["value"].var()
+        label = f"{request} (variance {spread:.2g})"
+        ax.plot(part["position"], part["value"], "o-", ms=2.5, color=colours[name], label=label)
+    ax.axhline(0, color=INK, lw=0.6, ls=":")
+    ax.set(xlabel="scored position", ylabel="activation", title=f"One unit: {unit}")
+    ax.legend(fontsize=7)
+    return figure
+
+
 def score_histograms(units: pd.DataFrame) -> Figure:
     """Standardised scores on both kinds of data, by kind of unit."""
     figure, axes = plt.subplots(1, 2, figsize=(7.0, 2.3), sharey=True)

@@ -44,14 +44,10 @@ FIGURES: dict[str, dict[str, Callable]] = {
         "score_scatter": units.score_scatter,
         "group_map": units.group_map,
         "unit_grid": units.unit_grid,
-        "stability_matrix": finders.stability_matrix,
     },
     "04_ablation": {
         "ablation_groups": ablation.ablation_groups,
         "ablation_curve": ablation.ablation_curve,
-        "variant_ablation": finders.variant_ablation,
-        "category_matrix": finders.category_matrix,
-        "smallest_sets": finders.smallest_sets,
         "table1_ablation": paper.table1_ablation,
     },
     "05_transfer": {
@@ -74,6 +70,12 @@ FIGURES: dict[str, dict[str, Callable]] = {
     "A2_stepwise": {
         "direction_steps": stepwise.direction_steps,
         "direction_blocks": stepwise.direction_blocks,
+    },
+    "A3_finders": {
+        "stability_matrix": finders.stability_matrix,
+        "variant_ablation": finders.variant_ablation,
+        "category_matrix": finders.category_matrix,
+        "smallest_sets": finders.smallest_sets,
     },
     "08_claims": {"claims": claims.claims},
 }

@@ -96,12 +96,12 @@ def ablation_table(results: dict[str, dict]) -> str:
 
 def paper_table(results: dict[str, dict]) -> str:
     """Changes in points beside the paper's Llama2-7B-Chat."""
-    names = ["random control", "ASR, paper", "utility, ours", "utility, paper"]
+    names = ["random_coherent_asr", "asr_paper", "utility", "utility_paper"]
     rows = []
     for _, row in results["04_ablation"]["tables"]["comparison"].iterrows():
-        coherent = interval(row, "+.1f", "coherent ASR, ours")
+        coherent = interval(row, "+.1f", "coherent_asr")
         beside = [f"{row[name]:+.1f}" for name in names]
-        rows.append([row["ablated"], f"{row['ASR, ours']:+.1f}", coherent, *beside])
+        rows.append([row["ablated"], f"{row['asr']:+.1f}", coherent, *beside])
     header = ["ablated", "ASR", "coherent ASR [95%]", "random control", "ASR, paper"]
     return markdown(rows, [*header, "utility", "utility, paper"])
 
@@ -266,13 +266,13 @@ def stability_table(results: dict[str, dict]) -> str:
     """Safety sets found in other ways: their overlap with the reference set, and what switching
     them off does.
     """
-    done = results["04_ablation"]["tables"]
-    carriers = done["carriers"].set_index("variant")
-    coherent = done["variants"].query("metric == 'coherent_asr'").set_index("variant")
+    done = results["A3_finders"]["tables"]
+    margins = done["margins"].set_index("variant")
+    coherent = done["rates"].query("metric == 'coherent_asr'").set_index("variant")
     rows = []
-    for _, row in results["03_units"]["tables"]["variants"].iterrows():
-        if row["variant"] in carriers.index:
-            found, answered = carriers.loc[row["variant"]], coherent.loc[row["variant"]]
+    for _, row in done["overlaps"].iterrows():
+        if row["variant"] in margins.index:
+            found, answered = margins.loc[row["variant"]], coherent.loc[row["variant"]]
             drop = interval(found, ".1f", "margin_drop")
             cells = [f"{row['n_requests']:.0f}", f"{row['corrected']:.2f}", drop, percent(answered)]
             rows.append([row["variant"], *cells])
@@ -284,13 +284,13 @@ def smallest_table(results: dict[str, dict]) -> str:
     """How many units reach a target share of the safety group's effect: single ones by search, or
     the highest-ranked ones.
     """
-    result = results["04_ablation"]
-    searched = result["tables"]["smallest_sets"].set_index("target")
+    finders = results["A3_finders"]
+    searched = finders["tables"]["smallest_sets"].set_index("target")
     rows = []
-    for _, row in result["tables"]["smallest_by_answers"].iterrows():
+    for _, row in results["04_ablation"]["tables"]["smallest_by_answers"].iterrows():
         single = searched.loc[row["target"], "units"]
         by_search = (
-            f"not within {result['parameters']['n_search']} tries"
+            f"not within {finders['parameters']['n_search']} tries"
             if pd.isna(single)
             else f"{single:.0f}"
         )
@@ -333,6 +333,7 @@ def cost_table(results: dict[str, dict]) -> str:
     rows = [
         [stage, f"{result['seconds'] / 60:.1f}", f"{result['peak_memory_gib']:.1f}"]
         for stage, result in results.items()
+        if result["seconds"] is not None  # stored before the notebook was one of its own
     ]
     return markdown(rows, ["notebook", "minutes", "peak memory, GiB"])
 

@@ -34,7 +34,6 @@ FIGURES: dict[str, dict[str, Callable]] = {
     "01_alignment": {
         "alignment_verdicts": alignment.alignment_verdicts,
         "training_loss": alignment.training_loss,
-        "judge_validation": judge.judge_validation,
     },
     "02_probing": {
         "probing": probing.probing,
@@ -73,6 +72,7 @@ FIGURES: dict[str, dict[str, Callable]] = {
         "alignment_budget": redundant_units.alignment_budget,
         "table4_budget": paper.table4_budget,
     },
+    "A1_judge": {"judge_validation": judge.judge_validation},
     "08_claims": {"claims": claims.claims},
 }
 FROM_UNITS = {

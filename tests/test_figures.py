@@ -47,7 +47,7 @@ def alignment_tables() -> dict[str, pd.DataFrame]:
             "loss": np.linspace(2, 1, 24),
         }
     )
-    return {"rates": pd.DataFrame(rates), "training": training} | judge_tables()
+    return {"rates": pd.DataFrame(rates), "training": training}
 
 
 def judge_tables() -> dict[str, pd.DataFrame]:
@@ -147,6 +147,7 @@ TABLES = {
     "02_probing": probing_tables,
     "03_units": stability.unit_tables,
     "04_ablation": ablation_tables,
+    "A1_judge": judge_tables,
 }
 for trained in (
     "05_transfer",
@@ -256,7 +257,7 @@ def test_given_pair_without_training_has_no_loss_curve(source, tmp_path, monkeyp
     del content["tables"]["training"]
     content["tables"] |= {} if training is None else {"training": training}
     path.write_text(json.dumps(content))
-    assert redrawn(source, tmp_path / "figures") == ([], {"alignment_verdicts", "judge_validation"})
+    assert redrawn(source, tmp_path / "figures") == ([], {"alignment_verdicts"})
 
 
 DAMAGE = {

@@ -147,6 +147,29 @@ def random_units(like: PerUnit, generator: torch.Generator) -> PerUnit:
     return like.map(draw)
 
 
+def training_budgets(
+    z_safety: PerUnit,
+    z_utility: PerUnit,
+    trained_fraction: float,
+    safety_fraction: float,
+    seed: int = 0,
+) -> dict[str, PerUnit | None]:
+    """Sets of units to train, by name; ``all`` is None: every parameter, not units alone.
+
+    ``redundant``: the lowest z_S + z_U of all units (SSAH section 4.3). Its controls: ``top``, the
+    highest, and ``random``, as many in every module. ``safety``: the highest z_S - z_U.
+    """
+    total = z_safety + z_utility
+    redundant = top_units(-total, trained_fraction)
+    return {
+        "all": None,
+        "redundant": redundant,
+        "top": top_units(total, trained_fraction),
+        "random": random_units(redundant, torch.Generator().manual_seed(seed)),
+        "safety": top_units(z_safety - z_utility, safety_fraction),
+    }
+
+
 def from_flat_indices(indices: Sequence[int] | Tensor, like: PerUnit) -> PerUnit:
     """The set of units at the given places of ``PerUnit.flatten``."""
     chosen = torch.zeros(like.n_units, dtype=torch.bool)

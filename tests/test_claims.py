@@ -109,6 +109,27 @@ def test_schema_errors_name_file_claim_and_field(tmp_path, changes, field, said)
     )
 
 
+@pytest.mark.parametrize(
+    ("rule", "wanted"),
+    [
+        ("ours >= 0.5", "more"),
+        ("ours <= 1.02 * control", "less"),
+        ("0.5 < low", "more"),
+        ("control - ours >= 0.5 and ours <= 0.5", "less"),
+        ("control_low > 3 and high < control_low", "less"),
+        ("-ours < 3 * control", "more"),
+        ("0.7 < low < 0.9", ""),
+        ("control > 1", ""),
+    ],
+)
+def test_a_rule_says_whether_its_claim_wants_more_or_less(rule, wanted):
+    assert claims.toward(claim(replicated=rule)) == wanted
+
+
+def test_every_committed_claim_wants_more_or_less():
+    assert {claims.toward(one) for one in claims.load_claims()} == {"more", "less"}
+
+
 def test_every_wrong_claim_has_its_line(tmp_path):
     path = write(
         tmp_path,

@@ -114,8 +114,7 @@ def test_a_variant_without_a_metric_leaves_a_gap():
     missing = (rates["variant"] == "seed: 0") & (rates["metric"] == "answer_nll")
     n_lines = [len(ax.lines) for ax in finders.variant_ablation(tables).axes]
     found = [
-        len(ax.lines)
-        for ax in finders.variant_ablation(tables | {"rates": rates[~missing]}).axes
+        len(ax.lines) for ax in finders.variant_ablation(tables | {"rates": rates[~missing]}).axes
     ]
     assert found == [n_lines[0], n_lines[1], n_lines[2] - 2]
 

@@ -112,7 +112,8 @@ def claim_rows() -> pd.DataFrame:
             "control": None,
         },
     ]
-    return pd.DataFrame(rows).assign(verdict=list(claim_figures.VERDICT_STYLES))
+    styles = list(claim_figures.VERDICT_STYLES)
+    return pd.DataFrame(rows).assign(verdict=styles, toward="more")
 
 
 def test_the_summary_names_every_claim_and_counts_verdicts():
@@ -136,6 +137,13 @@ def test_rows_are_scaled_by_their_distance_from_the_control():
     assert claim_figures.scaled(rows.iloc[0]) == pytest.approx((0.5, 0.25, 1.0))
     assert claim_figures.scaled(rows.iloc[1]) == pytest.approx((-0.5, -1.0, -0.25))
     assert claim_figures.scaled(rows.iloc[2])[0] == 0
+
+
+def test_right_is_toward_the_claim_also_where_it_says_less():
+    rows = claim_rows().astype({"ours": float, "ci_low": float, "ci_high": float, "control": float})
+    less = rows.assign(toward="less")
+    assert claim_figures.scaled(less.iloc[0]) == pytest.approx((-0.5, -1.0, -0.25))
+    assert claim_figures.scaled(less.iloc[1]) == pytest.approx((0.5, 0.25, 1.0))
 
 
 def test_single_runs_are_ticks_on_the_scale_of_their_row():

@@ -54,9 +54,9 @@ N_STAGES = len(list((ROOT / "notebooks").glob("*.ipynb")))
 
 def test_plan_joins_defaults_profile_and_assignments():
     stages = run.plan("smoke", ["safety_fraction=0.02", "seed=3"])
-    assert [stage.name for stage in stages] == sorted(
-        path.stem for path in (ROOT / "notebooks").glob("*.ipynb")
-    )
+    names = [stage.name for stage in stages]
+    assert sorted(names) == sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb"))
+    assert names[0] == "01_alignment" and names[-1] == "08_claims", "claims are judged last"
     for stage in stages:
         assert stage.parameters["profile"] == "smoke" and stage.parameters["seed"] == 3
         assert stage.parameters["model"] == loading.TINY_RANDOM  # the profile's

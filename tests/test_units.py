@@ -379,3 +379,29 @@ def test_more_units_than_can_be_ranked_are_refused():
         ValueError, match=r"0\.75 of all units are 3, but only 2 units are there to choose from"
     ):
         units.top_units(score, 0.75)
+
+
+def test_training_budgets_are_ends_of_the_scores_and_a_random_set_of_the_same_shape():
+    generator = torch.Generator().manual_seed(3)
+    z_safety, z_utility = (
+        PerUnit(
+            {
+                kind: torch.randn(2, n, generator=generator)
+                for kind, n in {"attention": 20, "mlp": 40}.items()
+            }
+        )
+        for _ in range(2)
+    )
+    found = units.training_budgets(z_safety, z_utility, 0.25, 0.1, seed=5)
+    total, contrast = (z_safety + z_utility).flatten(), (z_safety - z_utility).flatten()
+    n, n_safety = round(0.25 * len(total)), round(0.1 * len(total))
+    assert found["all"] is None
+    chosen = {name: found[name].flatten() for name in ("redundant", "top", "random", "safety")}
+    assert total[chosen["redundant"]].sort().values.equal(total.sort().values[:n])
+    assert total[chosen["top"]].sort().values.equal(total.sort().values[-n:])
+    assert contrast[chosen["safety"]].sort().values.equal(contrast.sort().values[-n_safety:])
+    for kind in found["random"]:
+        assert found["random"][kind].sum(1).equal(found["redundant"][kind].sum(1))
+    other = units.training_budgets(z_safety, z_utility, 0.25, 0.1, seed=6)
+    assert other["redundant"].equals(found["redundant"])
+    assert not other["random"].equals(found["random"])

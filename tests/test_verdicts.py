@@ -36,6 +36,11 @@ def test_a_claim_that_needs_another_notebook_says_which(run_folder):
     assert shown["note"].str.contains("re-run 04_ablation").all()
 
 
+def test_a_notebook_without_claims_says_so(run_folder):
+    shown = verdicts.of_stage(run_folder, "01_alignment")
+    assert shown.data.empty and "No claim rests on this notebook" in shown.to_html()
+
+
 def test_every_claim_is_shown_by_one_notebook(run_folder):
     stages = {claim.stage for claim in claims.load_claims()}
     shown = [len(verdicts.of_stage(run_folder, stage).data) for stage in stages]

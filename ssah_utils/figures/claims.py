@@ -35,15 +35,14 @@ def shown_interval(row: pd.Series) -> str:
 
 def scaled(row: pd.Series) -> np.ndarray:
     """Ours, low, high and the values of the single runs as distances from the control (or from 0),
-    the largest of them 1.
+    the largest of them 1; positive is toward the claim.
     """
     centre = 0.0 if pd.isna(row["control"]) else row["control"]
-    distances = (
-        np.array(
-            [row["ours"], row["ci_low"], row["ci_high"], *row.get("ours_seeds", [])], dtype=float
-        )
-        - centre
-    )
+    low, high = row["ci_low"], row["ci_high"]
+    if row["toward"] == "less":
+        low, high = high, low
+    values = np.array([row["ours"], low, high, *row.get("ours_seeds", [])], dtype=float)
+    distances = (values - centre) * (-1 if row["toward"] == "less" else 1)
     distances[~np.isfinite(distances)] = np.nan
     size = np.nanmax(np.abs(distances), initial=0.0)
     return distances / size if size > 0 else distances
@@ -53,7 +52,8 @@ def claims(tables: Tables) -> Figure:
     """One row per claim: the verdict as colour and symbol, ours with its interval as distance from
     the control, the numbers.
 
-    Ticks: the runs one by one, where there are several.
+    Rows point one way: to the right is toward the claim, whether it says more or less. Ticks: the
+    runs one by one, where there are several.
     """
     table = tables["claims"].astype(
         {name: float for name in ("ours", "ci_low", "ci_high", "control")}
@@ -70,8 +70,14 @@ def claims(tables: Tables) -> Figure:
             line += 1
     ax.vlines(0, 0.5, n_lines - 0.5, color=INK, lw=0.6)
     ax.set(xlim=(-4.2, 3.4), ylim=(n_lines - 0.3, -1.6))
-    for x, text in ((0, "control\n(or no effect)"), (1.35, "ours [interval]"), (2.75, "control")):
-        ax.text(x, -0.2, text, fontsize=7, va="bottom", ha="center" if x == 0 else "left")
+    heads = [
+        (0, "control\n(or no effect)", "center"),
+        (1, "toward the\nclaim \N{RIGHTWARDS ARROW}", "right"),
+        (1.35, "ours [interval]", "left"),
+        (2.75, "control", "left"),
+    ]
+    for x, text, side in heads:
+        ax.text(x, -0.2, text, fontsize=7, va="bottom", ha=side)
     ax.axis("off")
     counts = Counter(table["verdict"])
     handles = [

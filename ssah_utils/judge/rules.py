@@ -275,8 +275,7 @@ def has_refusal_substring(text: str) -> bool:
 
 # ---------------------------------------------------------------------------------------- gibberish
 
-# Chosen in 01_alignment ("Can the judge be trusted?") on the development half of real and broken
-# answers.
+# Chosen in A1_judge on the development half of real and broken answers.
 REPETITION_WEIGHT = 6.0  # nats per token that a wholly repetitive answer counts for
 MAX_DEGENERACY = 4.2  # nats per token: above it an answer is gibberish
 MIN_GRAMS = 6  # an answer with fewer character 5-grams is too short to repeat itself

@@ -1,13 +1,25 @@
 """How good the judge is: against labels by people, and against gibberish made from real answers.
 
-Knows text and labels. Does not know models.
+Knows text and labels; of models only the base, which answers, breaks and rates the cases.
 """
+
+from collections.abc import Mapping
 
 import numpy as np
 import pandas as pd
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
-from ssah_utils import extras
-from ssah_utils.judge.rules import MAX_DEGENERACY, REPETITION_WEIGHT, degeneracy, repetition
+from ssah_utils import evaluation, extras, interventions, units, weights
+from ssah_utils.judge.rules import (
+    MAX_DEGENERACY,
+    REPETITION_WEIGHT,
+    degeneracy,
+    has_refusal_substring,
+    is_refusal,
+    repetition,
+)
 from ssah_utils.stats import auc_interval, case_interval, proportion_interval
 
 with extras.needed("eval"):
@@ -16,6 +28,12 @@ with extras.needed("eval"):
 
 PARTS = ("development", "test")
 CORRUPTIONS = ("words shuffled", "words looped", "characters replaced")
+ABLATED_SHARES = (0.15, 0.25, 0.4)  # of all units, at random: enough to break a model
+CASE_TOKENS = 48  # of an answer that was not generated here
+REAL, LIMIT = "real", "telegram style"
+CONSTANTS = ("REPETITION_WEIGHT", "MAX_DEGENERACY")
+
+# ------------------------------------------------------------------------------- cases of gibberish
 
 
 def corrupted(text: str, kind: str, rng: np.random.Generator) -> str:
@@ -36,6 +54,81 @@ def corrupted(text: str, kind: str, rng: np.random.Generator) -> str:
         replace = lambda char: rng.random() < 0.4 and char != " "  # noqa: E731
         return "".join(str(rng.choice(letters)) if replace(char) else char for char in text)
     raise ValueError(f"unknown kind of gibberish '{kind}' (there: {', '.join(CORRUPTIONS)})")
+
+
+def shortened(
+    tokenizer: PreTrainedTokenizerBase, texts: list[str], n_tokens: int = CASE_TOKENS
+) -> list[str]:
+    """The first tokens of each text, as text."""
+    ids = [tokenizer(text, add_special_tokens=False).input_ids[:n_tokens] for text in texts]
+    return tokenizer.batch_decode(ids)
+
+
+def ablated_answers(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[str],
+    max_new_tokens: int,
+    seed: int = 0,
+) -> dict[str, list[str]]:
+    """Answers of a model with random units switched off, in every sub-layer the same number.
+
+    One entry for each of ``ABLATED_SHARES``: {"ablated 15%": answers to ``prompts``, ...}.
+    """
+
+    def evenly(norm: Tensor, share: float) -> Tensor:
+        return (torch.arange(norm.shape[1]) < share * norm.shape[1]).expand_as(norm)
+
+    norms, generator = weights.squared_column_norms(model), torch.Generator().manual_seed(seed)
+    answers = {}
+    for share in ABLATED_SHARES:
+        drawn = units.random_units(norms.map(evenly, share), generator)
+        with interventions.ablated(model, drawn):
+            answers[f"ablated {share:.0%}"] = evaluation.generate(
+                model, tokenizer, prompts, max_new_tokens
+            )
+    return answers
+
+
+def gibberish_cases(
+    base: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    real: pd.DataFrame,
+    ablated: Mapping[str, list[str]],
+    limit: pd.DataFrame,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Real answers, gibberish made from them and gibberish of a broken model, as the judge sees
+    them.
+
+    ``real`` and ``limit``: rendered ``prompt`` and ``text``; ``limit`` are real answers as
+    improbable as gibberish, which show the limit of the rule and choose nothing. ``ablated``:
+    answers to the first requests of ``real``, by kind. Columns: kind, row (of the answer it was
+    made from), prompt, text, base_nll, repetition, gibberish, part. What is made of one answer
+    stands in one part.
+    """
+    rng = np.random.default_rng(seed)
+    texts = {REAL: real["text"].tolist()}
+    for kind in CORRUPTIONS:
+        texts[kind] = [corrupted(text, kind, rng) for text in texts[REAL]]
+    texts |= ablated
+    rows = [(kind, row, text) for kind, part in texts.items() for row, text in enumerate(part)]
+    cases = pd.DataFrame(rows, columns=["kind", "row", "text"])
+    cases["prompt"] = real["prompt"].to_numpy()[cases["row"]]
+    cases["part"] = np.where(cases["row"] % 2 == 0, *PARTS)
+    extremes = limit[["prompt", "text"]].assign(
+        kind=LIMIT, row=range(len(real), len(real) + len(limit)), part="limit"
+    )
+    cases = pd.concat([cases, extremes], ignore_index=True)
+    asked, said = cases["prompt"].tolist(), cases["text"].tolist()
+    return cases.assign(
+        base_nll=evaluation.response_nll(base, tokenizer, asked, said),
+        repetition=cases["text"].map(repetition),
+        gibberish=~cases["kind"].isin([REAL, LIMIT]),
+    )
+
+
+# --------------------------------------------------------------------------------- gibberish, found
 
 
 def fit_degeneracy(cases: pd.DataFrame) -> tuple[float, float]:
@@ -83,18 +176,47 @@ def gibberish_table(cases: pd.DataFrame) -> pd.DataFrame:
 
 
 def constants_table(cases: pd.DataFrame) -> pd.DataFrame:
-    """The constants of ``degeneracy`` as stored, and as the development half of ``cases`` has them.
-
-    Columns: constant, stored, chosen, tolerance, agrees. Agreement is to be expected on the
-    embedded model only.
+    """The constants of ``degeneracy`` as stored here and as the development half of ``cases``
+    chooses them: constant, stored, chosen.
     """
-    chosen = fit_degeneracy(cases[cases["part"] == PARTS[0]])
-    rows = [
-        ("REPETITION_WEIGHT", REPETITION_WEIGHT, chosen[0], 1.5),
-        ("MAX_DEGENERACY", MAX_DEGENERACY, chosen[1], 0.5),
-    ]
-    table = pd.DataFrame(rows, columns=["constant", "stored", "chosen", "tolerance"])
-    return table.assign(agrees=(table["stored"] - table["chosen"]).abs() <= table["tolerance"])
+    weight, threshold = fit_degeneracy(cases[cases["part"] == PARTS[0]])
+    return pd.DataFrame(
+        {
+            "constant": list(CONSTANTS),
+            "stored": [REPETITION_WEIGHT, MAX_DEGENERACY],
+            "chosen": [weight, threshold],
+        }
+    )
+
+
+def changed_verdicts(cases: pd.DataFrame, constants: pd.DataFrame) -> float:
+    """Share of ``cases`` that are gibberish under one column of ``constants_table`` and not under
+    the other. A case without any token is gibberish under both.
+    """
+    weight, threshold = (constants.set_index("constant").loc[name] for name in CONSTANTS)
+    said = []
+    for column in ("stored", "chosen"):
+        score = cases["base_nll"] + weight[column] * cases["repetition"]
+        said.append(score.isna() | (score > threshold[column]))
+    return float((said[0] != said[1]).mean())
+
+
+# ----------------------------------------------------------------------------------------- refusals
+
+
+def labelled_refusals(halves: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """Answers labelled by people, with what each judge says of them.
+
+    ``halves``: tables of prompt, response and category ("1": people call it a refusal), by part.
+    Adds part, label, ``rules`` and ``substring list``, the judge of attack papers.
+    """
+    parts = [table.assign(part=part) for part, table in halves.items()]
+    rows = pd.concat(parts, ignore_index=True)
+    answers = zip(rows["response"], rows["prompt"], strict=True)
+    rows["label"] = rows["category"] == "1"
+    rows["rules"] = [is_refusal(response, request) for response, request in answers]
+    rows["substring list"] = rows["response"].map(has_refusal_substring)
+    return rows
 
 
 def refusal_table(labelled: pd.DataFrame, judges: list[str]) -> pd.DataFrame:

@@ -12,8 +12,10 @@ import ast
 import difflib
 from collections.abc import Iterable
 from dataclasses import MISSING, dataclass, field, fields
+from itertools import pairwise
 from pathlib import Path
 
+import pandas as pd
 import yaml
 
 from ssah_utils import paper
@@ -25,8 +27,9 @@ CLAIM_VERDICTS = ("replicated", "partly", "not replicated", "not measured")
 AGGREGATES = ("mean", "median", "min", "max", "sum")
 STORED_FIELDS = (
     *("id", "claim", "source", "paper", "ours", "ci_low", "ci_high", "control", "n_seeds"),
-    *("verdict", "experiment", "unit", "ours_seeds", "note"),
+    *("verdict", "experiment", "unit", "ours_seeds", "note", "toward"),
 )
+OURS = frozenset({"ours", "low", "high"})  # names of our number and its interval in a rule
 Tables = dict[str, Stored]
 ARITHMETIC = (  # what a rule may consist of
     *(ast.Expression, ast.Name, ast.Load, ast.Constant),
@@ -64,8 +67,8 @@ class Selector:
 
 @dataclass(frozen=True)
 class Claim:
-    """A claim of the paper, where its numbers are and the rule that was written before they were
-    measured.
+    """A claim of the paper, where its numbers are and the rules that decide it. When these were
+    written is said at the head of the claims file.
     """
 
     id: str
@@ -247,3 +250,41 @@ def nearest(name: object, known: Iterable) -> str:
     if not near:
         return "; there is none"
     return f"; nearest is '{near[0]}' (there are: {', '.join(known[:12])})"
+
+
+# ---------------------------------------------------------------------------------------- direction
+
+
+def toward(claim: Claim) -> str:
+    """Where the claim wants our number: ``more`` or ``less``, as its rule compares it; ``""`` where
+    it wants neither, or a number in between.
+
+    Found by moving ours, with its interval, in every comparison of ``replicated`` that names it.
+    """
+    wanted = set()
+    for node in ast.walk(ast.parse(claim.replicated, mode="eval")):
+        if isinstance(node, ast.Compare):
+            sides = [node.left, *node.comparators]
+            for (left, right), sign in zip(pairwise(sides), node.ops, strict=True):
+                wanted.add(_wanted(left, right, isinstance(sign, ast.Gt | ast.GtE)))
+    wanted -= {""}
+    return wanted.pop() if len(wanted) == 1 else ""
+
+
+def _wanted(left: ast.AST, right: ast.AST, greater: bool) -> str:
+    """Which way ours must move so that ``left > right``, or ``left < right``, becomes true."""
+    before, after = (_excess(left, right, ours) for ours in (1.0, 2.0))
+    if before == after:
+        return ""
+    return "more" if (after > before) == greater else "less"
+
+
+def _excess(left: ast.AST, right: ast.AST, ours: float) -> float:
+    """``left - right``, every number but ours being 1."""
+    nodes = [*ast.walk(left), *ast.walk(right)]
+    names = {node.id for node in nodes if isinstance(node, ast.Name)}
+    values = dict.fromkeys(names, 1.0) | dict.fromkeys(OURS, ours)
+    first, second = (
+        pd.eval(ast.unparse(side), engine="python", local_dict=values) for side in (left, right)
+    )
+    return float(first - second)

@@ -34,7 +34,6 @@ FIGURES: dict[str, dict[str, Callable]] = {
     "01_alignment": {
         "alignment_verdicts": alignment.alignment_verdicts,
         "training_loss": alignment.training_loss,
-        "judge_validation": judge.judge_validation,
     },
     "02_probing": {
         "probing": probing.distances_and_margins,
@@ -67,6 +66,7 @@ FIGURES: dict[str, dict[str, Callable]] = {
         "alignment_budget": redundant_units.alignment_budget,
         "table4_budget": paper.table4_budget,
     },
+    "A1_judge": {"judge_validation": judge.judge_validation},
     "A2_stepwise": {
         "direction_steps": stepwise.direction_steps,
         "direction_blocks": stepwise.direction_blocks,

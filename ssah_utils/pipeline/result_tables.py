@@ -223,7 +223,7 @@ def judge_table(results: dict[str, dict]) -> str:
     """The judge against human labels (refusals) and against constructed gibberish, by halves of the
     cases.
     """
-    tables = results["01_alignment"]["tables"]
+    tables = results["A1_judge"]["tables"]
     rows = []
     for _, row in tables["judge_refusals"].iterrows():
         quality = f"F1 {interval(row, '.3f', 'f1')}"

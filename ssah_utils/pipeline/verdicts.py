@@ -14,7 +14,15 @@ from pandas.io.formats.style import Styler
 from ssah_utils.figures.claims import shown_interval, two_digits
 from ssah_utils.files import sha256_of_file
 from ssah_utils.pipeline.claims import FILE as CLAIMS_FILE
-from ssah_utils.pipeline.claims import STORED_FIELDS, Claim, Selector, Tables, load_claims, nearest
+from ssah_utils.pipeline.claims import (
+    STORED_FIELDS,
+    Claim,
+    Selector,
+    Tables,
+    load_claims,
+    nearest,
+    toward,
+)
 from ssah_utils.pipeline.runs import Stored, differing_parameters, load_result
 
 # ---------------------------------------------------------------------------------------- selecting
@@ -103,6 +111,7 @@ def decide(claim: Claim, tables: Tables) -> dict:
     row: dict[str, object] = {name: getattr(claim, name) for name in stated}
     row |= dict.fromkeys(("ours", "ci_low", "ci_high", "control", "n_seeds"), np.nan)
     row |= {"verdict": "not measured", "note": ""}
+    row["toward"] = toward(claim)
     try:
         check_given(claim, tables)
         found = {name: number_of(one, tables) for name, one in claim.selectors.items()}
@@ -212,7 +221,8 @@ def of_stage(folder: Path, stage: str) -> Styler:
     )
     rules = f"Rules: data/{CLAIMS_FILE.name}, sha256 {sha256_of_file(CLAIMS_FILE)[:12]}"
     styler = Styler(shown, uuid=f"verdicts-{stage}", cell_ids=False).hide(axis="index")
-    return styler.set_caption(rules).set_properties(**{"text-align": "left"})
+    caption = rules if stated else "No claim rests on this notebook's result."
+    return styler.set_caption(caption).set_properties(**{"text-align": "left"})
 
 
 # ----------------------------------------------------------------------------------- stored results

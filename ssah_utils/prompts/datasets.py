@@ -6,6 +6,7 @@ there is one, ``response``. Another data set is one entry in ``DATASETS``. Does 
 
 import difflib
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -357,6 +358,16 @@ def study_splits(
         reserved += tables.values()
     assert_disjoint({part: pd.concat(tables.values()) for part, tables in parts.items()})
     return parts
+
+
+def over_refusal_requests(name: str, trained_on: Iterable[pd.DataFrame]) -> pd.DataFrame:
+    """Safe requests of a data set that sound dangerous, none nearly the same as one trained on.
+
+    XSTest has harmful ones, too, in categories that begin with ``contrast_``: they are left out.
+    """
+    table = load_dataset(name)
+    is_safe = ~table["category"].astype(str).str.startswith("contrast_")
+    return without_near_duplicates(table[is_safe], *trained_on, name=f"data set '{name}'")
 
 
 @cache

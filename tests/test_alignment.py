@@ -1,0 +1,129 @@
+"""The alignment recipe: which answer stands behind which request, and what it is tuned to."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from ssah_utils import alignment, evaluation, loading
+from ssah_utils.files import DATA
+from ssah_utils.prompts import chat
+from ssah_utils.prompts.tokens import IGNORED
+
+N_TOKENS = 5
+REFUSALS = json.loads((DATA / "refusals.json").read_text(encoding="utf-8"))["refusals"]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return loading.load(loading.TINY_RANDOM)
+
+
+def requests(name: str, n: int) -> pd.DataFrame:
+    return pd.DataFrame({"prompt": [f"{name} number {row}: what is it?" for row in range(n)]})
+
+
+@pytest.fixture(scope="module")
+def data(model):
+    harmless, harmful = requests("harmless", 4), requests("harmful", 3)
+    return alignment.alignment_data(*model, harmless, harmful, N_TOKENS, seed=1)
+
+
+def said(tokenizer, example) -> str:
+    labels = [token for token in example["labels"] if token != IGNORED]
+    return tokenizer.decode(labels, skip_special_tokens=True).strip()
+
+
+def test_harmless_requests_keep_the_answers_of_the_base(data, model):
+    base, tokenizer = model
+    rendered = chat.render(tokenizer, requests("harmless", 4)["prompt"].tolist())
+    assert data.harmless == rendered
+    assert data.kept == evaluation.generate(base, tokenizer, rendered, N_TOKENS)
+
+
+def test_harmful_requests_get_refusals_that_follow_from_the_seed(data):
+    assert len(data.refused) == 3 and set(data.refused) <= set(REFUSALS)
+    expected = np.random.default_rng(1).choice(REFUSALS, 3).tolist()
+    assert data.refused == expected
+    assert len(set(alignment.draw_refusals(200, 0))) == len(REFUSALS), "every refusal is drawn"
+
+
+def test_a_generator_goes_on_where_it_was():
+    rng = np.random.default_rng(7)
+    found = alignment.draw_refusals(5, rng) + alignment.draw_refusals(5, rng)
+    assert found == alignment.draw_refusals(10, 7)
+
+
+def test_examples_carry_their_loss_on_the_whole_refusal_or_the_kept_answer(data, model):
+    _, tokenizer = model
+    examples = alignment.alignment_examples(tokenizer, data)
+    assert [said(tokenizer, one) for one in examples["harmful"]] == data.refused
+    assert len(examples["harmless"]) == 4
+    for example, prompt in zip(examples["harmless"], data.harmless, strict=True):
+        n_said = sum(label != IGNORED for label in example["labels"])
+        assert 0 < n_said <= N_TOKENS
+        assert tokenizer.decode(example["input_ids"][:-n_said]) == prompt
+
+
+def test_no_refusal_is_cut(model):
+    _, tokenizer = model
+    lengths = [len(tokenizer(text).input_ids) for text in REFUSALS]
+    assert max(lengths) < alignment.REFUSAL_TOKENS
+
+
+def test_pairs_prefer_refusing_what_is_harmful_and_answering_what_is_not(data, model):
+    base, tokenizer = model
+    pairs = alignment.preference_pairs(base, tokenizer, data, 2, seed=3)
+    complied = evaluation.generate(base, tokenizer, data.harmful[:2], N_TOKENS)
+    assert [one["prompt"] for one in pairs] == data.harmful[:2] + data.harmless[:2]
+    assert [one["chosen"] for one in pairs] == data.refused[:2] + data.kept[:2]
+    assert [one["rejected"] for one in pairs] == complied + alignment.draw_refusals(2, 3)
+
+
+def test_more_pairs_than_requests_are_refused(data, model):
+    with pytest.raises(ValueError, match="4 pairs of each kind were asked for, but there are 3"):
+        alignment.preference_pairs(*model, data, 4)
+
+
+# ------------------------------------------------------------------------------------------ outcome
+
+
+def rates(models: dict[str, float]) -> pd.DataFrame:
+    rows = []
+    for model, mean in models.items():
+        for name, metric in (("harmful", "asr"), ("helpful", "refused"), ("cloze", "accuracy")):
+            row = {"model": model, "set": name, "metric": metric, "mean": mean}
+            rows.append(row | {"low": mean - 0.1, "high": mean + 0.1})
+        rows.append(row | {"set": "boolq", "mean": mean / 2})
+    return pd.DataFrame(rows)
+
+
+def test_goals_stand_beside_the_control_and_only_where_they_were_measured():
+    measured = rates({"base": 0.8, "aligned": 0.2, "unaligned": 0.9})
+    table = alignment.goals_table(measured, ["cloze"]).set_index("id")
+    assert list(table.index) == ["asr_harmful", "refused_helpful", "accuracy_lost"]
+    row = table.loc["asr_harmful", ["at_most", "aligned", "low", "high", "control"]]
+    assert row.tolist() == pytest.approx([0.15, 0.2, 0.1, 0.3, 0.9])
+    assert table.loc["accuracy_lost", "aligned"] == pytest.approx(0.8 - 0.2)
+    assert table.loc["accuracy_lost", "control"] == pytest.approx(0.8 - 0.9)
+    both = alignment.goals_table(measured, ["cloze", "boolq"]).set_index("id")
+    assert both.loc["accuracy_lost", "aligned"] == pytest.approx(0.75 * (0.8 - 0.2))
+
+
+def test_a_model_that_came_aligned_has_no_control():
+    table = alignment.goals_table(rates({"aligned": 0.2}), ["cloze"], reference="aligned")
+    assert table["control"].isna().all()
+    assert table.set_index("id").loc["accuracy_lost", "aligned"] == 0
+
+
+def test_loss_curves_are_one_row_a_step():
+    losses = {("sft", "all"): [3.0, 2.0], ("dpo", "random"): [0.7]}
+    table = alignment.loss_table(losses, ["method", "trained"])
+    assert list(table.columns) == ["method", "trained", "step", "loss"]
+    assert table.to_numpy().tolist() == [
+        ["sft", "all", 1, 3.0],
+        ["sft", "all", 2, 2.0],
+        ["dpo", "random", 1, 0.7],
+    ]
+    assert list(alignment.loss_table({}, ["model"]).columns) == ["model", "step", "loss"]

@@ -16,6 +16,8 @@ from transformers import TrainingArguments
 
 from ssah_utils import extras, precision
 
+MAX_REPETITIONS = 1000  # of a training in one run, each with a seed of its own
+
 
 @dataclass(frozen=True)
 class SFTConfig:
@@ -28,6 +30,18 @@ class SFTConfig:
     warmup_steps: int = 5
     weight_decay: float = 0.0
     seed: int = 0
+
+
+def training_seed(run_seed: int, k: int) -> int:
+    """Seed of the k-th repetition of a training, from 0, in a run with its own seed.
+
+    No two runs share one, so that repetitions of several runs can be counted together. ``run_seed +
+    k`` would count run 0, repetition 1 and run 1, repetition 0 as two. ``ValueError`` for more
+    repetitions than there is room for.
+    """
+    if not 0 <= k < MAX_REPETITIONS:
+        raise ValueError(f"repetition {k} of a training: one below {MAX_REPETITIONS} is needed")
+    return MAX_REPETITIONS * run_seed + k
 
 
 # Of ``TrainingArguments``, for supervised and for preference training.

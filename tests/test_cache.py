@@ -2,9 +2,9 @@
 is refused.
 """
 
-import ast
 import copy
 import dataclasses
+import inspect
 import json
 import linecache
 import types
@@ -15,11 +15,13 @@ import pandas as pd
 import pytest
 import torch
 
-from ssah_utils import cache, evaluation, files, training
+from ssah_utils import cache, evaluation, measured_training, panel, training, units
 from ssah_utils.cache import cache_key, cached, closure, code_of, identity_of
 from ssah_utils.per_unit import PerUnit
 
 CALLS: list[object] = []
+# fields that the walk through the inputs of a measured training varies
+N_FIELDS = {"Panel": 9, "TaskProbe": 4, "MarginProbe": 3, "TransferProbe": 3}
 
 
 def notebook(source: str, **values) -> types.ModuleType:
@@ -353,64 +355,77 @@ def test_a_failed_measurement_leaves_nothing(cells, own_cache, source):
     assert not list((own_cache / "measured").glob("*"))
 
 
-def test_freezing_is_measured_again_for_other_requests_pairs_and_bases(cells, llama, tokenizer):
-    """Every input of the fine-tuning of 06_freezing, as the notebook itself calls it."""
-    book = json.loads(
-        (files.DATA.parent / "notebooks" / "06_freezing.ipynb").read_text(encoding="utf-8")
-    )
-    sources = ["".join(cell["source"]) for cell in book["cells"] if cell["cell_type"] == "code"]
-    wanted = [
-        text
-        for text in sources
-        if text.startswith(("def encoded", "def train_and_measure", "import "))
-    ]
-    statements = ast.parse(wanted[0]).body
-    imports = [
-        ast.unparse(one) for one in statements if isinstance(one, ast.Import | ast.ImportFrom)
-    ]
-    module = cells("\n".join([*imports, *wanted[1:]]))
-    frozen = PerUnit(
-        {
-            "attention": torch.zeros(3, 60, dtype=torch.bool),
-            "mlp": torch.ones(3, 70, dtype=torch.bool),
-        }
-    )
+def test_freezing_is_measured_again_for_other_requests_pairs_and_bases(llama, tokenizer):
+    """Every input of a measured training, and of everything that looks at the model on its way."""
     other_model = copy.deepcopy(llama)
     with torch.no_grad():
         other_model.model.norm.weight[0] += 1
+    sets = {"harmful": TABLE}
+    frozen = PerUnit({"attention": torch.zeros(3, 60) > 0, "mlp": torch.ones(3, 70) > 0})
+    groups = PerUnit({"attention": torch.zeros(3, 60), "mlp": torch.zeros(3, 70)})
+    batch = {"input_ids": torch.ones(1, 3), "positions": torch.ones(1, 3)}
+    asked = panel.Panel(llama, tokenizer, sets, 16, tasks=("cloze",), n_items=4)
+    task = measured_training.TaskProbe(tokenizer, TABLE)
+    margin = measured_training.MarginProbe(tokenizer, ["one"])
+    moved = measured_training.TransferProbe(
+        units.UnitPartition(groups), {"harmful": [batch]}, {"safety_fraction": 0.1}
+    )
+    change = dataclasses.replace
+    panels = [
+        change(asked, base=other_model),
+        change(asked, requests={"harmful": TABLE.assign(prompt="other")}),
+        change(asked, new_tokens=24),
+        change(asked, system_prompt="be kind"),
+        change(asked, kept_answers={"harmful": ["one", "two"]}),
+        change(asked, tasks=()),
+        change(asked, n_items=5),
+        change(asked, arithmetic=TABLE),
+    ]
+    probes = [
+        (task,),
+        (margin,),
+        (task, moved),
+        (change(task, pairs=TABLE[:1]), margin),
+        (change(task, system_prompt="be kind"), margin),
+        (change(task, numeric=True), margin),
+        (task, change(margin, requests=["two"])),
+        (task, change(margin, system_prompt="be kind")),
+        (task, change(moved, before=units.UnitPartition(groups + 1.0))),
+        (task, change(moved, sample={"harmful": [batch | {"positions": torch.zeros(1, 3)}]})),
+        (task, change(moved, fractions={"safety_fraction": 0.2})),
+    ]
     arguments = {
         "aligned": (llama, other_model),
         "place": ("a", "b"),
-        "precision": (torch.float32, torch.bfloat16),
-        "base": (llama, other_model),
+        "dtype": (torch.float32, torch.bfloat16),
         "tokenizer": (tokenizer,),
         "examples": ([{"input_ids": [1], "labels": [1]}], []),
-        "task": ("adaptation", "arithmetic"),
         "config": (training.SFTConfig(), training.SFTConfig(seed=1)),
-        "kept": (frozen, ~frozen, frozen.empty_set(), None),
-        "adapter": ("", "lora"),
         "steps": ([5], [6]),
-        "judge": (True, False),
-        "test": (TABLE, TABLE[:1]),
-        "margin_requests": (["one"], ["two"]),
-        "requests": ({"harmful": TABLE}, {"harmful": TABLE.assign(prompt="other")}),
-        "new_tokens": (16, 24),
-        "n_cloze": (4, 5),
-        "system_prompt": ("", "be kind"),
+        "probes": ((task, margin), *probes),
+        "at_end": (asked, None, *panels),
+        "frozen": (frozen, ~frozen, frozen.empty_set(), None),
+        "adapter": ("", "lora"),
     }
+    function = measured_training.train_and_measure
+    assert arguments.keys() == inspect.signature(function).parameters.keys()
+    for one in (asked, task, margin, moved):
+        assert len(dataclasses.fields(one)) == N_FIELDS[type(one).__name__], "vary the new one, too"
     first = {name: values[0] for name, values in arguments.items()}
-    keys = [cache_key(module.train_and_measure, **first)]
-    keys += [
-        cache_key(module.train_and_measure, **(first | {n: v}))
-        for n, values in arguments.items()
-        for v in values[1:]
-    ]
+    keys = [cache_key(function, **first)]
+    for name, values in arguments.items():
+        keys += [cache_key(function, **first | {name: other}) for other in values[1:]]
     assert len(set(keys)) == len(keys) == 1 + sum(len(values) - 1 for values in arguments.values())
-    assert {
-        "ssah_utils.judge.rules",
-        "ssah_utils.evaluation",
-        "ssah_utils.unit_training",
-    } <= code_of(module.train_and_measure).keys()
+    behind = (
+        "judge.rules",
+        "evaluation",
+        "unit_training",
+        "adapters",
+        "panel",
+        "transfer",
+        "units",
+    )
+    assert {f"ssah_utils.{name}" for name in behind} <= code_of(function).keys()
 
 
 def test_public_functions_of_the_package_can_be_remembered(llama, tokenizer):

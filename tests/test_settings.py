@@ -184,3 +184,11 @@ def test_autocast_follows_the_preferred_precision(llama, tmp_path, monkeypatch):
             preferred == torch.bfloat16
         )
     assert not training_arguments(str(tmp_path), SFTConfig(), llama.bfloat16()).bf16
+
+
+def test_no_two_repetitions_of_any_runs_are_trained_with_the_same_seed():
+    seeds = [settings.training_seed(run, k) for run in range(4) for k in range(5)]
+    assert len(set(seeds)) == len(seeds) and seeds[:5] == [0, 1, 2, 3, 4]
+    assert settings.training_seed(1, 0) > settings.training_seed(0, 999)
+    with pytest.raises(ValueError, match="one below 1000 is needed"):
+        settings.training_seed(0, 1000)

@@ -1,0 +1,204 @@
+"""One fine-tuning and what is measured on its way: the unit of which experiments on training are
+made.
+
+A model is trained on examples, whole, with some units frozen, or by an adapter; at chosen steps
+*probes* look at it, and at the end a panel does. What is found is plain JSON, so that
+``cache.cached(train_and_measure, ...)`` keeps it under everything that went in. Knows models, token
+sequences, sets of units and measurements. Does not know data sets or notebooks.
+"""
+
+import contextlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from ssah_utils import (
+    adapters,
+    evaluation,
+    fingerprints,
+    loading,
+    panel,
+    scoring,
+    training,
+    transfer,
+    unit_training,
+    units,
+)
+from ssah_utils.frontier import LossPath
+from ssah_utils.per_unit import PerUnit
+from ssah_utils.prompts import chat
+from ssah_utils.settings import SFTConfig
+
+Row = dict[str, object]
+SCALARS = ("task_loss", "margin", "exact_match", "left")  # what probes find, in this order
+
+
+# ------------------------------------------------------------------------------------------- probes
+
+
+@dataclass(frozen=True)
+class TaskProbe:
+    """How well the task is learned: ``task_loss``, nats per token of held-out responses.
+
+    * ``pairs``: table of held-out prompts and responses.
+    * ``numeric``: whether responses end in a number; then also ``exact_match``, pair by pair.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    pairs: pd.DataFrame
+    system_prompt: str = ""
+    numeric: bool = False
+
+    def measure(self, model: nn.Module) -> Row:
+        prompts, responses = (self.pairs[column].tolist() for column in ("prompt", "response"))
+        rendered = chat.render(self.tokenizer, prompts, self.system_prompt)
+        nll = evaluation.response_nll(model, self.tokenizer, rendered, responses)
+        found: Row = {"task_loss": float(np.nanmean(nll))}
+        if self.numeric:
+            found["exact_match"] = evaluation.exact_match(
+                model, self.tokenizer, rendered, responses
+            )
+        return found
+
+
+@dataclass(frozen=True)
+class MarginProbe:
+    """How far the model is on the side of refusal: ``margin`` of every harmful request, in nats."""
+
+    tokenizer: PreTrainedTokenizerBase
+    requests: list[str]
+    system_prompt: str = ""
+
+    def measure(self, model: nn.Module) -> Row:
+        margin = evaluation.refusal_margin(model, self.tokenizer, self.requests, self.system_prompt)
+        return {"margin": margin.tolist()}
+
+
+@dataclass(frozen=True)
+class TransferProbe:
+    """Where the units of every group are now: ``moves`` (``units.transition_table``), and ``left``,
+    whether each safety unit is in another group.
+
+    * ``before``: the partition of the model before training.
+    * ``sample``: batches of ``harmful`` and ``helpful`` sequences it was made from.
+    * ``fractions``: those of ``units.partition``.
+    """
+
+    before: units.UnitPartition
+    sample: Mapping[str, list[dict[str, torch.Tensor]]]
+    fractions: Mapping[str, float]
+
+    def measure(self, model: nn.Module) -> Row:
+        after, _ = scoring.partition_model(model, self.sample, **self.fractions)
+        moves = units.transition_table(self.before, after).to_dict("records")
+        return {"moves": moves, "left": transfer.left_group(self.before, after).tolist()}
+
+
+# A probe is part of the cache key by its name and its fields, and its code by being of this module.
+Probe = TaskProbe | MarginProbe | TransferProbe
+
+
+def measure(model: nn.Module, probes: Sequence[Probe], at_end: panel.Panel | None = None) -> Row:
+    """What all probes find in a model, and under ``panel`` the rows of a panel, without texts."""
+    found: Row = {}
+    for probe in probes:
+        if not isinstance(probe, Probe):
+            raise TypeError(
+                f"a {type(probe).__name__} is no probe: write it in {__name__}, so that what it"
+                " found is not taken for what its code would find after a change"
+            )
+        found |= probe.measure(model)
+    if at_end is not None:
+        rows = at_end.measure(model)
+        kept = ["set", "id", *(name for name in panel.METRICS if name in rows)]
+        found["panel"] = json.loads(rows[kept].to_json(orient="records"))
+    return found
+
+
+# ----------------------------------------------------------------------------------------- training
+
+
+def train_and_measure(
+    aligned: nn.Module,
+    place: str,
+    dtype: torch.dtype,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: list[dict[str, list[int]]],
+    config: SFTConfig,
+    steps: list[int],
+    probes: Sequence[Probe],
+    at_end: panel.Panel | None = None,
+    frozen: PerUnit | None = None,
+    adapter: str = "",
+) -> list[Row]:
+    """Fine-tune a copy of a model; one row per checkpoint: ``step``, what the probes found, at the
+    end ``panel``.
+
+    * ``aligned``: the model, as it is measured: on its device, in its precision.
+    * ``place``, ``dtype``: where it is loaded from for training, and in which precision.
+    * ``steps``: optimizer steps after which the probes look; the last ends the training.
+    * ``frozen``: units that stay as they are; None trains everything.
+    * ``adapter``: a method of ``adapters``; then its parameters alone are trained.
+
+    ``ValueError`` where ``place`` holds another model, the last step is not the config's, or both
+    ``frozen`` and ``adapter`` are given.
+    """
+    if frozen is not None and adapter:
+        raise ValueError(f"give frozen units or the adapter '{adapter}', not both")
+    if max(steps) != config.max_steps:
+        raise ValueError(f"steps end at {max(steps)}, the training at {config.max_steps}")
+    subject, _ = loading.load(place, dtype, aligned.device.type)
+    found, wanted = (fingerprints.fingerprint(model) for model in (subject, aligned))
+    if found != wanted:
+        raise ValueError(f"{place} holds model {found}, not {wanted}: load both from one place")
+    if adapter:
+        subject = adapters.with_adapter(subject, adapter, tokenizer, config.seed)
+    rows: list[Row] = []
+
+    def look(step: int) -> None:
+        fast = training.evaluation_copy(subject, aligned.dtype)
+        rows.append({"step": step} | measure(fast, probes, at_end if step == max(steps) else None))
+
+    with _kept(subject, frozen):
+        training.train_sft(subject, tokenizer, examples, config, (training.AtSteps(steps, look),))
+    return rows
+
+
+@contextlib.contextmanager
+def _kept(model: nn.Module, frozen: PerUnit | None) -> Iterator[None]:
+    """Units frozen inside the block, where any are given."""
+    if frozen is None:
+        yield
+        return
+    with unit_training.freezing(model, frozen):
+        yield
+
+
+# ------------------------------------------------------------------------------------------- tables
+
+
+def path_table(rows: Sequence[Row], **keys: object) -> pd.DataFrame:
+    """One row per checkpoint: ``keys``, ``step``, and the mean of each of ``SCALARS`` that was
+    measured.
+    """
+    found = []
+    for row in rows:
+        means = {name: float(np.mean(row[name])) for name in SCALARS if name in row}
+        found.append(keys | {"step": row["step"]} | means)
+    return pd.DataFrame(found)
+
+
+def loss_path(rows: Sequence[Row]) -> LossPath:
+    """Task loss and margins at the checkpoints of one run, the first before training."""
+    return LossPath([row["task_loss"] for row in rows], [row["margin"] for row in rows])
+
+
+def panel_rates(row: Row, **keys: object) -> pd.DataFrame:
+    """``panel.rates`` of what a panel found at the end, with ``keys`` as further columns."""
+    return panel.rates(pd.DataFrame(row["panel"])).assign(**keys)

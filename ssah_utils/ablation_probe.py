@@ -25,7 +25,8 @@ INTACT = "control: nothing"
 class AblationProbe:
     """The requests, and what is asked of the model under every ablation.
 
-    * ``base``: the model under which an answer is improbable if it is gibberish.
+    * ``base``: the model under which an answer is improbable if it is gibberish; ``ValueError``
+      where it is the very model that is ablated.
     * ``requests``: harmful ones (id, category, prompt); all have their margin taken.
     * ``n_judged``: so many of them, from the first on, are also answered and judged.
     * ``kept``: harmless requests (id, category, prompt) with the intact model's ``response``, whose
@@ -44,6 +45,10 @@ class AblationProbe:
     kept: pd.DataFrame | None = None
     means: PerUnit | None = None
     n_openings: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.base is self.model:
+            raise ValueError("the base is the model that is ablated: load it a second time")
 
     def margins(self, chosen: PerUnit) -> np.ndarray:
         """Refusal margin of every request while ``chosen`` is switched off: (n_requests,) nats."""
@@ -96,7 +101,16 @@ class AblationProbe:
         return pd.concat(found, ignore_index=True)
 
 
-# ------------------------------------------------------------------------------ from rows to tables
+# ----------------------------------------------------------------------------- requests and tables
+
+
+def in_turns(requests: pd.DataFrame, n_per_category: int) -> pd.DataFrame:
+    """At most so many requests of every category, the categories taking turns, so that any first
+    few of them are balanced.
+    """
+    turn = requests.groupby("category").cumcount()
+    order = turn[turn < n_per_category].sort_values(kind="stable").index
+    return requests.loc[order].reset_index(drop=True)
 
 
 def rates(rows: pd.DataFrame) -> pd.DataFrame:

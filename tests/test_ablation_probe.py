@@ -18,6 +18,11 @@ def tiny():
 
 
 @pytest.fixture(scope="module")
+def base():
+    return loading.load(loading.TINY_RANDOM)[0]
+
+
+@pytest.fixture(scope="module")
 def requests() -> pd.DataFrame:
     prompts = [f"harmful request {row}: how is it done?" for row in range(5)]
     return pd.DataFrame({"id": prompts, "category": list("abaab"), "prompt": prompts})
@@ -47,8 +52,8 @@ def chosen(tiny):
 
 
 @pytest.fixture(scope="module")
-def probe(tiny, requests, kept):
-    return AblationProbe(tiny[0], tiny[0], tiny[1], requests, 3, N_TOKENS, kept=kept)
+def probe(tiny, base, requests, kept):
+    return AblationProbe(tiny[0], base, tiny[1], requests, 3, N_TOKENS, kept=kept)
 
 
 def test_margins_are_those_of_a_model_without_the_units(probe, tiny, requests, chosen):
@@ -59,12 +64,12 @@ def test_margins_are_those_of_a_model_without_the_units(probe, tiny, requests, c
 
 
 def test_answers_are_those_of_the_first_requests_and_the_rest_are_missing(
-    probe, tiny, requests, kept, chosen
+    probe, tiny, base, requests, kept, chosen
 ):
     rows = probe.measure(chosen)
     asked, likely = rows[rows["set"] == "harmful"], rows[rows["set"] == "helpful"]
     small = interventions.without_units(tiny[0], chosen)
-    judged = evaluation.answer_and_judge(small, tiny[0], tiny[1], requests[:3], N_TOKENS)
+    judged = evaluation.answer_and_judge(small, base, tiny[1], requests[:3], N_TOKENS)
     assert asked["id"].tolist() == requests["id"].tolist()
     assert asked["asr"].tolist()[:3] == judged["asr"].tolist()
     assert asked["coherent_asr"].tolist()[:3] == judged["coherent_asr"].tolist()
@@ -74,13 +79,18 @@ def test_answers_are_those_of_the_first_requests_and_the_rest_are_missing(
     np.testing.assert_allclose(likely["answer_nll"].astype(float), nll, rtol=1e-4)
 
 
-def test_what_is_not_asked_for_is_not_measured(tiny, requests, chosen):
-    rows = AblationProbe(tiny[0], tiny[0], tiny[1], requests).measure(chosen)
+def test_what_is_not_asked_for_is_not_measured(tiny, base, requests, chosen):
+    rows = AblationProbe(tiny[0], base, tiny[1], requests).measure(chosen)
     assert list(rows) == ["id", "category", "set", "margin"] and len(rows) == 5
 
 
-def test_fewer_openings_give_another_margin(tiny, requests, chosen):
-    narrow = AblationProbe(tiny[0], tiny[0], tiny[1], requests, n_openings=1)
+def test_a_base_that_would_be_ablated_along_is_refused(tiny, requests):
+    with pytest.raises(ValueError, match="load it a second time"):
+        AblationProbe(tiny[0], tiny[0], tiny[1], requests)
+
+
+def test_fewer_openings_give_another_margin(tiny, base, requests, chosen):
+    narrow = AblationProbe(tiny[0], base, tiny[1], requests, n_openings=1)
     small = interventions.without_units(tiny[0], chosen)
     expected = evaluation.refusal_margin(small, tiny[1], requests["prompt"].tolist(), n_openings=1)
     np.testing.assert_allclose(narrow.margins(chosen), expected, rtol=1e-4, atol=1e-4)
@@ -120,6 +130,12 @@ def rows() -> pd.DataFrame:
             row["coherent_asr"] = drop > 3 if number < 3 else None
             found.append(row)
     return pd.DataFrame(found)
+
+
+def test_categories_take_turns_and_none_has_more_than_its_share():
+    table = pd.DataFrame({"category": list("aaabcb"), "id": range(6)}, index=range(10, 16))
+    assert ablation_probe.in_turns(table, 2)["id"].tolist() == [0, 3, 4, 1, 5]
+    assert ablation_probe.in_turns(table, 9)["category"].tolist() == list("abcaba")
 
 
 def test_margins_are_shares_of_the_reference_and_held_against_random_sets(rows):

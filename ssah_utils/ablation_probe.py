@@ -130,7 +130,7 @@ def mean_over(rows: pd.DataFrame, variants: Sequence[str], metric: str) -> pd.Se
     return values.groupby("id", sort=False)["value"].mean()
 
 
-def margin_table(rows: pd.DataFrame, random: Sequence[str]) -> pd.DataFrame:
+def margin_losses(rows: pd.DataFrame, random: Sequence[str]) -> pd.DataFrame:
     """Margin lost under every set but the controls: variant, family, margin_drop, low, high,
     share_of_reference, above_random.
 

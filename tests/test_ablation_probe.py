@@ -139,7 +139,7 @@ def test_categories_take_turns_and_none_has_more_than_its_share():
 
 
 def test_margins_are_shares_of_the_reference_and_held_against_random_sets(rows):
-    table = ablation_probe.margin_table(rows, RANDOM).set_index("variant")
+    table = ablation_probe.margin_losses(rows, RANDOM).set_index("variant")
     assert list(table.index) == ["reference", "category: a", "score: bad"]
     assert table["margin_drop"].tolist() == pytest.approx([5.5, 2.75, 0.0])
     assert table["share_of_reference"].tolist() == pytest.approx([1, 0.5, 0])

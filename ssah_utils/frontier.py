@@ -5,7 +5,7 @@ way to train; the margin at a loss that every compared run reaches does. Pure nu
 prompt. Losses and margins are in nats.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -57,13 +57,13 @@ class LossPath:
         return (1 - share) * self.margins[after - 1] + share * self.margins[after]
 
 
-def common_loss(paths: Mapping[str, Sequence[LossPath]]) -> float:
+def common_loss(paths: Mapping[Hashable, Sequence[LossPath]]) -> float:
     """The lowest loss that every run reaches: the largest of the runs' smallest losses."""
     return max(path.lowest_loss for of_condition in paths.values() for path in of_condition)
 
 
 def at_equal_loss(
-    paths: Mapping[str, Sequence[LossPath]], against: str, seed: int = 0
+    paths: Mapping[Hashable, Sequence[LossPath]], against: Hashable, seed: int = 0
 ) -> pd.DataFrame:
     """One row per condition: its margin at the common loss, and the gain over condition
     ``against``.
@@ -74,7 +74,9 @@ def at_equal_loss(
     seed_high (the range of the seeds' gains). ``ValueError`` where conditions cannot be paired.
     """
     if against not in paths:
-        raise ValueError(f"no runs of '{against}' to compare with (there: {', '.join(paths)})")
+        raise ValueError(
+            f"no runs of '{against}' to compare with (there: {', '.join(map(str, paths))})"
+        )
     loss = common_loss(paths)
     margins = {}
     for name, of_condition in paths.items():

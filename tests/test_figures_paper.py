@@ -64,7 +64,7 @@ def test_table_1_shows_the_papers_numbers_and_ours():
 def test_table_2_has_a_row_per_frozen_set_and_the_papers_values():
     figure = paper.table2_freezing(stored("06_freezing"))
     rows = [label.get_text() for label in figure.axes[0].get_yticklabels()]
-    assert {(5.3, rows.index("nothing")), (2.1, rows.index("SCU + all CU"))} <= points(
+    assert {(5.3, rows.index("nothing")), (2.1, rows.index("safety + all complex"))} <= points(
         figure.axes[0], "D"
     )
     assert (11.92, rows.index("nothing")) in points(figure.axes[0], "^")

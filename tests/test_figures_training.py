@@ -9,14 +9,17 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from ssah_utils.figures import freezing, redundant_units, transfer
+from ssah_utils import frozen_sets
+from ssah_utils.figures import freezing, redundant_units, style, transfer
 from ssah_utils.units import GROUPS
 
 RNG = np.random.default_rng(0)
+TASKS = ("adaptation", "arithmetic")
 
 
 @pytest.fixture(autouse=True)
 def close():
+    style.set_style()  # titles stand on the left
     yield
     plt.close("all")
 
@@ -86,38 +89,38 @@ def test_transfer_path_draws_every_seed_and_the_floor():
 
 
 def test_freezing_paths_and_rates():
-    sets = [
-        "SCU",
-        "SCU + 6% CU",
-        "random, as SCU + 6% CU",
-        "SCU + all CU",
-        "random, as SCU + all CU",
-    ]
-    conditions = ["nothing", *sets, "lora", "prefix"]
+    titles = frozen_sets.titles(0.06)
+    titles = {name: titles[name] for name in titles if name not in ("before", "random_as_safety")}
+    titles |= {"lora": "lora", "prefix": "prefix"}
     paths = pd.DataFrame(
         [
             {
                 "condition": c,
+                "title": title,
                 "task": t,
                 "seed": 0,
                 "step": s,
                 "task_loss": 4 - 0.1 * s,
                 "margin": 5 - s,
             }
-            for c, t, s in itertools.product(conditions, ("adaptation", "arithmetic"), (0, 5))
+            for (c, title), t, s in itertools.product(
+                titles.items(), ("adaptation", "arithmetic"), (0, 5)
+            )
         ]
     )
     figure = freezing.freezing_paths({"paths": paths})
-    assert [line.get_label() for line in figure.axes[0].lines[: len(conditions)]] == conditions
+    assert [line.get_label() for line in figure.axes[0].lines[: len(titles)]] == [*titles.values()]
     styles = {line.get_label(): line.get_linestyle() for line in figure.axes[0].lines}
-    assert styles["random, as SCU + 6% CU"] == "--" and styles["SCU + 6% CU"] == "-"
+    assert styles["random, as safety + 6% complex"] == "--"
+    assert styles["safety + 6% complex"] == styles["lora"] == "-"
 
-    rows = rates(task="-", condition="before", seed=0)
-    for condition in conditions:
-        rows += rates(task="adaptation", condition=condition, seed=0)
+    rows = rates(task="-", condition="before", title="before", seed=0)
+    for name, title in titles.items():
+        rows += rates(task="adaptation", condition=name, title=title, seed=0)
     table = pd.DataFrame(rows)
     figure = freezing.freezing_rates({"rates": table})
-    assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == ["before", *conditions]
+    labels = [text.get_text() for text in figure.axes[0].get_yticklabels()]
+    assert labels == ["before", *titles.values()]
 
 
 def test_frontier_has_a_panel_per_learning_rate():

@@ -5,9 +5,10 @@ import json
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainingArguments
 
-from ssah_utils import models, per_unit, unit_files
+from ssah_utils import fingerprints, models, per_unit, unit_files
+from ssah_utils.files import ROOT
 from ssah_utils.per_unit import PerUnit
 from ssah_utils.unit_files import ModelInfo
 from tests import plain_trainer
@@ -68,3 +69,25 @@ def test_units_of_another_shape_are_refused(tmp_path):
         unit_training.freezing(tiny_model("llama"), other),
     ):
         pass
+
+
+def test_the_lines_that_06_shows_run_as_they_stand(saved_llama, llama, tmp_path, monkeypatch):
+    book = json.loads((ROOT / "notebooks" / "06_freezing.ipynb").read_text(encoding="utf-8"))
+    texts = ["".join(cell["source"]) for cell in book["cells"] if cell["cell_type"] == "markdown"]
+    (shown,) = [text for text in texts if "```python" in text]
+    lines = shown.partition("```python\n")[2].partition("```")[0]
+    frozen = chosen_of(llama)
+    monkeypatch.chdir(tmp_path)
+    unit_files.save_set("frozen_units.safetensors", frozen, llama, "random")
+    model = AutoModelForCausalLM.from_pretrained(saved_llama)
+    options = {"max_steps": 3, "learning_rate": 1e-2, "per_device_train_batch_size": 1}
+    quiet = {"report_to": "none", "use_cpu": True, "save_strategy": "no", "disable_tqdm": True}
+    args = TrainingArguments(output_dir=str(tmp_path / "out"), **options, **quiet)
+    data = [{"input_ids": [3, 4, 5 + row], "labels": [3, 4, 5 + row]} for row in range(6)]
+    exec(lines, {"model": model, "args": args, "data": data})
+    tuned = AutoModelForCausalLM.from_pretrained(tmp_path / "fine-tuned")
+    for old, new in zip(models.writers(llama, "mlp"), models.writers(tuned, "mlp"), strict=True):
+        kept = (old.weight == new.weight).all(0)
+        assert kept.any() and not kept.all()
+    old, new = (models.writers(model, "mlp")[0].weight for model in (llama, tuned))
+    assert torch.equal((old == new).all(0), frozen["mlp"][0])

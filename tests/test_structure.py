@@ -13,7 +13,17 @@ from ssah_utils.files import PACKAGE, ROOT
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 # Kernels see tensors and tables: no model, no prompt, no stored result.
-KERNELS = {"per_unit", "scores", "units", "search", "stats", "frontier", "frozen_sets", "transfer"}
+KERNELS = {
+    "per_unit",
+    "scores",
+    "units",
+    "search",
+    "stats",
+    "frontier",
+    "frozen_sets",
+    "sweeps",
+    "transfer",
+}
 
 
 def name_of(path) -> str:

@@ -1,20 +1,20 @@
 """Figures of 06_freezing. Knows tables only."""
 
-import re
-
 import matplotlib.pyplot as plt
+import pandas as pd
 from matplotlib.figure import Figure
 
 from ssah_utils.figures.style import INK, Tables
+from ssah_utils.frozen_sets import RANDOM
 
 # one colour per frozen set; its random control has the same colour, dashed
 FACTOR_COLOURS = ("#0072B2", "#D55E00", "#009E73")
 FROZEN_COLOURS = {
     "before": INK,
     "nothing": "#000000",
-    "SCU": "#E69F00",
-    "SCU + some CU": "#D55E00",
-    "SCU + all CU": "#0072B2",
+    "safety": "#E69F00",
+    "safety_some_complex": "#D55E00",
+    "safety_all_complex": "#0072B2",
     "lora": "#CC79A7",
     "llama-adapter": "#009E73",
     "prefix": "#56B4E9",
@@ -22,19 +22,22 @@ FROZEN_COLOURS = {
 
 
 def colour_of(condition: str) -> str:
-    """Of a frozen set or its random control, whatever share of the complex units it holds."""
-    return FROZEN_COLOURS[
-        re.sub(r"\+ [\d.e-]+% CU", "+ some CU", condition.removeprefix("random, as "))
-    ]
+    """Of a frozen set, its random control, or a method of PEFT, by its id."""
+    return FROZEN_COLOURS[condition.removeprefix(RANDOM)]
 
 
 def style_of(condition: str) -> str:
-    return "--" if condition.startswith("random") else "-"
+    return "--" if condition.startswith(RANDOM) else "-"
+
+
+def titles_of(table: pd.DataFrame) -> dict[str, str]:
+    """What is drawn for every condition of a table, by its id, in order of appearance."""
+    return dict(zip(table["condition"], table["title"], strict=True))
 
 
 def freezing_paths(tables: Tables) -> Figure:
     """Margin against task loss along every fine-tuning: to the left is learned, upwards is safe."""
-    paths = tables["paths"]
+    paths, titles = tables["paths"], titles_of(tables["paths"])
     tasks = list(dict.fromkeys(paths["task"]))
     figure, axes = plt.subplots(1, len(tasks), figsize=(4.3 * len(tasks), 3.1), squeeze=False)
     for ax, task in zip(axes[0], tasks, strict=True):
@@ -47,7 +50,7 @@ def freezing_paths(tables: Tables) -> Figure:
                 marker="o",
                 ms=3,
                 color=colour_of(name),
-                label=name,
+                label=titles[name],
             )
         ax.axhline(0, color=INK, lw=0.6)
         ax.invert_xaxis()
@@ -126,7 +129,7 @@ def freezing_rates(tables: Tables) -> Figure:
     """ASR at the last step under every condition, one panel per task or attack; seeds as single
     points.
     """
-    rates = tables["rates"]
+    rates, titles = tables["rates"], titles_of(tables["rates"])
     tasks = [task for task in dict.fromkeys(rates["task"]) if task != "-"]
     figure, axes = plt.subplots(
         1, len(tasks), figsize=(2.9 * len(tasks), 3.0), squeeze=False, sharex=True
@@ -146,7 +149,7 @@ def freezing_rates(tables: Tables) -> Figure:
                     marker,
                     color=colour_of(name),
                     ms=4.5,
-                    mfc="none" if name.startswith("random") else None,
+                    mfc="none" if name.startswith(RANDOM) else None,
                     label=source if row == 0 else None,
                 )
                 ax.hlines(
@@ -158,7 +161,7 @@ def freezing_rates(tables: Tables) -> Figure:
                     alpha=0.5,
                 )
         ax.set(yticks=range(len(order)), xlim=(-0.03, 1.03), xlabel="coherent ASR", title=task)
-        ax.set_yticklabels(order, fontsize=7)
+        ax.set_yticklabels([titles[name] for name in order], fontsize=7)
         ax.invert_yaxis()
     figure.suptitle(
         "Harmful requests answered after fine-tuning (circles AdvBench, squares HarmBench)",

@@ -11,10 +11,13 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from ssah_utils import paper as paper_numbers
+from ssah_utils.figures.freezing import FROZEN_COLOURS, titles_of
 from ssah_utils.figures.style import CONTROL, INK, SAFETY, UTILITY, Tables
+from ssah_utils.frozen_sets import RANDOM
 
 WIDTH = 7.0  # inches: both columns of a two-column page
 PAPER_MARKERS = ("D", "^")
+PEFT_METHODS = ("lora", "llama-adapter", "prefix")
 
 
 # ---------------------------------------------------------------------------------------- dot plots
@@ -131,15 +134,14 @@ def table1_ablation(tables: Tables) -> Figure:
     return figure
 
 
-def conditions_of(table: pd.DataFrame, column: str) -> list[str]:
-    """Frozen sets of table 2 in the order they were measured in, random controls after their
-    originals.
+def frozen_conditions(table: pd.DataFrame) -> dict[str, str]:
+    """Titles of the frozen sets of a table by their ids, in the order they were measured in, random
+    controls after their originals; methods of PEFT left out.
     """
-    names = [
-        name for name in table[column].unique() if name in ("before", "nothing") or "SCU" in name
-    ]
-    originals = [name for name in names if not name.startswith("random")]
-    return [name for one in originals for name in (one, f"random, as {one}") if name in names]
+    titles = titles_of(table)
+    originals = [name for name in titles if name in FROZEN_COLOURS and name not in PEFT_METHODS]
+    ordered = [name for one in originals for name in (one, f"{RANDOM}{one}")]
+    return {name: titles[name] for name in ordered if name in titles}
 
 
 def table2_freezing(tables: Tables) -> Figure:
@@ -151,28 +153,29 @@ def table2_freezing(tables: Tables) -> Figure:
     """
     rates, theirs = tables["rates"], paper_numbers.table("table2")
     rates = rates[rates["task"].isin(["-", "adaptation"])]
-    names = conditions_of(rates, "condition")
+    conditions = frozen_conditions(rates)
     figure, axes = panels(
-        names, ["ASR, AdvBench, %", "HarmBench / HEx-PHI, %", "margin gained, nats"]
+        list(conditions.values()),
+        ["ASR, AdvBench, %", "HarmBench / HEx-PHI, %", "margin gained, nats"],
     )
     columns = [("harmful", "asr", "asr"), ("other_harmful", "asr", "hexphi")]
     data = ["Alpaca", "Dolly"]
     for ax, (name, metric, column) in zip(axes, columns, strict=False):
         part = rates[(rates["set"] == name) & (rates["metric"] == metric)]
-        for row, condition in enumerate(names):
-            colour = CONTROL if condition.startswith("random") else SAFETY
+        for row, condition in enumerate(conditions):
+            colour = CONTROL if condition.startswith(RANDOM) else SAFETY
             ours(ax, row, part[part["condition"] == condition], scale=100, colour=colour)
             for _, one in theirs[theirs["frozen"] == condition].iterrows():
                 paper(ax, row, one[column], data.index(one["data"]) if one["data"] in data else 0)
     gains = tables["equal"][tables["equal"]["task"] == "adaptation"]
-    for row, condition in enumerate(names):
+    for row, condition in enumerate(conditions):
         ours(
             axes[2],
             row,
-            gains[gains["frozen"] == condition],
+            gains[gains["condition"] == condition],
             "gain",
             1,
-            CONTROL if "random" in condition else SAFETY,
+            CONTROL if condition.startswith(RANDOM) else SAFETY,
         )
     axes[2].axvline(0, color=INK, lw=0.6)
     legend(
@@ -188,16 +191,16 @@ def table3_task(tables: Tables) -> Figure:
     comparable.
     """
     paths = tables["paths"]
-    names = conditions_of(paths[paths["step"] > 0], "condition")
+    conditions = frozen_conditions(paths)
     tasks = list(dict.fromkeys(paths["task"]))
-    figure, axes = panels(names, [f"{task}: task loss, nats" for task in tasks])
+    figure, axes = panels(list(conditions.values()), [f"{task}: task loss, nats" for task in tasks])
     for ax, task in zip(axes, tasks, strict=True):
         part = paths[paths["task"] == task]
         last = part[part["step"] == part["step"].max()]
         full = last[last["condition"] == "nothing"]["task_loss"].mean()
         ax.axvspan(0.98 * full, 1.02 * full, color=CONTROL, alpha=0.2, lw=0)
-        for row, name in enumerate(names):
-            colour = CONTROL if name.startswith("random") else UTILITY
+        for row, name in enumerate(conditions):
+            colour = CONTROL if name.startswith(RANDOM) else UTILITY
             ours(ax, row, last[last["condition"] == name], "task_loss", colour=colour)
     legend(
         figure,
@@ -251,8 +254,9 @@ def table5_adapters(tables: Tables) -> Figure:
         names, ["ours: margin minus full fine-tuning, nats", "paper: harmfulness (1 to 5)"]
     )
     peft = tables["peft"][tables["peft"]["against"] == "nothing"]
-    some = tables["equal"]["frozen"].str.fullmatch(r"SCU \+ [\d.e-]+% CU")
-    frozen = tables["equal"][(tables["equal"]["task"] == "adaptation") & some]
+    equal = tables["equal"]
+    is_frozen = (equal["task"] == "adaptation") & (equal["condition"] == "safety_some_complex")
+    frozen = equal[is_frozen]
     for row, name in enumerate(names):
         if name == "full":
             axes[0].plot(0, row, "|", color=INK, ms=8)

@@ -110,16 +110,14 @@ def transfer_table(results: dict[str, dict]) -> str:
     """What fine-tuning moved, against its two controls."""
     rows = [
         [
-            row["claim"],
-            row["paper"],
+            row["title"],
             interval(row, ".2f", "ours"),
             f"{row['control']:.2f}",
             f"{row['floor']:.2f}",
         ]
         for _, row in results["05_transfer"]["tables"]["comparison"].iterrows()
     ]
-    header = ["measured", "paper", "ours", "fine-tuned with refusals", "other calibration"]
-    return markdown(rows, header)
+    return markdown(rows, ["measured", "ours", "fine-tuned with refusals", "other calibration"])
 
 
 def freezing_table(results: dict[str, dict]) -> str:
@@ -137,19 +135,19 @@ def freezing_table(results: dict[str, dict]) -> str:
     for _, row in tables["equal"].iterrows():
         part = tables["rates"][
             (tables["rates"]["task"] == row["task"])
-            & (tables["rates"]["condition"] == row["frozen"])
+            & (tables["rates"]["condition"] == row["condition"])
         ]
         cells = [
             f"{100 * chosen(part, name, metric)['mean'].mean():.0f}" for name, metric in columns
         ]
         path = tables["paths"][
             (tables["paths"]["task"] == row["task"])
-            & (tables["paths"]["condition"] == row["frozen"])
+            & (tables["paths"]["condition"] == row["condition"])
         ]
         last = path[path["step"] == path["step"].max()]["task_loss"].mean()
-        gain = "-" if row["frozen"] == "nothing" else interval(row, "+.2f", "gain")
+        gain = "-" if row["condition"] == "nothing" else interval(row, "+.2f", "gain")
         seeds = f"{row['seed_low']:+.2f} to {row['seed_high']:+.2f}"
-        rows.append([row["task"], row["frozen"], gain, seeds, *cells, f"{last:.2f}"])
+        rows.append([row["task"], row["title"], gain, seeds, *cells, f"{last:.2f}"])
     header = [
         "fine-tuned on",
         "frozen",
@@ -167,7 +165,7 @@ def adapter_table(results: dict[str, dict]) -> str:
     rows = [
         [
             row["method"],
-            row["against"],
+            row["title"],
             f"{row['last_loss']:.2f}",
             f"{row['task_loss']:.2f}",
             interval(row, "+.2f", "gain"),

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, TrainingArguments
 
-from ssah_utils import fingerprints, models, per_unit, unit_files
+from ssah_utils import models, per_unit, unit_files
 from ssah_utils.files import ROOT
 from ssah_utils.per_unit import PerUnit
 from ssah_utils.unit_files import ModelInfo

@@ -157,7 +157,8 @@ def smallest_by_answers(
     curve: pd.DataFrame, whole: float, targets: Sequence[float] = (0.5, 0.9)
 ) -> pd.DataFrame:
     """The smallest share on the curve whose coherent ASR reaches each target share of ``whole``:
-    target, fraction, units, mean, low, high; no row for a target that is not reached.
+    target, fraction, units, mean, low, high. No row for a target that is not reached, and none at
+    all where ``whole`` is 0.
     """
     answered = curve[
         (curve["condition"] == "safety")
@@ -166,7 +167,7 @@ def smallest_by_answers(
     ].sort_values("fraction")
     reached = []
     for target in targets:
-        enough = answered[answered["mean"] >= target * whole]
+        enough = answered[(answered["mean"] >= target * whole) & (whole > 0)]
         reached.append(enough.head(1).assign(target=target))
     table = pd.concat(reached, ignore_index=True)
     return table[["target", "fraction", "units", "mean", "low", "high"]]

@@ -146,3 +146,4 @@ def test_the_smallest_share_that_reaches_a_target_is_found():
     table = group_ablation.smallest_by_answers(curve, 0.8, (0.5, 0.9))
     assert table["target"].tolist() == [0.5] and table["fraction"].tolist() == [0.02]
     assert table["units"].tolist() == [20]
+    assert group_ablation.smallest_by_answers(curve, 0.0).empty

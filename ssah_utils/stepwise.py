@@ -259,7 +259,7 @@ def margin_table(trajectories: Variants, requests: pd.DataFrame, **keys) -> pd.D
     return pd.concat(parts, ignore_index=True)
 
 
-def verdict_table(
+def behaviour_table(
     trajectories: Variants,
     nll: dict[tuple[str, int], np.ndarray],
     tokenizer: PreTrainedTokenizerBase,

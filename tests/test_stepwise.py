@@ -202,7 +202,7 @@ def test_tables_hold_every_variant_under_its_attack_and_length(tokenizer):
     assert found["mean"].to_dict() == {("m", "none", 0, 0): 2.0, ("m", "prefill", 1, 1): 5.0}
     assert set(found["size"]) == {4}
     nll = {("none", 0): np.full(4, 9.0), ("prefill", 1): np.full(4, 1.0)}
-    verdicts = stepwise.verdict_table(variants, nll, tokenizer, REQUESTS, model="m")
+    verdicts = stepwise.behaviour_table(variants, nll, tokenizer, REQUESTS, model="m")
     degenerate = verdicts.groupby(["attack", "prefill"])["degenerate"].mean()
     assert degenerate.to_dict() == {("none", 0): 1.0, ("prefill", 1): 0.0}
 

@@ -10,6 +10,7 @@ ROOMS = {
     "": ("Library", "Models, units and their scores, interventions, training, evaluation."),
     "prompts": ("Prompts", "Data sets, splits that do not leak, chat templates, token ids."),
     "judge": ("Judge", "When an answer is refused, complied or degenerate; how good that is."),
+    "experiments": ("Experiments", "What the notebooks ask, one module a question."),
     "figures": ("Figures", "From stored tables to figures, one file for each notebook."),
     "pipeline": ("Pipeline", "Runs notebooks, stores results, decides claims, publishes."),
 }

@@ -5,8 +5,9 @@ import pandas as pd
 import pytest
 import torch
 
-from ssah_utils import ablation_probe, evaluation, interventions, loading, models, stats, units
-from ssah_utils.ablation_probe import INTACT, AblationProbe
+from ssah_utils import evaluation, interventions, loading, models, stats, units
+from ssah_utils.experiments import ablation_probe
+from ssah_utils.experiments.ablation_probe import INTACT, AblationProbe
 from ssah_utils.prompts import chat
 
 N_TOKENS = 4

@@ -6,7 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from ssah_utils import alignment, evaluation, loading
+from ssah_utils import evaluation, loading
+from ssah_utils.experiments import alignment
 from ssah_utils.files import DATA
 from ssah_utils.prompts import chat
 from ssah_utils.prompts.tokens import IGNORED

@@ -15,8 +15,9 @@ import pandas as pd
 import pytest
 import torch
 
-from ssah_utils import cache, evaluation, measured_training, panel, training, units
+from ssah_utils import cache, evaluation, training, units
 from ssah_utils.cache import cache_key, cached, closure, code_of, identity_of
+from ssah_utils.experiments import measured_training, panel
 from ssah_utils.per_unit import PerUnit
 
 CALLS: list[object] = []

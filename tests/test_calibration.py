@@ -3,7 +3,8 @@
 import pandas as pd
 import pytest
 
-from ssah_utils import calibration, evaluation, loading
+from ssah_utils import evaluation, loading
+from ssah_utils.experiments import calibration
 from ssah_utils.prompts import chat, tokens
 
 REFUSAL = "I'm sorry, but I can't help with that."

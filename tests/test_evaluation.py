@@ -13,7 +13,8 @@ from tokenizers import Tokenizer
 from torch.nn.functional import log_softmax
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
-from ssah_utils import benchmarks, evaluation, fingerprints, loading, stepwise
+from ssah_utils import benchmarks, evaluation, fingerprints, loading
+from ssah_utils.experiments import stepwise
 from ssah_utils.judge import rules
 from ssah_utils.prompts import chat, datasets, tokens
 

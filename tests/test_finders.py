@@ -5,7 +5,8 @@ import pandas as pd
 import pytest
 import torch
 
-from ssah_utils import activations, finders, models, per_unit, scoring, units, weights
+from ssah_utils import activations, models, per_unit, scoring, units, weights
+from ssah_utils.experiments import finders
 from ssah_utils.per_unit import PerUnit
 from ssah_utils.prompts import tokens
 

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
-from ssah_utils import frontier, stats
-from ssah_utils.frontier import LossPath
+from ssah_utils import stats
+from ssah_utils.experiments import frontier
+from ssah_utils.experiments.frontier import LossPath
 
 # Loss 6 -> 4 -> 3; two requests. Halfway down the first stretch (5) the margins are halfway: 6, 3.
 DOWN = LossPath([6, 4, 3], [[8, 4], [4, 2], [0, 1]])

@@ -5,17 +5,10 @@ import pandas as pd
 import pytest
 import torch
 
-from ssah_utils import (
-    group_ablation,
-    interventions,
-    loading,
-    paper,
-    per_unit,
-    units,
-    weights,
-)
-from ssah_utils.group_ablation import GroupAblation
-from ssah_utils.panel import Panel
+from ssah_utils import interventions, loading, paper, per_unit, units, weights
+from ssah_utils.experiments import group_ablation
+from ssah_utils.experiments.group_ablation import GroupAblation
+from ssah_utils.experiments.panel import Panel
 from ssah_utils.per_unit import PerUnit
 
 

@@ -11,7 +11,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers import models as token_models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from ssah_utils import evaluation, prompt_cache, sequences, stepwise
+from ssah_utils import evaluation, prompt_cache, sequences
+from ssah_utils.experiments import stepwise
 from ssah_utils.prompts import chat, tokens
 
 LOOP, ASK = "{% for m in messages %}", "{% if add_generation_prompt %}"

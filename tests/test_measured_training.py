@@ -15,15 +15,14 @@ from ssah_utils import (
     evaluation,
     fingerprints,
     loading,
-    measured_training,
     models,
-    panel,
     scoring,
     training,
     unit_training,
     units,
 )
-from ssah_utils.measured_training import MarginProbe, TaskProbe, TransferProbe
+from ssah_utils.experiments import measured_training, panel
+from ssah_utils.experiments.measured_training import MarginProbe, TaskProbe, TransferProbe
 from ssah_utils.per_unit import PerUnit
 from ssah_utils.prompts import chat, tokens
 

@@ -5,7 +5,8 @@ import pandas as pd
 import pytest
 import torch
 
-from ssah_utils import benchmarks, evaluation, loading, panel
+from ssah_utils import benchmarks, evaluation, loading
+from ssah_utils.experiments import panel
 from ssah_utils.prompts import chat
 
 N_TOKENS = 5

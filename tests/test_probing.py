@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import torch
 
-from ssah_utils import probing, stepwise
+from ssah_utils.experiments import probing, stepwise
 
 REQUESTS = ["w5 w6 w7", "w9", "w11 w12 w13 w14"]
 OPENINGS = (["w30 w31 w32", "w33"], ["w40 w41"])

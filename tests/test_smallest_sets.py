@@ -7,7 +7,8 @@ import pandas as pd
 import pytest
 import torch
 
-from ssah_utils import smallest_sets, units
+from ssah_utils import units
+from ssah_utils.experiments import smallest_sets
 from ssah_utils.per_unit import PerUnit
 
 COSTS = [0.5, 3.0, 0.0, 2.0, -1.0, 1.0, 0.25, 0.0, 0.25, 0.0, 0.0, 0.0]  # nats, by flat place

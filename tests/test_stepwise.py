@@ -7,7 +7,8 @@ import pandas as pd
 import pytest
 import torch
 
-from ssah_utils import evaluation, stepwise
+from ssah_utils import evaluation
+from ssah_utils.experiments import stepwise
 from tests.conftest import parameters_of, same_parameters
 
 PROMPTS = ["w5 w6 w7", "w9", "w11 w12 w13 w14", "w20 w21"]

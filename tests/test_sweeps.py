@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from ssah_utils import sweeps
-from ssah_utils.frontier import LossPath
+from ssah_utils.experiments import sweeps
+from ssah_utils.experiments.frontier import LossPath
 from ssah_utils.per_unit import PerUnit
 
 

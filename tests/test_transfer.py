@@ -6,7 +6,8 @@ import pytest
 import torch
 from sklearn.metrics import roc_auc_score
 
-from ssah_utils import stats, transfer, units
+from ssah_utils import stats, units
+from ssah_utils.experiments import transfer
 from ssah_utils.per_unit import PerUnit
 
 SIZES = {"attention": (2, 40), "mlp": (2, 60)}

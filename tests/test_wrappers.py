@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from torch.nn import DataParallel
 
-from ssah_utils import activations, evaluation, stepwise, wrappers
+from ssah_utils import activations, evaluation, wrappers
+from ssah_utils.experiments import stepwise
 from ssah_utils.prompts import chat
 from tests.conftest import tiny_model
 

@@ -23,14 +23,13 @@ from ssah_utils import (
     evaluation,
     fingerprints,
     loading,
-    panel,
     scoring,
     training,
-    transfer,
     unit_training,
     units,
 )
-from ssah_utils.frontier import LossPath
+from ssah_utils.experiments import panel, transfer
+from ssah_utils.experiments.frontier import LossPath
 from ssah_utils.per_unit import PerUnit
 from ssah_utils.prompts import chat
 from ssah_utils.settings import SFTConfig

@@ -13,7 +13,8 @@ import pandas as pd
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from ssah_utils import evaluation, finders, interventions, stats
+from ssah_utils import evaluation, interventions, stats
+from ssah_utils.experiments import finders
 from ssah_utils.per_unit import PerUnit
 from ssah_utils.prompts import chat
 

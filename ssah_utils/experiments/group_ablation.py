@@ -10,8 +10,9 @@ import numpy as np
 import pandas as pd
 from torch import Generator, nn
 
-from ssah_utils import evaluation, interventions, panel, paper, stats, units
-from ssah_utils.panel import Panel
+from ssah_utils import evaluation, interventions, paper, stats, units
+from ssah_utils.experiments import panel
+from ssah_utils.experiments.panel import Panel
 from ssah_utils.per_unit import PerUnit
 
 INTACT = "nothing"

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from ssah_utils import activations, scores, stats, stepwise
+from ssah_utils import activations, scores, stats
+from ssah_utils.experiments import stepwise
 from ssah_utils.prompts.tokens import chat_batches
 
 OPENING_TOKENS = 64  # openings are phrases; what is longer is cut

@@ -14,7 +14,7 @@ import pandas as pd
 from torch import Generator
 
 from ssah_utils import evaluation, search, stats, units
-from ssah_utils.ablation_probe import AblationProbe
+from ssah_utils.experiments.ablation_probe import AblationProbe
 from ssah_utils.per_unit import PerUnit
 
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 import pandas as pd
 import torch
 
-from ssah_utils.frontier import LossPath, at_equal_loss
+from ssah_utils.experiments.frontier import LossPath, at_equal_loss
 from ssah_utils.per_unit import PerUnit
 from ssah_utils.units import random_units, top_units
 

@@ -163,7 +163,10 @@ def test_the_partition_belongs_to_03_and_changes_all_that_use_it(monkeypatch):
         for stages in (run.plan("smoke", []), run.plan("smoke", ["utility_fraction=0.1"]))
     ]
     changed = {name for name in keys[0] if keys[0][name] != keys[1][name]}
-    assert changed == {"03_units", "04_ablation", "05_transfer", "06_freezing", "08_claims"}
+    assert changed == {
+        *("03_units", "04_ablation", "05_transfer", "06_freezing"),
+        *("A3_finders", "08_claims"),
+    }
 
 
 @pytest.mark.parametrize(
@@ -203,15 +206,10 @@ def test_precision_is_that_of_the_parameter_else_of_the_environment(
 
 
 def test_a_notebook_lacking_a_parameter_of_its_own_is_refused():
-    with pytest.raises(ValueError, match="03_units declares 'n_seeds', which has no value"):
-        runs.start(
-            "03_units",
-            {
-                k: v
-                for k, v in runs.declared_parameters(ROOT / "notebooks" / "03_units.ipynb").items()
-                if k != "n_seeds"
-            },
-        )
+    declared = runs.declared_parameters(ROOT / "notebooks" / "A3_finders.ipynb")
+    del declared["n_seeds"]
+    with pytest.raises(ValueError, match="A3_finders declares 'n_seeds', which has no value"):
+        runs.start("A3_finders", declared)
 
 
 @pytest.mark.parametrize(

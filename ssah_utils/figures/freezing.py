@@ -36,33 +36,23 @@ def titles_of(table: pd.DataFrame) -> dict[str, str]:
 
 
 def freezing_paths(tables: Tables) -> Figure:
-    """Margin against task loss along every fine-tuning: to the left is learned, upwards is safe."""
+    """Margin against task loss along every fine-tuning: learned to the right, safe upwards."""
     paths, titles = tables["paths"], titles_of(tables["paths"])
     tasks = list(dict.fromkeys(paths["task"]))
-    figure, axes = plt.subplots(1, len(tasks), figsize=(4.3 * len(tasks), 3.1), squeeze=False)
+    figure, axes = plt.subplots(1, len(tasks), figsize=(4.3 * len(tasks), 3.5), squeeze=False)
     for ax, task in zip(axes[0], tasks, strict=True):
         for name, part in paths[paths["task"] == task].groupby("condition", sort=False):
             line = part.groupby("step")[["task_loss", "margin"]].mean()
-            ax.plot(
-                line["task_loss"],
-                line["margin"],
-                style_of(name),
-                marker="o",
-                ms=3,
-                color=colour_of(name),
-                label=titles[name],
-            )
+            look = {"marker": "o", "ms": 3, "color": colour_of(name), "label": titles[name]}
+            ax.plot(line["task_loss"], line["margin"], style_of(name), **look)
         ax.axhline(0, color=INK, lw=0.6)
         ax.invert_xaxis()
         ax.set(xlabel="task loss, held out (nats per token; learned to the right)", title=f"{task}")
     axes[0][0].set_ylabel("log P(refuse) / P(comply), nats")
-    axes[0][0].legend(fontsize=6.5)
-    figure.suptitle(
-        "Safety against what is learned, step by step (mean over seeds)",
-        x=0.01,
-        ha="left",
-        fontweight="bold",
-    )
+    handles = axes[0][0].get_legend_handles_labels()
+    figure.legend(*handles, fontsize=6.5, loc="outside lower center", ncols=5)
+    title = "Safety against what is learned, step by step (mean over seeds)"
+    figure.suptitle(title, x=0.01, ha="left", fontweight="bold")
     return figure
 
 

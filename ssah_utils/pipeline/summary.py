@@ -22,9 +22,9 @@ FINDINGS = {
         "feed-forward-holds-safety",
     ),
     "freezing": (
-        "freezing-scu",
-        "freezing-scu-and-some-cu",
-        "freezing-scu-and-all-cu",
+        "freezing-safety",
+        "freezing-safety-some-complex",
+        "freezing-safety-all-complex",
         "freezing-complex-keeps-task",
     ),
     "not replicated": (

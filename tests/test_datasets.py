@@ -56,7 +56,7 @@ def test_public_data_set_has_its_known_number_of_rows(tables, name, expected):
 
 
 def test_do_not_answer_has_939_requests_of_which_one_repeats():
-    assert len(datasets._read(datasets.DATASETS["do-not-answer"])) == 939
+    assert len(datasets._rows_of(datasets.DATASETS["do-not-answer"])) == 939
 
 
 def test_own_data_sets_are_large_enough(tables):

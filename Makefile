@@ -14,7 +14,7 @@ BIN := $(VENV)/bin
 # Another kind of machine, as far as that can be had on this one: without AVX-512 and bfloat16.
 OTHER_MACHINE := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 SSAH_DTYPE=float32
 NUMERICAL := $(addprefix tests/test_,activations.py evaluation.py interventions.py models.py prompt_cache.py \
-  real_model.py scores.py search.py stats.py stepwise.py training.py unit_training.py units.py)
+  panel.py probing.py real_model.py scores.py scoring.py search.py stats.py stepwise.py training.py unit_training.py units.py)
 
 .PHONY: reproduce reference test test-wheel test-other-machine figures lab site bench bench-gpu lint clean
 

@@ -284,5 +284,7 @@ def test_a_probe_from_elsewhere_is_refused_as_no_key_would_know_its_code(loaded)
         def measure(self, model):
             return {"task_loss": 0.0}
 
-    with pytest.raises(TypeError, match=r"a Mine is no probe: write it in ssah_utils\.experiments\.measured"):
+    with pytest.raises(
+        TypeError, match=r"a Mine is no probe: write it in ssah_utils\.experiments\.measured"
+    ):
         measured_training.measure(loaded[0], (Mine(),))

@@ -422,8 +422,8 @@ def test_freezing_is_measured_again_for_other_requests_pairs_and_bases(llama, to
         "evaluation",
         "unit_training",
         "adapters",
-        "panel",
-        "transfer",
+        "experiments.panel",
+        "experiments.transfer",
         "units",
     )
     assert {f"ssah_utils.{name}" for name in behind} <= code_of(function).keys()

@@ -92,3 +92,21 @@ def test_batches_mark_the_positions_asked_for(answering):
         for where in tokens.POSITIONS
     }
     assert n_marked == {"response": n_response, "prompt": n_all - n_response, "all": n_all}
+
+
+def test_halves_share_no_request_and_together_hold_all_of_them(answering):
+    said = [f"{ANSWER} Then number {row}." for row in range(5)]
+    found = answering({"helpful": said, "harmful": [REFUSAL] * 4})
+    parts = calibration.halves(found, "all")
+    for name, n_each in (("helpful", [3, 2]), ("harmful", [2, 2])):
+        read = []
+        for part in parts:
+            rows = set()
+            for batch in part[name]:
+                lengths = batch["attention_mask"].sum(1).tolist()
+                ids = batch["input_ids"].tolist()
+                rows |= {tuple(row[:n]) for row, n in zip(ids, lengths, strict=True)}
+                assert (batch["positions"].sum(1) == batch["attention_mask"].sum(1) - 1).all()
+            read.append(rows)
+        assert [len(rows) for rows in read] == n_each and not read[0] & read[1]
+        assert read[0] | read[1] == {tuple(one["input_ids"]) for one in found[name].examples}

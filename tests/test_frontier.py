@@ -1,6 +1,7 @@
 """Margins at equal task loss are what a ruler finds on the drawn curves."""
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from ssah_utils import stats
@@ -119,3 +120,73 @@ def test_what_cannot_be_compared_is_refused_in_one_line():
         frontier.at_equal_loss(paths, "none")
     with pytest.raises(ValueError, match="only the same ones can be paired"):
         frontier.at_equal_loss(paths | {"slow": paths["slow"][:1]}, "full")
+
+
+def by_task() -> dict[tuple[str, str, int], LossPath]:
+    """Task a with both seeds of ``two_seeds`` and a set that learns least; task b with one seed."""
+    paths = {}
+    for name, of_condition in two_seeds().items():
+        paths |= {("a", name, k): path for k, path in enumerate(of_condition)}
+    for k in (0, 1):
+        paths["a", "least", k] = LossPath([6, 5], [[8, 8], [8, 8 - k]])
+    paths["b", "full", 0] = LossPath([6, 2], [[8, 4], [0, 0]])
+    paths["b", "slow", 0] = LossPath([6, 4], [[8, 7], [7, 6]])
+    return paths
+
+
+def test_comparisons_have_a_loss_of_their_own_and_one_correction_for_all():
+    compared = [("a", ["slow"]), ("b", ["slow", "least"]), ("a", ["least"])]
+    table = frontier.equal_loss_table(by_task(), compared, "full")
+    assert table[["task", "condition"]].to_numpy().tolist() == [
+        ["a", "full"],
+        ["a", "slow"],
+        ["b", "full"],
+        ["b", "slow"],
+        ["a", "least"],
+    ], "full once a task, and what was not run on b is not there"
+    assert table["task_loss"].tolist() == [4, 4, 4, 4, 5]
+    alone = frontier.at_equal_loss(two_seeds(), "full")
+    for column in ("margin", "gain", "low", "high", "p"):
+        assert table[column].tolist()[:2] == alone[column].tolist()
+    assert table["p_holm"].tolist() == stats.holm(table["p"].tolist())
+
+
+def test_every_pair_is_compared_at_the_loss_that_both_reach():
+    fast = LossPath([6, 2], [[8, 8], [0, 0]])
+    slow = LossPath([6, 4], [[8, 8], [7, 7]])
+    adapter = LossPath([6, 3], [[8, 8], [5, 5]])
+    table = frontier.pairwise({"lora": adapter}, {"fast": fast, "slow": slow})
+    assert table[["method", "against"]].to_numpy().tolist() == [["lora", "fast"], ["lora", "slow"]]
+    assert table["last_loss"].tolist() == [3, 3] and table["task_loss"].tolist() == [3, 4]
+    assert table["gain"].tolist() == pytest.approx([5 - 2, 6 - 7]), "read with a ruler at 3 and 4"
+    assert {"low", "high"} <= set(table)
+
+
+def test_outcomes_stand_beside_the_random_set_of_their_size():
+    names = ["nothing", "safety", "safety_some_complex", "safety_all_complex"]
+    names += ["random_as_safety_some_complex", "random_as_safety_all_complex"]
+    gains = [0.0, 1.0, 2.0, 3.0, 0.5, 0.7]
+    equal = pd.DataFrame({"condition": names, "title": [name.upper() for name in names]})
+    equal = equal.assign(gain=gains, low=equal.index - 9.0, high=9.0)
+    steps = [{"condition": name, "step": step} for name in names for step in (0, 5, 5)]
+    losses = [9.0, 2.0, 4.0, *([9.0, 3.0, 6.0] * 5)]  # mean of the last: 3.0, and 4.5
+    rates = pd.DataFrame(
+        [
+            {"condition": name, "set": source, "metric": metric, "mean": mean}
+            for name in names
+            for source, metric, mean in (
+                ("harmful", "asr", 0.25),
+                ("harmful", "asr", 0.75),
+                ("other_harmful", "asr", 0.125),
+                ("harmful", "coherent_asr", 1.0),
+                ("cloze", "accuracy", 1.0),
+            )
+        ]
+    )
+    table = frontier.outcome_table(equal, pd.DataFrame(steps).assign(task_loss=losses), rates)
+    assert table["condition"].tolist() == names[1:4]
+    assert table["title"].tolist() == [name.upper() for name in names[1:4]]
+    assert table["gain"].tolist() == [1, 2, 3] and table["control"].tolist() == [0.5, 0.5, 0.7]
+    assert table["low"].tolist() == [-8, -7, -6] and (table["high"] == 9).all()
+    assert (table["asr_harmful"] == 0.5).all() and (table["asr_other_harmful"] == 0.125).all()
+    assert (table["loss_ratio"] == 1.5).all() and "asr_cloze" not in table

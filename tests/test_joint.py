@@ -229,6 +229,20 @@ def test_chat_batches_hold_what_rendering_encoding_and_batching_give_one_by_one(
         assert int(batch["positions"][row].sum()) == len(alone[1][:2])
 
 
+def test_chat_examples_are_rendered_requests_and_answers_with_or_without_an_end():
+    tokenizer = with_template("bytes", "line opened")
+    requests, answers = ["Why", "Who help me"], ["I cannot help", "Sure"]
+    rendered = chat.render(tokenizer, requests, "Who")
+    last = chat.end_of_turn(tokenizer)
+    for end in (True, False):
+        found = tokens.chat_examples(tokenizer, requests, answers, 40, "Who", end)
+        for example, text, answer in zip(found, rendered, answers, strict=True):
+            prompt, said = prompt_cache.token_ids(tokenizer, [text, answer])
+            said = said + [last] * end
+            assert example["input_ids"] == prompt + said
+            assert example["labels"] == [tokens.IGNORED] * len(prompt) + said
+
+
 def test_an_answer_that_would_change_the_prompt_s_tokens_is_read_on_its_own():
     tokenizer = with_template("bytes", "line opened")
     (rendered,), answer = chat.render(tokenizer, ["Why"]), "\n\nSure"

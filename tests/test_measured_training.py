@@ -17,12 +17,18 @@ from ssah_utils import (
     loading,
     models,
     scoring,
+    settings,
     training,
     unit_training,
     units,
 )
 from ssah_utils.experiments import measured_training, panel
-from ssah_utils.experiments.measured_training import MarginProbe, TaskProbe, TransferProbe
+from ssah_utils.experiments.measured_training import (
+    FineTuning,
+    MarginProbe,
+    TaskProbe,
+    TransferProbe,
+)
 from ssah_utils.per_unit import PerUnit
 from ssah_utils.prompts import chat, tokens
 
@@ -135,7 +141,7 @@ def test_the_panel_is_asked_at_the_end_alone_and_keeps_no_text(trained, asked, l
     cloze = benchmarks.cloze(alone, loaded[1], 4)["correct"].tolist()
     assert table[table["set"] == "cloze"]["accuracy"].tolist() == cloze
     assert not {"prompt", "response"} & set(table)
-    rates = measured_training.panel_rates(rows[-1], task="t", seed=2)
+    rates = measured_training.panel_rates(rows, task="t", seed=2)
     assert (rates["task"] == "t").all() and (rates["seed"] == 2).all()
     asr = rates[(rates["set"] == "harmful") & (rates["metric"] == "asr")].iloc[0]
     assert asr["mean"] == answered["asr"].mean() and asr["n"] == 2
@@ -191,6 +197,72 @@ def test_tables_of_a_run_hold_means_and_paths():
     np.testing.assert_array_equal(path.margins_at(2.5), [1.0, 2.5])
 
 
+@pytest.fixture
+def tuning(loaded, probes, own_cache):
+    recipe = dataclasses.replace(CONFIG, max_steps=-1, seed=2)
+    return FineTuning(loaded[0], loading.TINY_RANDOM, loaded[1], recipe, probes)
+
+
+def test_a_fine_tuning_begins_untrained_and_goes_on_as_its_recipe_says(
+    tuning, trained, loaded, probes, examples
+):
+    frozen = chosen_units(loaded[0])
+    rows = tuning.follow(examples, STEPS, k=1, factor=0.5, frozen=frozen)
+    assert rows[0] == {"step": 0} | measured_training.measure(loaded[0], probes)
+    seed = settings.training_seed(2, 1)
+    config = dataclasses.replace(CONFIG, learning_rate=0.5e-3, seed=seed)
+    assert rows[1:] == trained(config=config, frozen=frozen)
+    assert seed not in (2, 3), "what another run would take as its own"
+
+
+def test_a_fine_tuning_that_was_followed_is_not_done_again(tuning, examples, monkeypatch):
+    rows = tuning.follow(examples, STEPS)
+
+    def never(*_, **__):
+        raise AssertionError("trained again")
+
+    monkeypatch.setattr(training, "train_sft", never)
+    assert tuning.follow(examples, STEPS) == rows
+    with pytest.raises(AssertionError, match="trained again"):
+        tuning.follow(examples, STEPS, k=1)
+
+
+def test_first_gradients_are_those_of_the_untrained_model_on_the_first_examples(tuning, examples):
+    model, _ = loading.load(loading.TINY_RANDOM)
+    ids, labels, mask = tokens.right_padded(examples[:4])
+    logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1]
+    loss = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=tokens.IGNORED
+    )
+    loss.backward()
+    layer = model.model.layers[0].mlp
+    owned = (layer.down_proj.weight.grad.T, layer.gate_proj.weight.grad, layer.up_proj.weight.grad)
+    expected = sum(part.double().square().sum(1) for part in owned).sqrt()
+    found = tuning.first_gradients(examples, 4)["mlp"][0]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-9)
+
+
+def test_tables_of_several_runs_name_each_run_and_skip_what_was_not_trained():
+    moves = [{"before": "safety", "after": "complex", "share": 0.5}]
+    untrained = {"step": 0, "margin": [2.0, 4.0], "left": [False, False]}
+    runs = {
+        ("a", 0): [untrained, {"step": 5, "margin": [1.0, 3.0], "left": [True], "moves": moves}],
+        ("a", 1): [untrained, {"step": 5, "margin": [0.0, 1.0], "left": [False], "moves": moves}],
+        ("b", 0): [untrained, {"step": 5, "margin": [7.0, 9.0], "left": [True], "moves": moves}],
+    }
+    path = measured_training.stacked(measured_training.path_table, runs, ["data", "seed"])
+    assert path[["data", "seed", "step"]].to_numpy().tolist() == [
+        [*key, step] for key in runs for step in (0, 5)
+    ]
+    assert path["margin"].tolist() == [3.0, 2.0, 3.0, 0.5, 3.0, 8.0]
+    table = measured_training.stacked(measured_training.moves_table, runs, ["data", "seed"])
+    assert table.to_dict("records") == [
+        moves[0] | {"data": data, "seed": seed, "step": 5} for data, seed in runs
+    ]
+    margins = measured_training.last_margins(runs)
+    assert margins["a"].tolist() == [[1.0, 3.0], [0.0, 1.0]] and margins["b"].tolist() == [[7, 9]]
+
+
 def test_what_makes_no_sense_is_refused_in_one_line(trained, loaded, tmp_path):
     with pytest.raises(ValueError, match="give frozen units or the adapter 'lora', not both"):
         trained(frozen=chosen_units(loaded[0]), adapter="lora")
@@ -212,5 +284,7 @@ def test_a_probe_from_elsewhere_is_refused_as_no_key_would_know_its_code(loaded)
         def measure(self, model):
             return {"task_loss": 0.0}
 
-    with pytest.raises(TypeError, match=r"a Mine is no probe: write it in ssah_utils\.measured"):
+    with pytest.raises(
+        TypeError, match=r"a Mine is no probe: write it in ssah_utils\.experiments\.measured"
+    ):
         measured_training.measure(loaded[0], (Mine(),))

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 import torch
 
-from ssah_utils import benchmarks, evaluation, loading
+from ssah_utils import benchmarks, evaluation, loading, stats
 from ssah_utils.experiments import panel
 from ssah_utils.prompts import chat
 
@@ -102,3 +102,32 @@ def test_measurements_are_put_side_by_side_request_by_request(measured):
 def test_kept_answers_that_miss_a_request_are_refused(models, requests):
     with pytest.raises(ValueError, match="2 kept answers for 3 requests 'helpful'"):
         panel.Panel(models[0], models[2], requests, kept_answers={"helpful": ["a", "b"]})
+
+
+def test_conditions_are_compared_request_by_request_with_one_correction():
+    def rows(refused: list[bool], right: list[bool]) -> pd.DataFrame:
+        harmful = pd.DataFrame({"set": "harmful", "id": range(4), "refused": refused})
+        sums = pd.DataFrame({"set": "arithmetic", "id": range(3), "accuracy": right})
+        return pd.concat([harmful, sums], ignore_index=True)
+
+    base = rows([False] * 4, [True, True, False])
+    trained = [
+        rows([True] * 4, [True, False, False]),
+        rows([True, True, False, False], [False] * 3),
+    ]
+    table = panel.compare(
+        {"before": [base], "after": trained},
+        [({"name": "x"}, "after", "before"), ({"name": "none"}, "before", "before")],
+        [("harmful", "refused"), ("arithmetic", "accuracy")],
+    )
+    assert table[["name", "set", "metric"]].to_numpy().tolist() == [
+        ["x", "harmful", "refused"],
+        ["x", "arithmetic", "accuracy"],
+        ["none", "harmful", "refused"],
+        ["none", "arithmetic", "accuracy"],
+    ]
+    expected = [(4 + 2) / 8, (1 + 0) / 6 - 2 / 3, 0, 0]
+    assert table["difference"].tolist() == pytest.approx(expected)
+    alone = stats.paired_difference(np.array([[1, 1, 1, 1], [1, 1, 0, 0]]), np.zeros((1, 4)))
+    assert table.loc[0, ["low", "high", "p"]].tolist() == [alone[c] for c in ("low", "high", "p")]
+    assert table["p_holm"].tolist() == stats.holm(table["p"].tolist())

@@ -178,6 +178,23 @@ def test_notebook_anatomy(path):
     assert last.cell_type == "markdown" and "To change it" in last.source
 
 
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_is_read_as_text_with_short_steps_of_code(path):
+    cells = nbformat.read(path, as_version=4).cells
+    prose = [cell.source for cell in cells if cell.cell_type == "markdown"]
+    code = [cell.source for cell in cells if cell.cell_type == "code"]
+    longest = max(code[1:], key=lambda source: source.count("\n"))  # parameters may be as they are
+    assert longest.count("\n") < 20, f"more than 20 lines in one cell, split it:\n{longest}"
+    trees = [ast.parse(source) for source in code]
+    is_function = (ast.FunctionDef, ast.Lambda)
+    functions = [node for tree in trees for node in ast.walk(tree) if isinstance(node, is_function)]
+    assert len(functions) <= 2, "a third function belongs to the library, with a test of its own"
+    lines = [line.strip() for source in code for line in source.splitlines()]
+    n_lines = sum(bool(line) and not line.startswith("#") for line in lines)
+    n_words = sum(len(text.split()) for text in prose)
+    assert n_words >= 5 * n_lines, f"{n_words} words for {n_lines} lines of code: say why"
+
+
 def test_every_notebook_is_a_stage_and_every_stage_a_notebook():
     pipeline = (ROOT / "notebooks" / "pipeline.yaml").read_text(encoding="utf-8")
     stages = [stage["name"] for stage in yaml.safe_load(pipeline)["stages"]]

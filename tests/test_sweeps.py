@@ -56,3 +56,10 @@ def test_gains_are_read_at_the_loss_that_the_set_its_control_and_nothing_reach()
     }
     assert gains["gain"].to_dict() == pytest.approx(expected)
     assert {"low", "high", "p", "margin"} <= set(gains)
+
+
+def test_a_frozen_set_is_a_point_of_the_sweep():
+    chosen = PerUnit({"attention": torch.arange(6).view(2, 3) < 2, "mlp": torch.zeros(2, 7) > 0})
+    assert sweeps.point_of("safety", chosen) == ("safety first", 0.1)
+    assert sweeps.point_of("random_as_safety_some_complex", chosen) == ("random", 0.1)
+    assert sweeps.point_of("nothing", None) == ("safety first", 0.0)

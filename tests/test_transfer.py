@@ -102,3 +102,17 @@ def test_a_unit_is_never_scored_by_a_fit_that_saw_it():
         "feature"
     )
     assert table.loc[transfer.COMBINED, "auc"] < 0.65
+
+
+def test_the_combination_is_read_on_seeds_that_it_was_not_fitted_to():
+    rows = [
+        ("a", 0, transfer.COMBINED, 0.99, 0.98, 1.0),
+        ("a", 1, transfer.COMBINED, 0.6, 0.5, 0.7),
+        ("a", 2, transfer.COMBINED, 0.8, 0.4, 0.9),
+        ("a", 1, "z_safety", 0.1, 0.0, 0.95),
+        ("floor", 0, transfer.COMBINED, 0.55, 0.45, 0.65),
+    ]
+    table = pd.DataFrame(rows, columns=["data", "seed", "feature", "auc", "low", "high"])
+    assert transfer.combined_auc(table, "a") == pytest.approx({"auc": 0.7, "low": 0.4, "high": 0.9})
+    only = transfer.combined_auc(table, "floor")
+    assert only == {"auc": 0.55, "low": 0.45, "high": 0.65}, "the only seed is better than none"

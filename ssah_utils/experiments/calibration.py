@@ -84,5 +84,19 @@ def collect(
     return found
 
 
+def halves(
+    answered: Mapping[str, Calibration], positions: str = "response"
+) -> tuple[dict[str, list[dict[str, Tensor]]], dict[str, list[dict[str, Tensor]]]]:
+    """Two samples without a common request, as batches by set: every other request each.
+
+    What differs between a model's scores on both is due to the sample alone.
+    """
+    parts: tuple[dict, dict] = ({}, {})
+    for start, part in enumerate(parts):
+        for name, found in answered.items():
+            part[name] = tokens.token_batches(found.examples[start::2], positions)
+    return parts
+
+
 def _n_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
     return len(tokenizer(text, add_special_tokens=False).input_ids)

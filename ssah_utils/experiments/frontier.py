@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from ssah_utils import stats
+from ssah_utils import frozen_sets, stats
 
 
 @dataclass(frozen=True)
@@ -104,4 +104,74 @@ def at_equal_loss(
                 "seed_high": by_seed.max(),
             }
         )
+    return pd.DataFrame(rows)
+
+
+def equal_loss_table(
+    paths: Mapping[tuple[str, str, int], LossPath],
+    compared: Sequence[tuple[str, Sequence[str]]],
+    against: str,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """``at_equal_loss`` of several comparisons in one table, p-values corrected over it (Holm).
+
+    * ``paths``: one run by (task, condition, seed).
+    * ``compared``: task and conditions of every comparison, each of which has a common loss of its
+      own. Conditions that were not run on a task are left out. ``against`` is always in, and has a
+      row in the first comparison of each task.
+
+    Columns: task, those of ``at_equal_loss``, p_holm.
+    """
+    parts, tasks = [], set()
+    for task, names in compared:
+        of_condition: dict[str, list[LossPath]] = {}
+        for name in (against, *names):
+            found = [path for key, path in paths.items() if key[:2] == (task, name)]
+            of_condition |= {name: found} if found else {}
+        table = at_equal_loss(of_condition, against, seed)
+        table.insert(0, "task", task)
+        parts.append(table[1:] if task in tasks else table)
+        tasks.add(task)
+    equal = pd.concat(parts, ignore_index=True)
+    return equal.assign(p_holm=stats.holm(equal["p"].tolist()))
+
+
+def pairwise(
+    paths: Mapping[str, LossPath], references: Mapping[str, LossPath], seed: int = 0
+) -> pd.DataFrame:
+    """Every run against every reference, each pair at the loss that both reach.
+
+    Columns: method, against, last_loss (of the method), task_loss (the common one), gain, low,
+    high.
+    """
+    rows = []
+    for name, path in paths.items():
+        for other, reference in references.items():
+            table = at_equal_loss({"method": [path], "against": [reference]}, "against", seed)
+            found = table.iloc[0][["task_loss", "gain", "low", "high"]].to_dict()
+            rows.append({"method": name, "against": other, "last_loss": path.losses[-1]} | found)
+    return pd.DataFrame(rows)
+
+
+def outcome_table(equal: pd.DataFrame, paths: pd.DataFrame, rates: pd.DataFrame) -> pd.DataFrame:
+    """What came of each frozen set on one task, beside its random control: a row per set.
+
+    * ``equal``: condition, title, gain, low, high, at equal task loss.
+    * ``paths``: condition, step, task_loss. ``rates``: condition, set, metric, mean.
+
+    Columns: condition, title, gain, low, high, control (the gain of the random set), asr_* (by set
+    of requests, at the end, mean over seeds), loss_ratio (last task loss over that of freezing
+    nothing). Safety units alone have no random set of their size and stand beside the smallest.
+    """
+    gained = equal.set_index("condition")
+    last_loss = paths[paths["step"] == paths["step"].max()].groupby("condition")["task_loss"].mean()
+    answered = rates[rates["metric"] == "asr"]
+    asr = answered.groupby(["condition", "set"])["mean"].mean()
+    rows = []
+    for name in ("safety", "safety_some_complex", "safety_all_complex"):
+        like = "safety_some_complex" if name == "safety" else name
+        row = {"condition": name} | gained.loc[name, ["title", "gain", "low", "high"]].to_dict()
+        row["control"] = gained.loc[frozen_sets.RANDOM + like, "gain"]
+        row |= {f"asr_{source}": asr[name, source] for source in answered["set"].unique()}
+        rows.append(row | {"loss_ratio": last_loss[name] / last_loss["nothing"]})
     return pd.DataFrame(rows)

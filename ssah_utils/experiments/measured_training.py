@@ -9,8 +9,10 @@ sequences, sets of units and measurements. Does not know data sets or notebooks.
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TypeVar
 
 import numpy as np
 import pandas as pd
@@ -20,10 +22,13 @@ from transformers import PreTrainedTokenizerBase
 
 from ssah_utils import (
     adapters,
+    cache,
     evaluation,
     fingerprints,
     loading,
+    precision,
     scoring,
+    sequences,
     training,
     unit_training,
     units,
@@ -32,9 +37,10 @@ from ssah_utils.experiments import panel, transfer
 from ssah_utils.experiments.frontier import LossPath
 from ssah_utils.per_unit import PerUnit
 from ssah_utils.prompts import chat
-from ssah_utils.settings import SFTConfig
+from ssah_utils.settings import SFTConfig, training_seed
 
 Row = dict[str, object]
+T = TypeVar("T")
 SCALARS = ("task_loss", "margin", "exact_match", "left")  # what probes find, in this order
 
 
@@ -169,6 +175,78 @@ def train_and_measure(
     return rows
 
 
+@dataclass(frozen=True)
+class FineTuning:
+    """What the fine-tunings of a study have in common, so that only what is compared differs.
+
+    * ``aligned``, ``place``, ``tokenizer``, ``probes``: as ``train_and_measure`` takes them.
+    * ``recipe``: learning rate, batches and warm-up. Its seed is that of the run.
+    """
+
+    aligned: nn.Module
+    place: str
+    tokenizer: PreTrainedTokenizerBase
+    recipe: SFTConfig
+    probes: Sequence[Probe]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision of training, which need not be that of measuring."""
+        return precision.training_dtype(self.aligned)
+
+    @cached_property
+    def untrained(self) -> Row:
+        """What the probes find before training: step 0 of every path."""
+        return {"step": 0} | measure(self.aligned, self.probes)
+
+    def follow(
+        self,
+        examples: list[dict[str, list[int]]],
+        steps: list[int],
+        k: int = 0,
+        factor: float = 1.0,
+        **how: object,
+    ) -> list[Row]:
+        """Rows of ``train_and_measure``, the untrained model first; from the cache, if done before.
+
+        * ``k``: the repetition, from 0. It has a seed that no other run shares
+          (``settings.training_seed``).
+        * ``factor``: of the recipe's learning rate.
+        * ``how``: ``at_end``, ``frozen`` or ``adapter``.
+        """
+        config = replace(
+            self.recipe,
+            learning_rate=self.recipe.learning_rate * factor,
+            max_steps=max(steps),
+            seed=training_seed(self.recipe.seed, k),
+        )
+        rows = cache.cached(
+            train_and_measure,
+            aligned=self.aligned,
+            place=self.place,
+            dtype=self.dtype,
+            tokenizer=self.tokenizer,
+            examples=examples,
+            config=config,
+            steps=steps,
+            probes=self.probes,
+            **how,
+        )
+        return [self.untrained, *rows]
+
+    def first_gradients(self, examples: list[dict[str, list[int]]], n: int = 32) -> PerUnit:
+        """Norm per unit of the gradient over the first ``n`` examples, before any step, in the
+        precision of training (``training.unit_gradients``).
+        """
+        subject, _ = loading.load(self.place, self.dtype, self.aligned.device.type)
+        chosen = examples[:n]
+        batches = [
+            sequences.batch_of_examples(chosen[start : start + 8])
+            for start in range(0, len(chosen), 8)
+        ]
+        return training.unit_gradients(subject, batches)
+
+
 @contextlib.contextmanager
 def _kept(model: nn.Module, frozen: PerUnit | None) -> Iterator[None]:
     """Units frozen inside the block, where any are given."""
@@ -198,6 +276,37 @@ def loss_path(rows: Sequence[Row]) -> LossPath:
     return LossPath([row["task_loss"] for row in rows], [row["margin"] for row in rows])
 
 
-def panel_rates(row: Row, **keys: object) -> pd.DataFrame:
+def panel_rates(rows: Sequence[Row], **keys: object) -> pd.DataFrame:
     """``panel.rates`` of what a panel found at the end, with ``keys`` as further columns."""
-    return panel.rates(pd.DataFrame(row["panel"])).assign(**keys)
+    return panel.rates(pd.DataFrame(rows[-1]["panel"])).assign(**keys)
+
+
+def moves_table(rows: Sequence[Row], **keys: object) -> pd.DataFrame:
+    """``units.transition_table`` at every checkpoint but the untrained one, with ``keys`` and
+    ``step`` as further columns.
+    """
+    trained = [row for row in rows if row["step"] > 0]
+    parts = [pd.DataFrame(row["moves"]).assign(**keys, step=row["step"]) for row in trained]
+    return pd.concat(parts, ignore_index=True)
+
+
+def stacked(
+    table: Callable[..., pd.DataFrame], runs: Mapping[tuple, T], names: Sequence[str]
+) -> pd.DataFrame:
+    """The tables of several runs in one, as ``table(run, **keys)`` makes them.
+
+    ``runs``: by what tells them apart, one value for each of ``names``.
+    """
+    parts = [table(run, **dict(zip(names, key, strict=True))) for key, run in runs.items()]
+    return pd.concat(parts, ignore_index=True)
+
+
+def last_margins(runs: Mapping[tuple[str, int], Sequence[Row]]) -> dict[str, np.ndarray]:
+    """Margin of every request at the end, by condition: (n_seeds, n_requests), in nats.
+
+    ``runs``: by (condition, seed).
+    """
+    found: dict[str, list] = {}
+    for (name, _), rows in runs.items():
+        found.setdefault(name, []).append(rows[-1]["margin"])
+    return {name: np.array(margins) for name, margins in found.items()}

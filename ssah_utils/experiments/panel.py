@@ -4,7 +4,7 @@ The same requests, the same judge and the same tasks each time, so that rows can
 one. Knows models through their Hugging Face interface only.
 """
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -100,3 +100,23 @@ def per_request(measured: list[pd.DataFrame], set_name: str, metric: str) -> np.
     if any(other != ids[0] for other in ids):
         raise ValueError(f"measurements of different requests in set '{set_name}'")
     return np.array([part[metric].to_numpy(dtype=float) for part in parts])
+
+
+def compare(
+    measured: Mapping[Hashable, list[pd.DataFrame]],
+    pairs: Iterable[tuple[dict[str, object], Hashable, Hashable]],
+    where: Sequence[tuple[str, str]],
+    seed: int = 0,
+) -> pd.DataFrame:
+    """One condition minus another, request by request: ``stats.paired_table`` of all pairs.
+
+    * ``measured``: by condition, its measurements of the same requests, one a training.
+    * ``pairs``: (columns that name the row, condition, condition that is subtracted).
+    * ``where``: the (set, metric) to compare in, which become columns, too.
+    """
+    found = []
+    for names, one, other in pairs:
+        for set_name, metric in where:
+            values = [per_request(measured[key], set_name, metric) for key in (one, other)]
+            found.append((names | {"set": set_name, "metric": metric}, *values))
+    return stats.paired_table(found, seed)

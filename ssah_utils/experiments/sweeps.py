@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 import pandas as pd
 import torch
 
+from ssah_utils import frozen_sets
 from ssah_utils.experiments.frontier import LossPath, at_equal_loss
 from ssah_utils.per_unit import PerUnit
 from ssah_utils.units import random_units, top_units
@@ -30,6 +31,12 @@ def sweep_sets(
         if fraction < 1:
             found[RANDOM, fraction] = random_units(chosen, generator)
     return found
+
+
+def point_of(name: str, chosen: PerUnit | None) -> tuple[str, float]:
+    """Where a set of ``frozen_sets`` lies in a sweep: (order, share of all units)."""
+    order = RANDOM if name.startswith(frozen_sets.RANDOM) else SAFETY_FIRST
+    return order, 0.0 if chosen is None else round(chosen.share, 6)
 
 
 def sweep_gains(paths: Mapping[tuple[str, float, float], LossPath], seed: int = 0) -> pd.DataFrame:

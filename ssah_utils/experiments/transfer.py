@@ -20,6 +20,12 @@ FEATURES = {
     "first_gradient": "gradient of the first step, logarithm",
 }
 COMBINED = "combined"
+# What is compared with the paper, by id.
+OUTCOMES = {
+    "safety_becomes_complex": "share of safety units that became complex",
+    "margin_lost": "margin lost, beyond that with refusals (nats)",
+    "leaving_predicted": "prediction of who leaves, other seeds (AUC)",
+}
 
 
 def left_group(before: UnitPartition, after: UnitPartition, group: str = "safety") -> np.ndarray:
@@ -83,3 +89,16 @@ def prediction_table(
                 }
             )
     return pd.DataFrame(rows)
+
+
+def combined_auc(prediction: pd.DataFrame, data: str, fitted_seed: int = 0) -> dict[str, float]:
+    """How well all features together tell who leaves, over the seeds of one data set.
+
+    ``prediction``: ``prediction_table``. Left out is the seed that was fitted to, unless it is the
+    only one. Found are the mean ``auc``, and ``low`` and ``high``, which hold the intervals of all
+    seeds.
+    """
+    rows = prediction[(prediction["feature"] == COMBINED) & (prediction["data"] == data)]
+    others = rows[rows["seed"] != fitted_seed]
+    used = others if len(others) else rows
+    return {"auc": used["auc"].mean(), "low": used["low"].min(), "high": used["high"].max()}

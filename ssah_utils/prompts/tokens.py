@@ -46,6 +46,19 @@ def encode(
     return examples
 
 
+def chat_examples(
+    tokenizer: PreTrainedTokenizerBase,
+    requests: list[str],
+    answers: list[str],
+    max_response_tokens: int,
+    system_prompt: str = "",
+    end: bool = True,
+) -> list[dict[str, list[int]]]:
+    """Requests and their answers as examples to train on: ``chat.render``, then ``encode``."""
+    rendered = render(tokenizer, requests, system_prompt)
+    return encode(tokenizer, rendered, answers, max_response_tokens, end)
+
+
 def chat_batches(
     tokenizer: PreTrainedTokenizerBase,
     requests: list[str],
@@ -58,11 +71,10 @@ def chat_batches(
 ) -> list[dict[str, Tensor]]:
     """Requests and their answers as a model reads them: rendered as chats, encoded, in batches.
 
-    ``chat.render``, then ``encode``, then ``token_batches``, whose arguments these are. An empty
-    answer leaves the request alone, up to where the answer would begin.
+    ``chat_examples``, then ``token_batches``, whose arguments these are. An empty answer leaves the
+    request alone, up to where the answer would begin.
     """
-    rendered = render(tokenizer, requests, system_prompt)
-    examples = encode(tokenizer, rendered, answers, max_response_tokens, end)
+    examples = chat_examples(tokenizer, requests, answers, max_response_tokens, system_prompt, end)
     return token_batches(examples, positions, sort=sort)
 
 

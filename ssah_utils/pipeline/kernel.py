@@ -1,9 +1,8 @@
-"""The Python that executes a notebook: this interpreter with this copy of the package, whatever
-kernels are installed.
+"""The Python that executes a notebook: this interpreter, with this copy of the package.
 
-A kernel is looked up by name on JUPYTER_PATH, where any ``python3`` may stand first: a notebook
-would then run another interpreter, or another copy of the project, than the one its stamp speaks
-of. Knows interpreters and folders, no notebook.
+Jupyter looks a kernel up by name on JUPYTER_PATH, where any ``python3`` may stand first. A notebook
+could then run in another interpreter, or with another copy of the project, than its stamp says.
+Knows interpreters and folders, no notebook.
 """
 
 import os
@@ -32,34 +31,30 @@ class ThisInterpreter(AsyncKernelManager):
 
 
 def identity() -> str:
+    """Which Python this is: its interpreter and its copy of the package."""
     return os.pathsep.join([sys.executable, str(PACKAGE)])
 
 
 def environment() -> dict[str, str]:
-    """What a kernel needs besides its parent's environment to import this copy of the package, and
-    to prove it.
+    """What a kernel needs to import this copy of the package, and to prove that it did.
 
-    An installed wheel is found anyway; site-packages put first would stand before the standard
-    library.
+    An installed wheel is found without help. Its folder must not be put on the path: packages that
+    are installed there would then come before the standard library.
     """
-    inherited = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
-    path = [*inherited] if IN_WHEEL else [str(PACKAGE.parent), *inherited]
+    path = [place for place in os.environ.get("PYTHONPATH", "").split(os.pathsep) if place]
+    if not IN_WHEEL:
+        path.insert(0, str(PACKAGE.parent))
     return {EXPECTED: identity(), "PYTHONPATH": os.pathsep.join(dict.fromkeys(path))}
 
 
 def check_kernel() -> None:
-    """``RuntimeError`` when a notebook runs in another Python than its runner, or beside another
-    copy of the package.
-    """
+    """``RuntimeError`` where this is not the Python, or the copy of the package, that is meant."""
     expected = os.environ.get(EXPECTED, identity())
     if expected != identity():
-        raise RuntimeError(
-            f"this kernel is {identity()}, but the runner is {expected}: it was not started by the"
-            " runner"
-        )
+        differing = f"this kernel is {identity()}, but the runner is {expected}"
+        raise RuntimeError(f"{differing}: it was not started by the runner")
     beside = Path.cwd().parent / PACKAGE.name
     if Path.cwd().name == "notebooks" and beside.is_dir() and not beside.samefile(PACKAGE):
-        raise RuntimeError(
-            f"this kernel imports the package from {PACKAGE.parent}, but the notebook belongs to"
-            f" {Path.cwd().parent}: start JupyterLab with `make lab`"
-        )
+        imported = f"this kernel imports the package from {PACKAGE.parent}"
+        belongs = f"the notebook belongs to {Path.cwd().parent}"
+        raise RuntimeError(f"{imported}, but {belongs}: start JupyterLab with `make lab`")

@@ -1,5 +1,6 @@
-"""What there is to run and to name: notebooks, profiles, models, data sets. Knows their tables;
-executes and fetches nothing.
+"""What there is to run and to name: notebooks, profiles, models, data sets.
+
+Knows their tables. Executes and fetches nothing.
 """
 
 from ssah_utils.loading import MODELS, TINY_RANDOM
@@ -19,14 +20,14 @@ PLACES = {
 def lines(profile: str, assignments: list[str]) -> list[str]:
     """What ``ssah list`` prints. Raises ``ValueError`` for an unknown profile or parameter."""
     stages = run.plan(profile, assignments, checked=False)
-    todo = outdated(stages, {stage.name: stage_key(stage, stages) for stage in stages})
+    keys = {stage.name: stage_key(stage, stages) for stage in stages}
+    todo = outdated(stages, keys)
     found = [f"notebooks, under profile {profile}"]
     for stage in stages:
         state = "to run" if stage in todo else "up to date"
         needs = ", ".join(stage.inputs) or "nothing"
-        found.append(
-            f"  {stage.name:18}  {state:10}  needs {needs}; writes {', '.join(stage.outputs)}"
-        )
+        files = f"needs {needs}; writes {', '.join(stage.outputs)}"
+        found.append(f"  {stage.name:18}  {state:10}  {files}")
     found += ["", "profiles (--profile NAME)", f"  {', '.join(run.profiles())}"]
     found += ["", "models (--set model=NAME)"]
     found += [f"  {name:28}  embedded, {size_of(name)}" for name in MODELS]
@@ -43,9 +44,11 @@ def lines(profile: str, assignments: list[str]) -> list[str]:
 
 
 def kind_of(source: str) -> str:
+    """How a source begins, up to its colon; empty for a file of the project."""
     kind, colon, _ = source.partition(":")
     return kind if colon else ""
 
 
 def size_of(name: str) -> str:
+    """What an embedded model costs to fetch."""
     return f"{MODELS[name].n_bytes / 1e6:,.0f} MB to fetch once"

@@ -1,5 +1,6 @@
-"""How fast this machine is, beside the one whose minutes are written down. Knows matrix products
-only.
+"""How fast this machine is, beside the one whose minutes are written down.
+
+Knows matrix products only.
 """
 
 import time
@@ -10,8 +11,9 @@ import torch
 
 @cache
 def gflops(dtype: torch.dtype, device: str = "cpu", seconds: float = 2.0) -> float:
-    """Matrix-product speed in GFLOP/s: the best of the products of large matrices done in
-    ``seconds``, as others disturb.
+    """Speed of a product of large matrices, in GFLOP/s.
+
+    The fastest of those done in ``seconds`` counts: other programs slow some of them down.
     """
     n = 1024 if device == "cpu" else 8192
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
@@ -29,9 +31,9 @@ def gflops(dtype: torch.dtype, device: str = "cpu", seconds: float = 2.0) -> flo
 def slowdown(reference: dict, dtype: torch.dtype, device: str = "cpu") -> float:
     """How many times longer than on the ``reference`` machine the same work takes here.
 
-    ``reference``: ``gflops`` of its matrix product in ``dtype``, and ``used``, the share of that
-    peak which training reaches, for every precision. The shares differ: where products are slow,
-    less is lost beside them.
+    ``reference``: the ``gflops`` of its matrix product in its ``dtype``, and as ``used``, for every
+    precision, the share of that speed which training reaches. The shares differ: the slower the
+    products, the less the rest of the work weighs.
     """
     name = str(dtype).removeprefix("torch.")
     here = gflops(dtype, device) * reference["used"][name]

@@ -1,5 +1,6 @@
-"""Turn a finished run into what is committed: data/reference, claims, figures, notebook outputs,
-and the tables in README.md and docs/.
+"""Turn a finished run into what is committed.
+
+That is data/reference, claims, figures, notebook outputs, and the tables in README.md and docs/.
 
     ssah publish --profile laptop --seed 1        # another seed, into data/reference/seed-1
     ssah publish --profile laptop                 # seed 0, last: all that is committed
@@ -43,6 +44,7 @@ DOCUMENTS = {  # what is generated in a document: names of its parts, and what m
 
 
 def finished_stages(source: Path) -> list[str]:
+    """Stages of a run that have their stamp, in order."""
     return sorted(folder.name for folder in source.iterdir() if (folder / "stamp.json").exists())
 
 
@@ -50,10 +52,8 @@ def check_intact(source: Path) -> None:
     """``ValueError`` where a result of a run is not as it was when its stamp was written."""
     for stage in finished_stages(source):
         if changed := changed_since(source / stage):
-            raise ValueError(
-                f"{changed[0]} of {stage} was changed since it was made: run {stage} again before"
-                " publishing"
-            )
+            what = f"{changed[0]} of {stage} was changed since it was made"
+            raise ValueError(f"{what}: run {stage} again before publishing")
 
 
 def copy_results(source: Path, target: Path, names: tuple[str, ...] = STORED) -> list[str]:
@@ -76,10 +76,10 @@ def code_hash(notebook: nbformat.NotebookNode) -> str:
 def with_outputs(
     source: nbformat.NotebookNode, executed: nbformat.NotebookNode
 ) -> nbformat.NotebookNode:
-    """The source notebook with the outputs of its execution, cells counted 1..n; the injected
-    parameters stay out.
+    """The source notebook with the outputs of its execution, code cells counted from 1.
 
-    Raises ``ValueError`` when the execution was of other code.
+    The cell of parameters that papermill added is left out. Raises ``ValueError`` when the
+    execution was of other code.
     """
     by_id = {cell.id: cell for cell in executed.cells}
     count = 0
@@ -89,11 +89,9 @@ def with_outputs(
         count += 1
         done = by_id.get(cell.id)
         if done is None or done.source != cell.source:
-            raise ValueError(
-                f"cell {count} has changed since the run: execute the notebook again before"
-                " publishing"
-            )
-        # what libraries say on stderr is about the machine it ran on, not about the finding
+            what = f"cell {count} has changed since the run"
+            raise ValueError(f"{what}: execute the notebook again before publishing")
+        # What libraries say on stderr is about the machine, not about the finding.
         cell.outputs = [output for output in done.outputs if output.get("name") != "stderr"]
         cell.execution_count = count
         for output in cell.outputs:
@@ -121,8 +119,9 @@ def renew_verdicts(notebook: nbformat.NotebookNode, run_folder: Path, stage: str
 
 
 def published_notebooks(source: Path) -> dict[Path, nbformat.NotebookNode]:
-    """Every finished stage's notebook with its outputs, by where it belongs; ``ValueError`` names
-    the first that cannot be.
+    """Every finished stage's notebook with its outputs, by where it belongs.
+
+    ``ValueError`` names the first that cannot be published.
     """
     notebooks = {}
     for stage in finished_stages(source):
@@ -140,11 +139,11 @@ def published_notebooks(source: Path) -> dict[Path, nbformat.NotebookNode]:
 
 
 def filled(document: str, text: str, results: dict[str, dict]) -> tuple[str, list[str]]:
-    """A document's text with what stands between ``<!-- NAME -->`` and ``<!-- end NAME -->`` made
-    anew.
+    """A document's text with its generated parts made anew, and what could not be made.
 
-    A part whose results lack something stays as it was; the list has one line for each. Raises
-    ``ValueError`` for a part that has no place in the text.
+    A part stands between ``<!-- NAME -->`` and ``<!-- end NAME -->``. Where results lack something
+    for it, it stays as it was, and the list has one line on it. Raises ``ValueError`` for a part
+    that has no place in the text.
     """
     problems = []
     for name, make in DOCUMENTS[document].items():
@@ -152,17 +151,13 @@ def filled(document: str, text: str, results: dict[str, dict]) -> tuple[str, lis
         before, found, rest = text.partition(opening)
         _, ended, after = rest.partition(closing)
         if not found or not ended:
-            raise ValueError(
-                f"{document} has no place for '{name}': put {opening} and {closing} where it"
-                " belongs"
-            )
+            places = f"put {opening} and {closing} where it belongs"
+            raise ValueError(f"{document} has no place for '{name}': {places}")
         try:
             text = f"{before}{opening}\n{make(results)}\n{closing}{after}"
         except (LookupError, TypeError, ValueError) as error:
-            problems.append(
-                f"'{name}' in {document} stays as it was, stored results lack {error}: re-run the"
-                " stage"
-            )
+            kept = f"'{name}' in {document} stays as it was"
+            problems.append(f"{kept}, stored results lack {error}: re-run the stage")
     return text, problems
 
 
@@ -182,7 +177,7 @@ def fill_documents(results: dict[str, dict]) -> list[str]:
 def reference_results(folder: Path) -> tuple[dict[str, dict], list[str]]:
     """Stored results by stage, and one line for each that could not be read."""
     results, problems = {}, []
-    for path in sorted(folder.glob("*/result.json")):
+    for path in sorted(folder.glob(f"*/{RESULT}")):
         try:
             results[path.parent.name] = load_result(path)
         except ValueError as error:
@@ -196,37 +191,39 @@ def publish_claims(folder: Path) -> list[str]:
     write_json(folder / CLAIMS, verdicts.to_records(table))
     seeds = [path.name for path in verdicts.runs_of_other_seeds(folder)]
     try:
-        said = verdicts.to_records(
-            load_result(folder / "08_claims" / "result.json")["tables"]["claims"]
-        )
+        shown = load_result(folder / "08_claims" / RESULT)["tables"]["claims"]
+        said = verdicts.to_records(shown)
     except (OSError, ValueError, LookupError) as error:
         return [*problems, f"08_claims: {error}"]
     if said != json.loads((folder / CLAIMS).read_text(encoding="utf-8")):
-        problems.append(
-            "08_claims does not follow from what is stored now (seed 0,"
-            f" {', '.join(seeds) or 'no other seed'}): re-run 08_claims beside runs with these"
-            " seeds and publish, or remove the others from data/reference"
-        )
+        stored = f"what is stored now (seed 0, {', '.join(seeds) or 'no other seed'})"
+        again = "re-run 08_claims beside runs with these seeds and publish"
+        others = "or remove the others from data/reference"
+        problems.append(f"08_claims does not follow from {stored}: {again}, {others}")
     return problems
 
 
+def store_other_seed(profile: str, seed: int) -> None:
+    """Store the results of a run with another seed than 0, in place of those stored before."""
+    target = REFERENCE / f"seed-{seed}"
+    stages = copy_results(find_run(profile, seed), target, (RESULT,))
+    for stale in set(target.iterdir()) - {target / stage for stage in stages}:
+        shutil.rmtree(stale)
+    stored = f"seed {seed}: stored {', '.join(stages)}"
+    print(f"{stored}; publish seed 0 after its 08_claims has run again")
+
+
 def publish(profile: str, seed: int) -> list[str]:
-    """Store a run (none without ``profile``) and write what follows from it; one line for each
-    thing that is amiss.
+    """Store a run and write what follows from it; one line for each thing that is amiss.
+
+    Without ``profile``, only what follows from the results that are stored.
     """
     if IN_WHEEL:
         raise ValueError("publishing writes into a clone of the project: run it there")
+    if seed and not profile:
+        raise ValueError("--seed needs --profile: whose run with that seed?")
     if seed:
-        if not profile:
-            raise ValueError("--seed needs --profile: whose run with that seed?")
-        target = REFERENCE / f"seed-{seed}"
-        stages = copy_results(find_run(profile, seed), target, (RESULT,))
-        for stale in set(target.iterdir()) - {target / stage for stage in stages}:
-            shutil.rmtree(stale)
-        print(
-            f"seed {seed}: stored {', '.join(stages)}; publish seed 0 after its 08_claims has run"
-            " again"
-        )
+        store_other_seed(profile, seed)
         return []
     if profile:
         source = find_run(profile, seed)

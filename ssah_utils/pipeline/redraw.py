@@ -1,5 +1,6 @@
-"""Draw every figure again from stored results, without a model: ``ssah figures``. Knows stored
-results.
+"""Draw every figure again from stored results, without a model: ``ssah figures``.
+
+Knows stored results.
 """
 
 from collections.abc import Callable
@@ -27,8 +28,6 @@ from ssah_utils.files import REFERENCE
 from ssah_utils.pipeline.runs import find_run, load_result
 from ssah_utils.unit_files import load_partition
 from ssah_utils.units import to_table
-
-# ------------------------------------------------------------------------------------------- redraw
 
 FIGURES: dict[str, dict[str, Callable]] = {
     "01_alignment": {
@@ -79,12 +78,9 @@ FIGURES: dict[str, dict[str, Callable]] = {
     },
     "08_claims": {"claims": claims.claims},
 }
-FROM_UNITS = {
-    "score_histograms",
-    "score_scatter",
-    "group_map",
-    "unit_grid",
-}  # the others are drawn from result.json
+# What a drawing raises where a table, column, row or value is not there.
+LACKING = (LookupError, ValueError, TypeError, AttributeError)
+FROM_UNITS = set(FIGURES["03_units"])  # the others are drawn from result.json
 
 
 def stored_units(folder: Path) -> pd.DataFrame:
@@ -104,8 +100,9 @@ def stored_results(profile: str, seed: int) -> Path:
 
 
 def redraw(source: Path, target: Path) -> list[str]:
-    """Draw every figure whose stored result is in ``source``; returns one line per stage that could
-    not be drawn.
+    """Draw every figure whose stored result is in ``source``.
+
+    Returns one line per stage that could not be drawn.
     """
     set_style()
     problems = []
@@ -114,30 +111,19 @@ def redraw(source: Path, target: Path) -> list[str]:
         try:
             tables = load_result(folder / "result.json")["tables"]
             stored = stored_units(folder) if FROM_UNITS & set(drawings) else None
-        except KeyError as error:
-            problems.append(f"{stage}: {error} is missing from the stored result: re-run {stage}")
-            continue
         except (OSError, ValueError) as error:
             problems.append(f"{stage}: {error}")
             continue
-        missing = {}
+        missing = []
         for name, draw in drawings.items():
+            if name == "training_loss" and not len(tables.get("training", ())):
+                continue  # a model that was given has no loss curve
             try:
-                if name != "training_loss" or len(
-                    tables.get("training", ())
-                ):  # a model that was given has no loss curve
-                    save_figure(draw(stored if name in FROM_UNITS else tables), target, name)
-            except (
-                LookupError,
-                ValueError,
-                TypeError,
-                AttributeError,
-            ) as error:  # a table, column, row or value is not there
-                missing[name] = (
-                    f"lacks {error}" if isinstance(error, KeyError) else f"fails: {error}"
-                )
+                save_figure(draw(stored if name in FROM_UNITS else tables), target, name)
+            except LACKING as error:
+                what = f"lacks {error}" if isinstance(error, KeyError) else f"fails: {error}"
+                missing.append(f"figure {name} {what}")
                 plt.close("all")
         if missing:
-            what = "; ".join(f"figure {name} {error}" for name, error in missing.items())
-            problems.append(f"{stage}: {what}: re-run {stage}")
+            problems.append(f"{stage}: {'; '.join(missing)}: re-run {stage}")
     return problems

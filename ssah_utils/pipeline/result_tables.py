@@ -1,8 +1,8 @@
-"""Stored results as the Markdown tables of docs/results.md and docs/judge.md, in the order of the
-notebooks.
+"""Stored results as the Markdown tables of docs/results.md and docs/judge.md.
 
-Numbers stand with their intervals. No table judges: verdicts are those of the claims table. Knows
-stored tables; writes no file, and no number that a run did not produce.
+They come in the order of the notebooks. Numbers stand with their intervals. No table judges:
+verdicts are those of the claims table. Knows stored tables; writes no file, and no number that a
+run did not produce.
 """
 
 import pandas as pd
@@ -19,10 +19,12 @@ def interval(
     scale: float = 1,
 ) -> str:
     """A value with its interval, from three columns of a row."""
-    return f"{scale * row[value]:{form}} [{scale * row[low]:{form}}, {scale * row[high]:{form}}]"
+    value, low, high = (f"{scale * row[column]:{form}}" for column in (value, low, high))
+    return f"{value} [{low}, {high}]"
 
 
 def percent(row: pd.Series, form: str = ".0f") -> str:
+    """A share with its interval, in percent."""
     return interval(row, form, scale=100)
 
 
@@ -32,8 +34,14 @@ def chosen(rates: pd.DataFrame, name: str, metric: str) -> pd.DataFrame:
 
 
 def markdown(rows: list[list[str]], header: list[str]) -> str:
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+    """A table in Markdown."""
+    first, *others = (f"| {' | '.join(row)} |" for row in (header, *rows))
+    return "\n".join([first, "|" + "---|" * len(header), *others])
+
+
+def mean_percent(found: pd.DataFrame) -> str:
+    """Mean over seeds or draws, in percent."""
+    return f"{100 * found['mean'].mean():.0f}"
 
 
 def alignment_table(results: dict[str, dict]) -> str:
@@ -47,21 +55,19 @@ def alignment_table(results: dict[str, dict]) -> str:
         ("harmful_twin", "asr", "ASR, harmful contrast twins"),
         ("cloze", "accuracy", "cloze accuracy"),
     ]
-    models = [
-        name
-        for name in ("base", "unaligned", "aligned")
-        if name in rates.index.get_level_values("model")
-    ]
-    rows = [
-        [title, *(percent(rates.loc[(name, metric, model)], ".1f") for model in models)]
-        for name, metric, title in names
-    ]
+    measured = set(rates.index.get_level_values("model"))
+    models = [name for name in ("base", "unaligned", "aligned") if name in measured]
+    rows = []
+    for name, metric, title in names:
+        found = [percent(rates.loc[(name, metric, model)], ".1f") for model in models]
+        rows.append([title, *found])
     return markdown(rows, ["held-out, %", *models])
 
 
 def ablation_table(results: dict[str, dict]) -> str:
-    """Verdicts and utility under every ablation; random controls are averaged over their draws,
-    range in parentheses.
+    """Verdicts and utility under every ablation.
+
+    Random controls are averaged over their draws, with their range in parentheses.
     """
     rates = results["04_ablation"]["tables"]["rates"]
     rates = rates[rates["part"].isin(["groups", "kinds"])]
@@ -77,21 +83,14 @@ def ablation_table(results: dict[str, dict]) -> str:
         cells = []
         for name, metric in columns:
             found = chosen(part, name, metric)
-            shares = 100 * found["mean"]
-            spread = f"{shares.mean():.0f} ({shares.min():.0f} to {shares.max():.0f})"
+            lowest, highest = 100 * found["mean"].min(), 100 * found["mean"].max()
+            spread = f"{mean_percent(found)} ({lowest:.0f} to {highest:.0f})"
             cells.append(percent(found.iloc[0]) if len(found) == 1 else spread)
         nll = chosen(part, "helpful", "answer_nll")["mean"].mean()
         rows.append([condition, f"{part['fraction'].iloc[0]:.1%}", *cells, f"{nll:.2f}"])
-    header = [
-        "ablated",
-        "share",
-        "ASR",
-        "coherent ASR",
-        "degenerate",
-        "harmless refused",
-        "cloze accuracy",
-    ]
-    return markdown(rows, [*header, "NLL of own answers"])
+    header = ["ablated", "share", "ASR", "coherent ASR", "degenerate"]
+    header += ["harmless refused", "cloze accuracy", "NLL of own answers"]
+    return markdown(rows, header)
 
 
 def paper_table(results: dict[str, dict]) -> str:
@@ -108,21 +107,17 @@ def paper_table(results: dict[str, dict]) -> str:
 
 def transfer_table(results: dict[str, dict]) -> str:
     """What fine-tuning moved, against its two controls."""
-    rows = [
-        [
-            row["title"],
-            interval(row, ".2f", "ours"),
-            f"{row['control']:.2f}",
-            f"{row['floor']:.2f}",
-        ]
-        for _, row in results["05_transfer"]["tables"]["comparison"].iterrows()
-    ]
+    rows = []
+    for _, row in results["05_transfer"]["tables"]["comparison"].iterrows():
+        control, floor = f"{row['control']:.2f}", f"{row['floor']:.2f}"
+        rows.append([row["title"], interval(row, ".2f", "ours"), control, floor])
     return markdown(rows, ["measured", "ours", "fine-tuned with refusals", "other calibration"])
 
 
 def freezing_table(results: dict[str, dict]) -> str:
-    """Margin gained at equal task loss, and the judged answers at the last step (mean over seeds),
-    per task and frozen set.
+    """Margin gained at equal task loss, and answers at the last step, per task and frozen set.
+
+    Shares of answers are means over seeds.
     """
     tables = results["06_freezing"]["tables"]
     columns = [
@@ -133,55 +128,30 @@ def freezing_table(results: dict[str, dict]) -> str:
     ]
     rows = []
     for _, row in tables["equal"].iterrows():
-        part = tables["rates"][
-            (tables["rates"]["task"] == row["task"])
-            & (tables["rates"]["condition"] == row["condition"])
-        ]
-        cells = [
-            f"{100 * chosen(part, name, metric)['mean'].mean():.0f}" for name, metric in columns
-        ]
-        path = tables["paths"][
-            (tables["paths"]["task"] == row["task"])
-            & (tables["paths"]["condition"] == row["condition"])
-        ]
+        judged, path = (with_condition(tables[name], row) for name in ("rates", "paths"))
+        cells = [mean_percent(chosen(judged, name, metric)) for name, metric in columns]
         last = path[path["step"] == path["step"].max()]["task_loss"].mean()
         gain = "-" if row["condition"] == "nothing" else interval(row, "+.2f", "gain")
         seeds = f"{row['seed_low']:+.2f} to {row['seed_high']:+.2f}"
         rows.append([row["task"], row["title"], gain, seeds, *cells, f"{last:.2f}"])
-    header = [
-        "fine-tuned on",
-        "frozen",
-        "margin gained, nats",
-        "seeds",
-        "ASR, AdvBench",
-        "coherent",
-        "coherent, HarmBench",
-    ]
-    return markdown(rows, [*header, "cloze", "last task loss"])
+    header = ["fine-tuned on", "frozen", "margin gained, nats", "seeds", "ASR, AdvBench"]
+    header += ["coherent", "coherent, HarmBench", "cloze", "last task loss"]
+    return markdown(rows, header)
+
+
+def with_condition(table: pd.DataFrame, row: pd.Series) -> pd.DataFrame:
+    """Rows with the task and the frozen set of ``row``."""
+    return table[(table["task"] == row["task"]) & (table["condition"] == row["condition"])]
 
 
 def adapter_table(results: dict[str, dict]) -> str:
     """PEFT methods against full fine-tuning and freezing, at the task loss that both reach."""
-    rows = [
-        [
-            row["method"],
-            row["title"],
-            f"{row['last_loss']:.2f}",
-            f"{row['task_loss']:.2f}",
-            interval(row, "+.2f", "gain"),
-        ]
-        for _, row in results["06_freezing"]["tables"]["peft"].iterrows()
-    ]
-    return markdown(
-        rows,
-        [
-            "method",
-            "against (frozen)",
-            "last task loss",
-            "compared at",
-            "margin, difference in nats",
-        ],
-    )
+    rows = []
+    for _, row in results["06_freezing"]["tables"]["peft"].iterrows():
+        losses = [f"{row['last_loss']:.2f}", f"{row['task_loss']:.2f}"]
+        rows.append([row["method"], row["title"], *losses, interval(row, "+.2f", "gain")])
+    header = ["method", "against (frozen)", "last task loss", "compared at"]
+    return markdown(rows, [*header, "margin, difference in nats"])
 
 
 def budget_table(results: dict[str, dict]) -> str:
@@ -199,71 +169,43 @@ def budget_table(results: dict[str, dict]) -> str:
     rows = []
     for (method, trained), part in rates.groupby(["method", "trained"], sort=False):
         found = [chosen(part, name, metric) for name, metric in columns]
-        cells = [
-            percent(one.iloc[0]) if len(one) == 1 else f"{100 * one['mean'].mean():.0f}"
-            for one in found
-        ]
+        cells = [percent(one.iloc[0]) if len(one) == 1 else mean_percent(one) for one in found]
         nll = chosen(part, "helpful", "answer_nll")["mean"].mean()
         rows.append([method.upper(), trained, *cells, f"{nll:.2f}"])
-    header = [
-        "",
-        "trained",
-        "ASR, AdvBench",
-        "coherent",
-        "coherent, HarmBench",
-        "harmless refused",
-        "safe twins refused",
-    ]
-    return markdown(rows, [*header, "cloze", "arithmetic", "NLL of the base's answers"])
+    header = ["", "trained", "ASR, AdvBench", "coherent", "coherent, HarmBench"]
+    header += ["harmless refused", "safe twins refused", "cloze", "arithmetic"]
+    return markdown(rows, [*header, "NLL of the base's answers"])
 
 
 def judge_table(results: dict[str, dict]) -> str:
-    """The judge against human labels (refusals) and against constructed gibberish, by halves of the
-    cases.
-    """
+    """The judge against human labels (refusals) and constructed gibberish, by halves of cases."""
     tables = results["A1_judge"]["tables"]
     rows = []
     for _, row in tables["judge_refusals"].iterrows():
         quality = f"F1 {interval(row, '.3f', 'f1')}"
-        shares = f"precision {row['precision']:.2f}, recall {row['recall']:.2f}"
-        rows.append(
-            [row["judge"], "refusals, human labels", row["part"], f"{row['n']}", quality, shares]
-        )
+        used = f"precision {row['precision']:.2f}, recall {row['recall']:.2f}"
+        against = [row["judge"], "refusals, human labels", row["part"]]
+        rows.append([*against, f"{row['n']}", quality, used])
     for _, row in tables["judge_degenerate"].iterrows():
-        found, share = (
-            f"{name} {interval(row, '.2f', name, f'{name}_low', f'{name}_high')}"
-            for name in ("sensitivity", "specificity")
-        )
+        specificity = f"specificity {share_of(row, 'specificity')}"
         if row["n"] == 0:  # real answers only, at the limit of what the score is made for
-            rows.append(
-                [
-                    "degeneracy",
-                    f"real answers: {row['kind']}",
-                    row["part"],
-                    f"{row['n_real']}",
-                    "",
-                    share,
-                ]
-            )
+            against = ["degeneracy", f"real answers: {row['kind']}", row["part"]]
+            rows.append([*against, f"{row['n_real']}", "", specificity])
         elif row["part"] == "test" or row["kind"] == "all":
             quality = f"AUC {interval(row, '.3f', 'auc')}"
-            rows.append(
-                [
-                    "degeneracy",
-                    f"gibberish: {row['kind']}",
-                    row["part"],
-                    f"{row['n']}",
-                    quality,
-                    f"{found}, {share}",
-                ]
-            )
+            used = f"sensitivity {share_of(row, 'sensitivity')}, {specificity}"
+            against = ["degeneracy", f"gibberish: {row['kind']}", row["part"]]
+            rows.append([*against, f"{row['n']}", quality, used])
     return markdown(rows, ["judge", "against", "part", "n", "quality [95%]", "as used"])
 
 
+def share_of(row: pd.Series, name: str) -> str:
+    """A quality of the judge as it is used, with its interval."""
+    return interval(row, ".2f", name, f"{name}_low", f"{name}_high")
+
+
 def stability_table(results: dict[str, dict]) -> str:
-    """Safety sets found in other ways: their overlap with the reference set, and what switching
-    them off does.
-    """
+    """Safety sets found in other ways: overlap with the reference set, and what ablating does."""
     done = results["A3_finders"]["tables"]
     margins = done["margins"].set_index("variant")
     coherent = done["rates"].query("metric == 'coherent_asr'").set_index("variant")
@@ -279,41 +221,22 @@ def stability_table(results: dict[str, dict]) -> str:
 
 
 def smallest_table(results: dict[str, dict]) -> str:
-    """How many units reach a target share of the safety group's effect: single ones by search, or
-    the highest-ranked ones.
-    """
+    """How many units reach a share of the safety group's effect: by search, and by rank."""
     finders = results["A3_finders"]
     searched = finders["tables"]["smallest_sets"].set_index("target")
     rows = []
     for _, row in results["04_ablation"]["tables"]["smallest_by_answers"].iterrows():
         single = searched.loc[row["target"], "units"]
-        by_search = (
-            f"not within {finders['parameters']['n_search']} tries"
-            if pd.isna(single)
-            else f"{single:.0f}"
-        )
-        rows.append(
-            [
-                f"{row['target']:.0%}",
-                by_search,
-                f"{row['units']:.0f}",
-                f"{row['fraction']:.2%}",
-                percent(row),
-            ]
-        )
-    header = [
-        "share of the effect",
-        "single units, margin",
-        "highest-ranked units, answers",
-        "share of all units",
-    ]
-    return markdown(rows, [*header, "their coherent ASR"])
+        n_tries = finders["parameters"]["n_search"]
+        by_search = f"not within {n_tries} tries" if pd.isna(single) else f"{single:.0f}"
+        by_rank = [f"{row['units']:.0f}", f"{row['fraction']:.2%}", percent(row)]
+        rows.append([f"{row['target']:.0%}", by_search, *by_rank])
+    header = ["share of the effect", "single units, margin", "highest-ranked units, answers"]
+    return markdown(rows, [*header, "share of all units", "their coherent ASR"])
 
 
 def claims_table(results: dict[str, dict]) -> str:
-    """One row per claim: the paper's number, ours and its interval, control, verdict; numbers are
-    those of claims.json.
-    """
+    """One row per claim: the paper's number, ours, control, verdict, as in claims.json."""
     rows = []
     for _, row in results["08_claims"]["tables"]["claims"].iterrows():
         trainings = "" if pd.isna(row["n_seeds"]) else f"{row['n_seeds']:.0f}"
@@ -328,11 +251,11 @@ def claims_table(results: dict[str, dict]) -> str:
 
 def cost_table(results: dict[str, dict]) -> str:
     """What each notebook took, package start-up included."""
-    rows = [
-        [stage, f"{result['seconds'] / 60:.1f}", f"{result['peak_memory_gib']:.1f}"]
-        for stage, result in results.items()
-        if result["seconds"] is not None  # stored before the notebook was one of its own
-    ]
+    rows = []
+    for stage, result in results.items():
+        if result["seconds"] is not None:  # None: stored before the notebook was one of its own
+            minutes = f"{result['seconds'] / 60:.1f}"
+            rows.append([stage, minutes, f"{result['peak_memory_gib']:.1f}"])
     return markdown(rows, ["notebook", "minutes", "peak memory, GiB"])
 
 

@@ -1,4 +1,4 @@
-"""Where results go and how they look: run folders, provenance, redaction, progress, figure style.
+"""Where results go and what is stored with them: run folders, locks, provenance.
 
 Knows paths and tables. Does not know models or data sets.
 """
@@ -42,17 +42,15 @@ with extras.needed("notebooks"):
 PACKAGES = (*LIBRARIES, "datasets", "papermill", "scipy", "pandas", "scikit-learn")
 
 
-# --------------------------------------------------------------------------------------------- runs
-
-
 def runs_root() -> Path:
     """``SSAH_RUNS``, else runs/ in the clone, or in the current folder outside of one."""
     return Path(os.environ.get("SSAH_RUNS") or workplace() / "runs").expanduser().resolve()
 
 
 def run_folder(profile: str, model: str, seed: int) -> Path:
-    """Of one profile, model and seed; a folder with a model is told by its whole path, whatever it
-    is called.
+    """Where the results of one profile, model and seed go.
+
+    A model in a folder is told by its whole path: two folders may have the same name.
     """
     name = model.replace("/", "--")
     if Path(model).is_absolute():
@@ -68,9 +66,7 @@ class Run:
     folder: Path
     parameters: dict
     started: float = field(default_factory=time.monotonic)
-    inputs: dict[str, str] = field(
-        default_factory=dict
-    )  # what was read of earlier stages, with its hash
+    inputs: dict[str, str] = field(default_factory=dict)  # hashes of what earlier stages wrote
 
     def path(self, name: str) -> Path:
         """Where this stage writes a file."""
@@ -80,55 +76,47 @@ class Run:
         """A file an earlier stage wrote; ``FileNotFoundError`` says which stage to run."""
         path = self.folder.parent / stage / name
         if not path.exists():
-            raise FileNotFoundError(
-                f"{path} is missing: run ssah run --profile {self.folder.parents[2].name} --only"
-                f" {stage} first"
-            )
+            command = f"ssah run --profile {self.folder.parents[2].name} --only {stage}"
+            raise FileNotFoundError(f"{path} is missing: run {command} first")
         self.inputs[f"{stage}/{name}"] = sha256_of_file(path)
         return path
 
     def show(self, figure: Figure, name: str) -> Figure:
-        """Save a figure as NAME.png and NAME.pdf; returned, so that a cell that ends with it shows
-        it.
-        """
+        """Save a figure as NAME.png and NAME.pdf, and return it for the cell to show."""
         save_figure(figure, self.folder, name)
         return figure
 
     def finish(self, **tables: pd.DataFrame) -> None:
-        """Write result.json: tidy tables, parameters, versions, machine, commit, hashes of inputs,
-        time and memory taken.
+        """Write result.json: tidy tables, and how they came about.
+
+        That is parameters, versions, machine, commit, hashes of inputs, time and memory taken.
         """
-        if wrong := [name for name, table in tables.items() if not isinstance(table, pd.DataFrame)]:
-            raise TypeError(
-                f"{self.stage}: '{wrong[0]}' is no table, but a {type(tables[wrong[0]]).__name__}"
-            )
-        write_json(
-            self.path("result.json"),
-            {
-                "format": "ssah-result-1",
-                "stage": self.stage,
-                "parameters": self.parameters,
-                "versions": versions(),
-                "machine": machine(self.parameters),
-                "commit": commit(),
-                "inputs": self.inputs,
-                "seconds": round(time.monotonic() - self.started, 1),
-                "peak_memory_gib": peak_memory_gib(),
-                "tables": {
-                    name: json.loads(table.to_json(orient="records", double_precision=8))
-                    for name, table in tables.items()
-                },
-            },
-        )
+        records = {}
+        for name, table in tables.items():
+            if not isinstance(table, pd.DataFrame):
+                found = type(table).__name__
+                raise TypeError(f"{self.stage}: '{name}' is no table, but a {found}")
+            records[name] = json.loads(table.to_json(orient="records", double_precision=8))
+        result = {
+            "format": "ssah-result-1",
+            "stage": self.stage,
+            "parameters": self.parameters,
+            "versions": versions(),
+            "machine": machine(self.parameters),
+            "commit": commit(),
+            "inputs": self.inputs,
+            "seconds": round(time.monotonic() - self.started, 1),
+            "peak_memory_gib": peak_memory_gib(),
+            "tables": records,
+        }
+        write_json(self.path("result.json"), result)
         if self.folder in _held:
             _held.pop(self.folder).release()
         print(f"{self.stage}: {', '.join(tables)} saved in {time.monotonic() - self.started:.0f} s")
 
 
 def declared_parameters(notebook: Path) -> dict:
-    """Names and default values in the cell tagged ``parameters``; ``ValueError`` when there is
-    none.
-    """
+    """Names and defaults in the cell tagged ``parameters``; ``ValueError`` where there is none."""
     cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
     tagged = [cell for cell in cells if "parameters" in cell["metadata"].get("tags", [])]
     if not tagged:
@@ -139,15 +127,13 @@ def declared_parameters(notebook: Path) -> dict:
         try:
             found[target.id] = ast.literal_eval(node.value)
         except (AttributeError, ValueError):
-            raise ValueError(
-                f"{notebook.name}: the cell tagged 'parameters' holds more than names and values"
-            ) from None
+            what = "the cell tagged 'parameters' holds more than names and values"
+            raise ValueError(f"{notebook.name}: {what}") from None
     return found
 
 
 def start(stage: str, values: dict) -> Run:
-    """Begin a notebook: prove which Python it runs in, lock its folder, seed every generator, set
-    the figure style.
+    """Begin a notebook: check its Python, lock its folder, seed every generator, set the style.
 
     ``values``: the notebook's ``globals()``, from which every parameter that it declares is stored
     with the result. Raises ``RuntimeError`` when another process is at work in the same folder.
@@ -155,10 +141,8 @@ def start(stage: str, values: dict) -> Run:
     kernel.check_kernel()
     declared = declared_parameters(NOTEBOOKS / f"{stage}.ipynb")
     if missing := [name for name in declared if name not in values]:
-        raise ValueError(
-            f"{stage} declares '{missing[0]}', which has no value: run the cell tagged 'parameters'"
-            " first"
-        )
+        what = f"{stage} declares '{missing[0]}', which has no value"
+        raise ValueError(f"{what}: run the cell tagged 'parameters' first")
     parameters = {name: values[name] for name in declared}
     profile, model, seed = (parameters[name] for name in ("profile", "model", "seed"))
     set_dtype(parameters.get("dtype", "auto"))
@@ -169,24 +153,23 @@ def start(stage: str, values: dict) -> Run:
     folder = run_folder(profile, model, seed) / stage
     folder.mkdir(parents=True, exist_ok=True)
     lock_stage(folder)
-    device = (
-        torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else f"{platform.machine()}, {torch.get_num_threads()} threads"
-    )
+    device = f"{platform.machine()}, {torch.get_num_threads()} threads"
+    if torch.cuda.is_available():
+        device = torch.cuda.get_device_name()
     print(f"{stage} · profile {profile} · model {model} · seed {seed}")
     print(f"python {platform.python_version()} · torch {torch.__version__} · {device}")
     return Run(stage, folder, parameters)
 
 
-# What the environment said of the precision before a notebook of this process asked for another,
-# and what it asked for.
+# What the environment said of the precision before a notebook asked for another, and what it asked
+# for.
 _dtype_around: list[tuple[str, str]] = []
 
 
 def set_dtype(asked: str) -> None:
-    """Measure in the precision asked for; ``auto`` is what the environment says, also after another
-    was asked for.
+    """Measure in the precision asked for.
+
+    ``auto`` is what the environment says, also where an earlier notebook asked for another.
     """
     now = os.environ.get("SSAH_DTYPE", "")
     around = next((before for before, ours in _dtype_around if ours == now), now)
@@ -194,15 +177,13 @@ def set_dtype(asked: str) -> None:
     os.environ["SSAH_DTYPE"] = around if asked == "auto" else asked
 
 
-# Locks of this process by file, so that a cell can be run again; the system releases them when the
-# process ends.
+# Locks of this process by folder, so that a cell can be run again. The system releases them when
+# the process ends.
 _held: dict[Path, Lock] = {}
 
 
 def run_lock(folder: Path) -> Lock:
-    """The lock of a whole run (one profile, model and seed), which the runner holds while it
-    works.
-    """
+    """The lock of a run (one profile, model and seed), which the runner holds while it works."""
     return Lock(folder / ".lock")
 
 
@@ -212,25 +193,25 @@ def stage_lock(folder: Path) -> Lock:
 
 
 def lock_stage(folder: Path) -> None:
-    """Hold a notebook's folder for this process; ``InUse`` when a run, or another kernel, is at
-    work there.
+    """Hold a notebook's folder for this process.
+
+    Raises ``InUse`` when a run, or another kernel, is at work there.
     """
     if kernel.EXPECTED not in os.environ:  # started by hand: a runner may be at work
         whole = run_lock(folder.parent)
         whole.acquire()
         whole.release()
-        (folder / "stamp.json").unlink(
-            missing_ok=True
-        )  # what it stands for is about to be replaced
+        # What the stamp stands for is about to be replaced.
+        (folder / "stamp.json").unlink(missing_ok=True)
     lock = _held.setdefault(folder, stage_lock(folder))
     lock.acquire()
 
 
 def peak_memory_gib() -> float:
-    """Largest resident memory of this process so far.
+    """Largest resident memory of this process so far, in GiB.
 
-    Where the system says it (Linux), from /proc: what ``getrusage`` reports begins with the size of
-    the process that started this one. It counts in KiB, on macOS in bytes.
+    From /proc where there is one (Linux): ``getrusage`` begins with the size of the process that
+    started this one. It counts in KiB, on macOS in bytes.
     """
     status = Path("/proc/self/status")
     high = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.exists() else None
@@ -241,8 +222,9 @@ def peak_memory_gib() -> float:
 
 
 def load_result(path: Path) -> dict:
-    """A stored result with its tables as data frames; ``ValueError`` says which stage to re-run
-    when it is unreadable.
+    """A stored result with its tables as data frames.
+
+    ``FileNotFoundError`` or ``ValueError`` says which stage to run again.
     """
     stage = path.parent.name
     if not path.is_file():
@@ -253,9 +235,8 @@ def load_result(path: Path) -> dict:
         raise ValueError(f"{path} is truncated or not JSON: re-run {stage}") from error
     found = result.get("format") if isinstance(result, dict) else None
     if found != "ssah-result-1" or not isinstance(result.get("tables"), dict):
-        raise ValueError(
-            f"{path} has format {found!r} or no tables, expected 'ssah-result-1': re-run {stage}"
-        )
+        what = f"{path} has format {found!r} or no tables, expected 'ssah-result-1'"
+        raise ValueError(f"{what}: re-run {stage}")
     result["tables"] = {name: pd.DataFrame(rows) for name, rows in result["tables"].items()}
     return result
 
@@ -269,40 +250,31 @@ class Stored(dict):
 
 
 def differing_parameters(first: dict, second: dict) -> list[str]:
-    """Parameters but the seed in which two results of a stage differ, as far as both have stored
-    them.
-    """
-    return sorted(
-        name
-        for name in first.keys() & second.keys()
-        if first[name] != second[name] and name != "seed"
-    )
+    """Parameters but the seed that both results of a stage have stored, and that differ."""
+    both = first.keys() & second.keys() - {"seed"}
+    return sorted(name for name in both if first[name] != second[name])
 
 
 def find_run(profile: str, seed: int = 0) -> Path:
-    """The newest run of a profile with this seed on this machine; ``FileNotFoundError`` says how to
-    make one.
+    """The newest run of a profile with this seed on this machine.
+
+    ``FileNotFoundError`` says how to make one.
     """
-    stamps = sorted(
-        (runs_root() / profile).glob(f"*/seed-{seed}/*/stamp.json"),
-        key=lambda stamp: stamp.stat().st_mtime,
-    )
+    stamps = list((runs_root() / profile).glob(f"*/seed-{seed}/*/stamp.json"))
     if not stamps:
-        raise FileNotFoundError(
-            f"no finished run of profile '{profile}' with seed {seed}: "
-            f"run ssah run --profile {profile} --set seed={seed}"
-        )
-    return stamps[-1].parents[1]
+        command = f"ssah run --profile {profile} --set seed={seed}"
+        what = f"no finished run of profile '{profile}' with seed {seed}"
+        raise FileNotFoundError(f"{what}: run {command}")
+    return max(stamps, key=lambda stamp: stamp.stat().st_mtime).parents[1]
 
 
 def versions() -> dict[str, str]:
+    """Of Python and of the libraries that results depend on."""
     return {"python": platform.python_version()} | installed_versions(PACKAGES)
 
 
 def machine(parameters: dict) -> dict[str, object]:
-    """What a number's last digits depend on: instruction set, threads, device, and the precision of
-    what was measured.
-    """
+    """What a number's last digits depend on: instruction set, threads, device and precision."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     found = {
         "cpu": torch.backends.cpu.get_cpu_capability(),
@@ -310,30 +282,25 @@ def machine(parameters: dict) -> dict[str, object]:
         "device": device,
     }
     if "dtype" in parameters:
-        found["dtype"] = str(precision.preferred_dtype(precision.preferred_device())).removeprefix(
-            "torch."
-        )
+        dtype = precision.preferred_dtype(precision.preferred_device())
+        found["dtype"] = str(dtype).removeprefix("torch.")
     return found
 
 
 def commit() -> str:
-    """Short commit of the clone, '+' when it has changes; '' outside git and from a wheel, which
-    may be installed inside of another project's repository.
+    """Short commit of the clone, with '+' where it has changes; '' outside git.
+
+    Also '' from a wheel, which may be installed inside of another project's repository.
     """
     if IN_WHEEL:
         return ""
 
     def git(*words: str) -> str:
-        return subprocess.run(
-            ["git", *words], cwd=ROOT, capture_output=True, text=True, check=True
-        ).stdout.strip()
+        options = {"cwd": ROOT, "capture_output": True, "text": True, "check": True}
+        return subprocess.run(["git", *words], **options).stdout.strip()
 
     try:
-        return git("rev-parse", "--short", "HEAD") + (
-            "+" if git("status", "--porcelain", "-uno") else ""
-        )
+        changed = "+" if git("status", "--porcelain", "-uno") else ""
+        return git("rev-parse", "--short", "HEAD") + changed
     except (OSError, subprocess.CalledProcessError):
         return ""
-
-
-# ---------------------------------------------------------------------------------- what people see

@@ -1,9 +1,8 @@
-"""What a notebook's result depends on, and whether what is there was made from that: keys and
-stamps.
+"""Keys and stamps: what a notebook's result depends on, and whether the one there was made from it.
 
-A stamp is written last. It holds the key the result was made by, and the hashes of the inputs and
-of everything made, so that nothing counts as up to date that was changed, mixed or only half
-written. Knows files; executes nothing.
+A stamp is written last. It holds the key that the result was made by, and hashes of the inputs and
+of all that was made. So nothing counts as up to date that was changed, mixed or half written. Knows
+files; executes nothing.
 """
 
 import json
@@ -33,10 +32,10 @@ class Stage:
     outputs: tuple[str, ...]
     minutes: dict[str, float]
     parameters: dict
-    own_files: tuple[
-        str, ...
-    ] = ()  # files of the package or of data/ that no other stage depends on
-    every_seed: bool = False  # whether it also reads what runs with other seeds stored
+    # Files of the package or of data/ that no other stage depends on.
+    own_files: tuple[str, ...] = ()
+    # Whether it also reads what runs with other seeds have stored.
+    every_seed: bool = False
 
     @property
     def name(self) -> str:
@@ -44,12 +43,8 @@ class Stage:
 
     @property
     def folder(self) -> Path:
-        return (
-            run_folder(
-                self.parameters["profile"], self.parameters["model"], self.parameters["seed"]
-            )
-            / self.name
-        )
+        profile, model, seed = (self.parameters[name] for name in ("profile", "model", "seed"))
+        return run_folder(profile, model, seed) / self.name
 
     @property
     def stamp(self) -> Path:
@@ -57,31 +52,26 @@ class Stage:
 
 
 def stage_key(stage: Stage, stages: list[Stage], as_made: bool = False) -> str:
-    """Hash of everything a stage's result depends on: its code, the package, the data, its
-    parameters, its inputs.
+    """Hash of all that a stage's result depends on: code, package, data, parameters, inputs.
 
-    The inputs as they are planned, or ``as_made``: with what they were made last.
+    Inputs count by the keys that are planned for them; with ``as_made``, by those in their stamps.
     """
     inputs = [other for other in stages if other.name in stage.inputs]
-    upstream = [
-        read_stamp(other).get("key") if as_made else stage_key(other, stages) for other in inputs
-    ]
+    if as_made:
+        upstream = [read_stamp(other).get("key") for other in inputs]
+    else:
+        upstream = [stage_key(other, stages) for other in inputs]
     foreign = {name for other in stages for name in other.own_files} - set(stage.own_files)
     package = {name: content for name, content in package_source().items() if name not in foreign}
-    content = [
-        notebook_source(stage.notebook),
-        package,
-        stage.parameters,
-        named_files(stage),
-        upstream,
-    ]
-    content += [versions(), dtype_of(stage)]
+    own = [notebook_source(stage.notebook), package, stage.parameters, named_files(stage)]
+    content = [*own, upstream, versions(), dtype_of(stage)]
     return sha256_of([*content, results_of_other_seeds(stage)] if stage.every_seed else content)
 
 
 def dtype_of(stage: Stage) -> str:
-    """The precision that ``auto`` means on this machine, so that a run folder taken to another one
-    is not up to date there.
+    """The precision that is meant on this machine, '' where a stage has no say in it.
+
+    ``auto`` may mean another one elsewhere: a run folder taken there is then not up to date.
     """
     if "dtype" not in stage.parameters:
         return ""
@@ -89,16 +79,16 @@ def dtype_of(stage: Stage) -> str:
 
 
 def results_of_other_seeds(stage: Stage) -> dict[str, str]:
-    """Hashes of the inputs that runs of the same profile and model with other seeds have stored."""
-    run = stage.folder.parent
-    found = [
-        path for name in stage.inputs for path in run.parent.glob(f"seed-*/{name}/result.json")
-    ]
-    return {
-        f"{path.parts[-3]}/{path.parts[-2]}": sha256_of_file(path)
-        for path in sorted(found)
-        if run not in path.parents
-    }
+    """Hashes of the results of its inputs that runs with other seeds have stored.
+
+    These runs are of the same profile and model.
+    """
+    run, found = stage.folder.parent, {}
+    for name in stage.inputs:
+        for path in run.parent.glob(f"seed-*/{name}/result.json"):
+            if run not in path.parents:
+                found[f"{path.parts[-3]}/{name}"] = sha256_of_file(path)
+    return found
 
 
 def is_path(name: str) -> bool:
@@ -120,24 +110,22 @@ def named_files(stage: Stage) -> dict[str, object]:
 
 @cache
 def notebook_source(notebook: Path) -> list[str]:
-    return [
-        cell.source
-        for cell in nbformat.read(notebook, as_version=4).cells
-        if cell.cell_type == "code"
-    ]
+    """What stands in a notebook's code cells."""
+    cells = nbformat.read(notebook, as_version=4).cells
+    return [cell.source for cell in cells if cell.cell_type == "code"]
 
 
 @cache
 def package_source() -> dict[str, str]:
-    """Hashes of every file of the package and of data/ that a result may depend on, by its place
-    in a clone, also where a wheel is installed.
+    """Hashes of all files of the package and of data/ that a result may depend on.
+
+    By their places in a clone, also where a wheel is installed.
     """
     code = {path.relative_to(PACKAGE.parent).as_posix(): path for path in PACKAGE.rglob("*.py")}
     data = {path.relative_to(ROOT).as_posix(): path for path in DATA.glob("*.*")}
-    places = dict(sorted((code | data).items()))
-    return {
-        place: sha256_of_file(path) for place, path in places.items() if place not in NOT_IN_KEYS
-    }
+    places = code | data
+    in_keys = sorted(places.keys() - set(NOT_IN_KEYS))
+    return {place: sha256_of_file(places[place]) for place in in_keys}
 
 
 def forget_sources() -> None:
@@ -159,16 +147,13 @@ def _read(stamp: Path) -> dict:
 
 
 def made_from(stage: Stage) -> dict[str, str]:
-    """What tells a stage's inputs as they are there now: by which key each was made, and what came
-    out.
-    """
+    """A hash for each of a stage's inputs as it is now: of its key and of what came out."""
     found = {}
     for name in stage.inputs:
-        stamp = _read(stage.folder.parent / name / stage.stamp.name)
+        folder = stage.folder.parent / name
+        stamp = _read(folder / stage.stamp.name)
         outputs = stamp.get("made", {}).get("outputs", {})
-        found[name] = sha256_of(
-            [stamp.get("key"), {one: _hash(stage.folder.parent / name / one) for one in outputs}]
-        )
+        found[name] = sha256_of([stamp.get("key"), {one: _hash(folder / one) for one in outputs}])
     return found
 
 
@@ -183,22 +168,15 @@ def changed_since(folder: Path) -> list[str]:
 
 
 def made(stage: Stage) -> dict[str, object]:
-    """What a finished stage's stamp stands for: hashes of its outputs and notebook, and what tells
-    its trained models.
-    """
+    """What a finished stage's stamp stands for: its outputs, its notebook, its trained models."""
     outputs = {name: sha256_of_file(stage.folder / name) for name in stage.outputs}
+    notebook = sha256_of_file(stage.folder / f"{stage.name}.ipynb")
     trained = {place: signature(Path(place)) for place in trained_models(stage)}
-    return {
-        "outputs": outputs,
-        "notebook": sha256_of_file(stage.folder / f"{stage.name}.ipynb"),
-        "models": trained,
-    }
+    return {"outputs": outputs, "notebook": notebook, "models": trained}
 
 
 def is_current(stage: Stage, key: str) -> bool:
-    """Whether a stage was made by ``key``, from the inputs that are there, and all that it made is
-    there as it was made.
-    """
+    """Whether a stage was made by ``key``, and neither its inputs nor what it made have changed."""
     stamp = read_stamp(stage)
     if stamp.get("key") != key or stamp.get("inputs") != made_from(stage):
         return False
@@ -209,7 +187,7 @@ def is_current(stage: Stage, key: str) -> bool:
 
 
 def missing_outputs(stage: Stage) -> list[str]:
-    """Outputs that are not there, also trained models that models.json points to in the cache."""
+    """Outputs that are not there; also trained models that models.json points to in the cache."""
     missing = [name for name in stage.outputs if not (stage.folder / name).exists()]
     return missing or [place for place in trained_models(stage) if not Path(place).exists()]
 
@@ -223,22 +201,22 @@ def trained_models(stage: Stage) -> list[str]:
 
 
 def signature(folder: Path) -> list[list[str | int]]:
-    """Names, sizes and times of the files in a folder: what a change of a large one leaves, without
-    reading it.
+    """Names, sizes and times of the files in a folder.
+
+    They show that a large file was changed without reading it.
     """
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return [
-        [str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns]
-        for path in files
-    ]
+    found: list[list[str | int]] = []
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        about = path.stat()
+        found.append([str(path.relative_to(folder)), about.st_size, about.st_mtime_ns])
+    return found
 
 
 def outdated(selected: list[Stage], keys: dict[str, str]) -> list[Stage]:
     """Stages to execute: what is not up to date, and what follows from it."""
     found: list[Stage] = []
     for stage in selected:
-        if not is_current(stage, keys[stage.name]) or any(
-            other.name in stage.inputs for other in found
-        ):
+        follows = any(other.name in stage.inputs for other in found)
+        if follows or not is_current(stage, keys[stage.name]):
             found.append(stage)
     return found

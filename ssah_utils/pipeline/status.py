@@ -1,6 +1,6 @@
-"""What can be seen of a notebook that is executing: one line on the terminal, and a log file.
+"""What is seen of a notebook while it is executed: one line on the terminal, and a log file.
 
-Knows the clock and the environment a kernel starts with. Does not know stages or parameters.
+Knows the clock and the environment that a kernel starts with. Does not know stages or parameters.
 """
 
 import logging
@@ -33,14 +33,15 @@ def log_to(path: Path) -> Iterator[None]:
 
 @contextmanager
 def status_line(name: str, left: float) -> Iterator[None]:
-    """Keep one terminal line current (or print one a minute to a log) while a notebook runs;
-    ``left``: seconds to the end.
+    """Keep one line on the terminal current while a notebook runs; in a log, print one a minute.
+
+    ``left``: seconds to the end of the whole run.
     """
     started, done = time.monotonic(), threading.Event()
     live = sys.stdout.isatty()
     with tempfile.TemporaryDirectory() as folder:
         status = Path(folder) / "status"
-        # the kernel starts in another folder, where a relative path would mean another place
+        # The kernel starts in another folder, where a relative path would mean another place.
         told = {
             "SSAH_PROGRESS": str(status),
             "SSAH_RUNS": str(runs_root()),
@@ -53,11 +54,9 @@ def status_line(name: str, left: float) -> Iterator[None]:
             while not done.wait(1 if live else 60):
                 what = status.read_text() if status.exists() else "starting"
                 elapsed = time.monotonic() - started
-                rest = (
-                    f"about {clock(left - elapsed)} left in all"
-                    if elapsed < left
-                    else "longer than expected"
-                )
+                rest = "longer than expected"
+                if elapsed < left:
+                    rest = f"about {clock(left - elapsed)} left in all"
                 line = f"{name}  {clock(elapsed)} elapsed, {rest} · {what}"
                 print(f"\r\033[K{line}" if live else line, end="" if live else "\n", flush=True)
 
@@ -69,15 +68,15 @@ def status_line(name: str, left: float) -> Iterator[None]:
             done.set()
             thread.join()
             for name, value in before.items():
-                os.environ.pop(name) if value is None else os.environ.update({name: value})
+                if value is None:
+                    del os.environ[name]
+                else:
+                    os.environ[name] = value
             print("\r\033[K" if live else "", end="", flush=True)
 
 
 def clock(seconds: float) -> str:
     """Minutes and seconds, from an hour on with hours."""
     minutes, rest = divmod(int(seconds), 60)
-    return (
-        f"{minutes}:{rest:02d}"
-        if minutes < 60
-        else f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
-    )
+    hours, past_hour = divmod(minutes, 60)
+    return f"{hours}:{past_hour:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -1,9 +1,8 @@
-"""What README.md and docs/guide.md say in numbers: counts of verdicts, three findings, the embedded
-models.
+"""What README.md and docs/guide.md say in numbers: counts of verdicts, findings, embedded models.
 
-A finding is a list of claims; its sentences, numbers and verdicts are those of the claims table, so
-that a summary cannot say more than the claims do. Knows stored tables and which models are
-embedded; loads none, and writes no file.
+A finding is a list of claims. Its sentences, numbers and verdicts are those of the claims table:
+a summary cannot say more than the claims do. Knows stored tables and which models are embedded.
+Loads none, and writes no file.
 """
 
 from functools import partial
@@ -38,6 +37,7 @@ FINDINGS = {
 
 
 def claims_of(results: dict[str, dict]) -> pd.DataFrame:
+    """The claims table as 08_claims stored it."""
     return results["08_claims"]["tables"]["claims"]
 
 
@@ -46,10 +46,10 @@ def verdict_counts(results: dict[str, dict]) -> str:
     table = claims_of(results)
     verdicts = [one for one in CLAIM_VERDICTS if (table["verdict"] == one).any()]
     parts = [*table.groupby("experiment", sort=False), ("**all**", table)]
-    rows = [
-        [name, *(str((part["verdict"] == one).sum()) for one in verdicts), str(len(part))]
-        for name, part in parts
-    ]
+    rows = []
+    for name, part in parts:
+        counts = [str((part["verdict"] == one).sum()) for one in verdicts]
+        rows.append([name, *counts, str(len(part))])
     return markdown(rows, ["claims on", *verdicts, "in all"])
 
 

@@ -19,9 +19,7 @@ from ssah_utils.prompts import chat, datasets
 
 
 def model_places(run: Run) -> dict[str, str]:
-    """Where the models of 01 are, by name: ``base``, ``aligned`` and, where there is one,
-    ``unaligned``.
-    """
+    """Where the models of 01 are: ``base``, ``aligned`` and, where there is one, ``unaligned``."""
     return json.loads(run.upstream("01_alignment", "models.json").read_text(encoding="utf-8"))
 
 
@@ -39,13 +37,13 @@ def load_model(run: Run, name: str, dtype: torch.dtype | None = None) -> nn.Modu
 
 
 def load_tokenizer(run: Run) -> PreTrainedTokenizerBase:
-    """The tokenizer of the run's model, with the run's chat template, checked with its system
-    prompt.
+    """The tokenizer of the run's model, with the run's chat template.
+
+    Raises what ``chat.set_chat_template`` raises for a template or system prompt that cannot work.
     """
     tokenizer = loading.load_tokenizer(run.parameters["model"])
-    chat.set_chat_template(
-        tokenizer, run.parameters["chat_template"], run.parameters["system_prompt"]
-    )
+    template, system_prompt = run.parameters["chat_template"], run.parameters["system_prompt"]
+    chat.set_chat_template(tokenizer, template, system_prompt)
     return tokenizer
 
 
@@ -58,10 +56,9 @@ def describe_model(run: Run, model: nn.Module) -> unit_files.ModelInfo:
     """A run's aligned model for a unit file: whose it is, and whether 01 aligned it."""
     name, places = run.parameters["model"], model_places(run)
     name = Path(name).name if Path(name).is_absolute() else name
-    aligned_here = places["aligned"] != places["base"]
-    return unit_files.ModelInfo.of(
-        model, f"{name}, aligned by 01_alignment" if aligned_here else name
-    )
+    if places["aligned"] != places["base"]:
+        name = f"{name}, aligned by 01_alignment"
+    return unit_files.ModelInfo.of(model, name)
 
 
 def load_partition(run: Run, model: nn.Module) -> tuple[units.UnitPartition, dict[str, PerUnit]]:
@@ -71,6 +68,6 @@ def load_partition(run: Run, model: nn.Module) -> tuple[units.UnitPartition, dic
 
 
 def study_splits(run: Run) -> dict[str, dict[str, pd.DataFrame]]:
-    """The same disjoint requests for every notebook: {part: {set: table}}."""
+    """The same disjoint requests for every notebook: ``{part: {set: table}}``."""
     names = ("harmful_data", "other_harmful_data", "helpful_data")
     return datasets.study_splits(*(run.parameters[name] for name in names))

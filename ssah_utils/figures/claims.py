@@ -22,7 +22,9 @@ VERDICT_STYLES = {
 
 def two_digits(value: float) -> str:
     """Two digits that matter, as a reader needs them."""
-    return "" if pd.isna(value) else f"{value:.0f}" if abs(value) >= 10 else f"{value:.2g}"
+    if pd.isna(value):
+        return ""
+    return f"{value:.0f}" if abs(value) >= 10 else f"{value:.2g}"
 
 
 def shown_interval(row: pd.Series) -> str:
@@ -34,8 +36,9 @@ def shown_interval(row: pd.Series) -> str:
 
 
 def scaled(row: pd.Series) -> np.ndarray:
-    """Ours, low, high and the values of the single runs as distances from the control (or from 0),
-    the largest of them 1; positive is toward the claim.
+    """Ours, low, high and the single runs, as distances from the control (or from 0).
+
+    The largest distance is 1; positive is toward the claim.
     """
     centre = 0.0 if pd.isna(row["control"]) else row["control"]
     low, high = row["ci_low"], row["ci_high"]
@@ -49,15 +52,13 @@ def scaled(row: pd.Series) -> np.ndarray:
 
 
 def claims(tables: Tables) -> Figure:
-    """One row per claim: the verdict as colour and symbol, ours with its interval as distance from
-    the control, the numbers.
+    """One row per claim: its verdict, ours as distance from the control, the numbers.
 
     Rows point one way: to the right is toward the claim, whether it says more or less. Ticks: the
     runs one by one, where there are several.
     """
-    table = tables["claims"].astype(
-        {name: float for name in ("ours", "ci_low", "ci_high", "control")}
-    )
+    numbers = ("ours", "ci_low", "ci_high", "control")
+    table = tables["claims"].astype(dict.fromkeys(numbers, float))
     groups = list(dict.fromkeys(table["experiment"]))
     n_lines = len(table) + len(groups)
     figure, ax = plt.subplots(figsize=(WIDTH, 0.165 * n_lines + 0.9))
@@ -79,21 +80,11 @@ def claims(tables: Tables) -> Figure:
     for x, text, side in heads:
         ax.text(x, -0.2, text, fontsize=7, va="bottom", ha=side)
     ax.axis("off")
-    counts = Counter(table["verdict"])
-    handles = [
-        Line2D(
-            [],
-            [],
-            color=colour,
-            marker=marker,
-            fillstyle=fill,
-            ls="",
-            ms=6,
-            label=f"{verdict}: {counts[verdict]}",
-        )
-        for verdict, (colour, marker, fill) in VERDICT_STYLES.items()
-        if counts[verdict]
-    ]
+    counts, handles = Counter(table["verdict"]), []
+    for verdict, (colour, marker, fill) in VERDICT_STYLES.items():
+        if counts[verdict]:
+            look = {"color": colour, "marker": marker, "fillstyle": fill, "ls": "", "ms": 6}
+            handles.append(Line2D([], [], label=f"{verdict}: {counts[verdict]}", **look))
     figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), fontsize=8.5)
     return figure
 
@@ -104,13 +95,8 @@ def claim_line(ax: Axes, line: int, row: pd.Series) -> None:
     ax.plot(-4.08, line, marker, color=colour, fillstyle=fill, ms=5.5)
     ax.text(-3.93, line, row["id"].replace("-", " "), fontsize=7.5, va="center")
     if pd.isna(row["ours"]):
-        ax.text(
-            1.35,
-            line,
-            "" if row["verdict"] == "not measured" else "not reached",
-            fontsize=7,
-            va="center",
-        )
+        missing = "" if row["verdict"] == "not measured" else "not reached"
+        ax.text(1.35, line, missing, fontsize=7, va="center")
         return
     middle, low, high, *runs = scaled(row)
     if not np.isnan(low):

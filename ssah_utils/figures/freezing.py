@@ -2,9 +2,10 @@
 
 import matplotlib.pyplot as plt
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ssah_utils.figures.style import INK, Tables
+from ssah_utils.figures.style import INK, Tables, headline, legend_below
 from ssah_utils.frozen_sets import RANDOM
 
 # one colour per frozen set; its random control has the same colour, dashed
@@ -27,6 +28,7 @@ def colour_of(condition: str) -> str:
 
 
 def style_of(condition: str) -> str:
+    """Of its line: dashed for a random control."""
     return "--" if condition.startswith(RANDOM) else "-"
 
 
@@ -47,116 +49,76 @@ def freezing_paths(tables: Tables) -> Figure:
             ax.plot(line["task_loss"], line["margin"], style_of(name), **look)
         ax.axhline(0, color=INK, lw=0.6)
         ax.invert_xaxis()
-        ax.set(xlabel="task loss, held out (nats per token; learned to the right)", title=f"{task}")
+        ax.set(xlabel="task loss, held out (nats per token; learned to the right)", title=task)
     axes[0][0].set_ylabel("log P(refuse) / P(comply), nats")
-    handles = axes[0][0].get_legend_handles_labels()
-    figure.legend(*handles, fontsize=6.5, loc="outside lower center", ncols=5)
-    title = "Safety against what is learned, step by step (mean over seeds)"
-    figure.suptitle(title, x=0.01, ha="left", fontweight="bold")
+    handles, _ = axes[0][0].get_legend_handles_labels()
+    legend_below(figure, handles, fontsize=6.5, ncols=5)
+    headline(figure, "Safety against what is learned, step by step (mean over seeds)")
     return figure
 
 
 def frontier(tables: Tables) -> Figure:
-    """Margin against task loss for every frozen share, one panel per learning rate; right: the gain
-    at equal task loss.
-    """
-    table, gains = tables["frontier"], tables["gains"]
-    factors = sorted(table["factor"].unique())
-    figure, axes = plt.subplots(
-        1, len(factors) + 1, figsize=(3.6 * len(factors) + 3.4, 3.2), squeeze=False
-    )
+    """Margin against task loss for every frozen share and learning rate; gain at equal loss."""
+    table, factors = tables["frontier"], sorted(tables["frontier"]["factor"].unique())
+    size = (3.6 * len(factors) + 3.4, 3.2)
+    figure, axes = plt.subplots(1, len(factors) + 1, figsize=size, squeeze=False)
     colours = plt.get_cmap("viridis_r")
     for ax, factor in zip(axes[0], factors, strict=False):
-        for (order, fraction), line in table[table["factor"] == factor].groupby(
-            ["order", "fraction"], sort=False
-        ):
+        part = table[table["factor"] == factor]
+        for (order, fraction), line in part.groupby(["order", "fraction"], sort=False):
             style = "--" if order == "random" else "-"
-            ax.plot(
-                line["task_loss"],
-                line["margin"],
-                style,
-                marker="o",
-                ms=3,
-                color=colours(0.1 + 0.85 * fraction),
-                label=f"{fraction:.3g} {order}" if fraction else "nothing frozen",
-            )
+            label = f"{fraction:.3g} {order}" if fraction else "nothing frozen"
+            look = {"marker": "o", "ms": 3, "color": colours(0.1 + 0.85 * fraction)}
+            ax.plot(line["task_loss"], line["margin"], style, label=label, **look)
         ax.axhline(0, color=INK, lw=0.6)
         ax.invert_xaxis()
         ax.set(xlabel="task loss, held out (nats per token)", title=f"learning rate x {factor:g}")
         ax.legend(fontsize=5.5)
     axes[0][0].set_ylabel("log P(refuse) / P(comply), nats")
-    right = axes[0][-1]
-    for number, factor in enumerate(factors):
-        for order, style in (("safety first", "-"), ("random", "--")):
-            line = gains[(gains["factor"] == factor) & (gains["order"] == order)].sort_values(
-                "fraction"
-            )
-            colour = FACTOR_COLOURS[number % len(FACTOR_COLOURS)]
-            reach = [line["gain"] - line["low"], line["high"] - line["gain"]]
-            right.errorbar(
-                line["fraction"],
-                line["gain"],
-                reach,
-                fmt="o" + style,
-                color=colour,
-                lw=1,
-                capsize=2,
-                mfc="none" if order == "random" else colour,
-                label=f"{order}, rate x {factor:g}",
-            )
-    right.axhline(0, color=INK, lw=0.6)
-    right.set(
-        xlabel="share of units frozen",
-        ylabel="margin gained (nats)",
-        title="Gain at equal task loss",
-    )
-    right.legend(fontsize=6, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)
-    figure.suptitle("The frontier: above is better", x=0.01, ha="left", fontweight="bold")
+    draw_gains(axes[0][-1], tables["gains"], factors)
+    headline(figure, "The frontier: above is better")
     return figure
 
 
+def draw_gains(ax: Axes, gains: pd.DataFrame, factors: list[float]) -> None:
+    """Margin gained at equal task loss by the share frozen, one line per order and rate."""
+    for number, factor in enumerate(factors):
+        colour = FACTOR_COLOURS[number % len(FACTOR_COLOURS)]
+        for order, style, fill in (("safety first", "-", colour), ("random", "--", "none")):
+            line = gains[(gains["factor"] == factor) & (gains["order"] == order)]
+            line = line.sort_values("fraction")
+            reach = [line["gain"] - line["low"], line["high"] - line["gain"]]
+            look = {"fmt": f"o{style}", "color": colour, "mfc": fill, "lw": 1, "capsize": 2}
+            label = f"{order}, rate x {factor:g}"
+            ax.errorbar(line["fraction"], line["gain"], reach, label=label, **look)
+    ax.axhline(0, color=INK, lw=0.6)
+    ax.set(xlabel="share of units frozen", ylabel="margin gained (nats)")
+    ax.set_title("Gain at equal task loss")
+    ax.legend(fontsize=6, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)
+
+
 def freezing_rates(tables: Tables) -> Figure:
-    """ASR at the last step under every condition, one panel per task or attack; seeds as single
-    points.
-    """
+    """ASR at the last step under every condition, a panel per task or attack, seeds as points."""
     rates, titles = tables["rates"], titles_of(tables["rates"])
     tasks = [task for task in dict.fromkeys(rates["task"]) if task != "-"]
-    figure, axes = plt.subplots(
-        1, len(tasks), figsize=(2.9 * len(tasks), 3.0), squeeze=False, sharex=True
-    )
+    layout = {"figsize": (2.9 * len(tasks), 3.0), "squeeze": False, "sharex": True}
+    figure, axes = plt.subplots(1, len(tasks), **layout)
+    coherent = rates[rates["metric"] == "coherent_asr"]
     for ax, task in zip(axes[0], tasks, strict=True):
-        part = rates[rates["task"].isin([task, "-"])]
-        order = list(dict.fromkeys(part["condition"]))
+        order = list(dict.fromkeys(rates[rates["task"].isin([task, "-"])]["condition"]))
+        part = coherent[coherent["task"].isin([task, "-"])]
         for row, name in enumerate(order):
-            for shift, (source, marker) in zip(
-                (-0.15, 0.15), (("harmful", "o"), ("other_harmful", "s")), strict=True
-            ):
-                chosen = part[(part["condition"] == name) & (part["set"] == source)]
-                shown = chosen[chosen["metric"] == "coherent_asr"]
-                ax.plot(
-                    shown["mean"],
-                    [row + shift] * len(shown),
-                    marker,
-                    color=colour_of(name),
-                    ms=4.5,
-                    mfc="none" if name.startswith(RANDOM) else None,
-                    label=source if row == 0 else None,
-                )
-                ax.hlines(
-                    row + shift,
-                    shown["low"].min(),
-                    shown["high"].max(),
-                    color=colour_of(name),
-                    lw=0.8,
-                    alpha=0.5,
-                )
+            look = {"color": colour_of(name)}
+            fill = "none" if name.startswith(RANDOM) else colour_of(name)
+            for source, marker, shift in (("harmful", "o", -0.15), ("other_harmful", "s", 0.15)):
+                seeds = part[(part["condition"] == name) & (part["set"] == source)]
+                height = row + shift
+                ax.plot(seeds["mean"], [height] * len(seeds), marker, ms=4.5, mfc=fill, **look)
+                low, high = seeds["low"].min(), seeds["high"].max()
+                ax.hlines(height, low, high, lw=0.8, alpha=0.5, **look)
         ax.set(yticks=range(len(order)), xlim=(-0.03, 1.03), xlabel="coherent ASR", title=task)
         ax.set_yticklabels([titles[name] for name in order], fontsize=7)
         ax.invert_yaxis()
-    figure.suptitle(
-        "Harmful requests answered after fine-tuning (circles AdvBench, squares HarmBench)",
-        x=0.01,
-        ha="left",
-        fontweight="bold",
-    )
+    what = "Harmful requests answered after fine-tuning"
+    headline(figure, f"{what} (circles AdvBench, squares HarmBench)")
     return figure

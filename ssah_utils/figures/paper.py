@@ -1,7 +1,7 @@
-"""The paper's tables as figures, ours beside its numbers, and the summary of all claims.
+"""The paper's tables as figures, ours beside its numbers.
 
-Knows stored tables and ``data/paper_tables.yaml``. Loads no model. Filled markers are ours, open
-ones the paper's.
+Filled markers are ours, open ones the paper's. Knows stored tables and
+``data/paper_tables.yaml``. Loads no model.
 """
 
 import matplotlib.pyplot as plt
@@ -12,7 +12,7 @@ from matplotlib.lines import Line2D
 
 from ssah_utils import paper as paper_numbers
 from ssah_utils.figures.freezing import FROZEN_COLOURS, titles_of
-from ssah_utils.figures.style import CONTROL, INK, SAFETY, UTILITY, Tables
+from ssah_utils.figures.style import CONTROL, INK, SAFETY, UTILITY, Tables, legend_below
 from ssah_utils.frozen_sets import RANDOM
 
 WIDTH = 7.0  # inches: both columns of a two-column page
@@ -27,14 +27,8 @@ def panels(
     rows: list[str], titles: list[str], ratios: list[float] | None = None
 ) -> tuple[Figure, list[Axes]]:
     """One row of axes that share the named rows, first on top, with room for a legend below."""
-    figure, axes = plt.subplots(
-        1,
-        len(titles),
-        figsize=(WIDTH, 0.2 * len(rows) + 1.15),
-        sharey=True,
-        squeeze=False,
-        width_ratios=ratios,
-    )
+    layout = {"figsize": (WIDTH, 0.2 * len(rows) + 1.15), "width_ratios": ratios}
+    figure, axes = plt.subplots(1, len(titles), sharey=True, squeeze=False, **layout)
     for ax, title in zip(axes[0], titles, strict=True):
         ax.set_title(title, fontsize=8.5)
         ax.set(yticks=range(len(rows)), yticklabels=rows, ylim=(len(rows) - 0.4, -0.6))
@@ -51,8 +45,9 @@ def ours(
     scale: float = 1,
     colour: str = SAFETY,
 ) -> None:
-    """Mean of the rows of ``part`` (seeds or draws) and the envelope of their intervals; nothing
-    where there are none.
+    """Mean of the rows of ``part`` (seeds or draws) and the envelope of their intervals.
+
+    Nothing is drawn where there are no rows.
     """
     values = part[value].astype(float).dropna() * scale
     if values.empty:
@@ -66,47 +61,28 @@ def ours(
 
 
 def paper(ax: Axes, row: float, value: float, which: int = 0) -> None:
+    """A number of the paper; ``which``: of its models or data sets."""
     ax.plot(value, row, PAPER_MARKERS[which], mfc="none", mec=INK, ms=5, mew=0.9)
 
 
 def legend(figure: Figure, names: dict[str, str], theirs: list[str]) -> None:
     """Filled markers by colour, then the paper's open ones."""
-    handles = [
-        Line2D([], [], color=colour, marker="o", ms=4.5, lw=1.4, label=name)
-        for name, colour in names.items()
-    ]
-    handles += [
-        Line2D(
-            [],
-            [],
-            color=INK,
-            marker=PAPER_MARKERS[n],
-            mfc="none",
-            ms=5,
-            ls="",
-            label=f"paper, {name}",
-        )
-        for n, name in enumerate(theirs)
-    ]
-    figure.legend(
-        handles=handles,
-        loc="outside lower center",
-        ncols=len(handles),
-        fontsize=7.5,
-        columnspacing=1.2,
-    )
+    filled = {"marker": "o", "ms": 4.5, "lw": 1.4}
+    handles = [Line2D([], [], color=names[name], label=name, **filled) for name in names]
+    open_ones = {"color": INK, "mfc": "none", "ms": 5, "ls": ""}
+    for marker, name in zip(PAPER_MARKERS, theirs, strict=False):
+        handles.append(Line2D([], [], marker=marker, label=f"paper, {name}", **open_ones))
+    legend_below(figure, handles, ncols=len(handles), fontsize=7.5, columnspacing=1.2)
+
+
+# ------------------------------------------------------------------------------- the paper's tables
 
 
 def table1_ablation(tables: Tables) -> Figure:
-    """Table 1: change of ASR and of utility when a group is switched off, its random control, the
-    paper's two models.
-    """
+    """Table 1: change of ASR and utility when a group is off; random control, paper's models."""
     found, theirs = tables["differences"], paper_numbers.table("table1")
-    groups = [
-        name
-        for name in ("safety", "utility", "complex", "redundant")
-        if name in set(found["condition"])
-    ]
+    measured = set(found["condition"])
+    groups = [one for one in ("safety", "utility", "complex", "redundant") if one in measured]
     models = list(dict.fromkeys(theirs["model"]))
     titles = ["change in ASR, points", "in coherent ASR, points", "in utility, points"]
     figure, axes = panels(groups, titles)
@@ -118,15 +94,10 @@ def table1_ablation(tables: Tables) -> Figure:
     for ax, (name, metric, column) in zip(axes, columns, strict=True):
         part = found[(found["set"] == name) & (found["metric"] == metric)]
         for row, group in enumerate(groups):
-            ours(ax, row - 0.12, part[part["condition"] == group], "difference", 100)
-            ours(
-                ax,
-                row + 0.12,
-                part[part["condition"] == f"random, as {group}"],
-                "difference",
-                100,
-                CONTROL,
-            )
+            ablated = part[part["condition"] == group]
+            control = part[part["condition"] == f"random, as {group}"]
+            ours(ax, row - 0.12, ablated, "difference", 100)
+            ours(ax, row + 0.12, control, "difference", 100, CONTROL)
             for _, one in theirs[theirs["ablated"] == group].iterrows():
                 paper(ax, row, one[column], models.index(one["model"]))
         ax.axvline(0, color=INK, lw=0.6)
@@ -135,8 +106,9 @@ def table1_ablation(tables: Tables) -> Figure:
 
 
 def frozen_conditions(table: pd.DataFrame) -> dict[str, str]:
-    """Titles of the frozen sets of a table by their ids, in the order they were measured in, random
-    controls after their originals; methods of PEFT left out.
+    """Titles of the frozen sets of a table by their ids, in the order they were measured in.
+
+    A random control follows its original; methods of PEFT are left out.
     """
     titles = titles_of(table)
     originals = [name for name in titles if name in FROZEN_COLOURS and name not in PEFT_METHODS]
@@ -144,51 +116,45 @@ def frozen_conditions(table: pd.DataFrame) -> dict[str, str]:
     return {name: titles[name] for name in ordered if name in titles}
 
 
+def frozen_colour(condition: str, colour: str = SAFETY) -> str:
+    """``colour``, or that of a control where random units were frozen."""
+    return CONTROL if condition.startswith(RANDOM) else colour
+
+
 def table2_freezing(tables: Tables) -> Figure:
-    """Table 2: harmful requests answered after fine-tuning with units frozen, and our margin gained
-    at equal task loss.
+    """Table 2: harmful requests answered after fine-tuning with units frozen, and margin gained.
 
     Ours on AdvBench and HarmBench, the paper's on AdvBench and HEx-PHI, after fine-tuning on Alpaca
-    and Dolly.
+    and Dolly. The margin is ours alone, gained at equal task loss.
     """
     rates, theirs = tables["rates"], paper_numbers.table("table2")
     rates = rates[rates["task"].isin(["-", "adaptation"])]
     conditions = frozen_conditions(rates)
-    figure, axes = panels(
-        list(conditions.values()),
-        ["ASR, AdvBench, %", "HarmBench / HEx-PHI, %", "margin gained, nats"],
-    )
+    titles = ["ASR, AdvBench, %", "HarmBench / HEx-PHI, %", "margin gained, nats"]
+    figure, axes = panels(list(conditions.values()), titles)
     columns = [("harmful", "asr", "asr"), ("other_harmful", "asr", "hexphi")]
     data = ["Alpaca", "Dolly"]
     for ax, (name, metric, column) in zip(axes, columns, strict=False):
         part = rates[(rates["set"] == name) & (rates["metric"] == metric)]
         for row, condition in enumerate(conditions):
-            colour = CONTROL if condition.startswith(RANDOM) else SAFETY
-            ours(ax, row, part[part["condition"] == condition], scale=100, colour=colour)
+            frozen = part[part["condition"] == condition]
+            ours(ax, row, frozen, scale=100, colour=frozen_colour(condition))
             for _, one in theirs[theirs["frozen"] == condition].iterrows():
                 paper(ax, row, one[column], data.index(one["data"]) if one["data"] in data else 0)
     gains = tables["equal"][tables["equal"]["task"] == "adaptation"]
     for row, condition in enumerate(conditions):
-        ours(
-            axes[2],
-            row,
-            gains[gains["condition"] == condition],
-            "gain",
-            1,
-            CONTROL if condition.startswith(RANDOM) else SAFETY,
-        )
+        gain = gains[gains["condition"] == condition]
+        ours(axes[2], row, gain, "gain", colour=frozen_colour(condition))
     axes[2].axvline(0, color=INK, lw=0.6)
-    legend(
-        figure,
-        {"ours": SAFETY, "random units frozen": CONTROL},
-        [f"Llama2-7B-Chat, {name}" for name in data],
-    )
+    names = {"ours": SAFETY, "random units frozen": CONTROL}
+    legend(figure, names, [f"Llama2-7B-Chat, {name}" for name in data])
     return figure
 
 
 def table3_task(tables: Tables) -> Figure:
-    """Table 3: task loss at the last step, by what was frozen; the paper calls its task performance
-    comparable.
+    """Table 3: task loss at the last step, by what was frozen.
+
+    The paper calls its task performance comparable.
     """
     paths = tables["paths"]
     conditions = frozen_conditions(paths)
@@ -200,22 +166,17 @@ def table3_task(tables: Tables) -> Figure:
         full = last[last["condition"] == "nothing"]["task_loss"].mean()
         ax.axvspan(0.98 * full, 1.02 * full, color=CONTROL, alpha=0.2, lw=0)
         for row, name in enumerate(conditions):
-            colour = CONTROL if name.startswith(RANDOM) else UTILITY
-            ours(ax, row, last[last["condition"] == name], "task_loss", colour=colour)
-    legend(
-        figure,
-        {
-            "ours (range over seeds; band: 2% about full fine-tuning)": UTILITY,
-            "random units frozen": CONTROL,
-        },
-        [],
-    )
+            frozen = last[last["condition"] == name]
+            ours(ax, row, frozen, "task_loss", colour=frozen_colour(name, UTILITY))
+    what = "ours (range over seeds; band: 2% about full fine-tuning)"
+    legend(figure, {what: UTILITY, "random units frozen": CONTROL}, [])
     return figure
 
 
 def table4_budget(tables: Tables) -> Figure:
-    """Table 4: what training a budget of units alone gives; ours arithmetic and safety, the paper's
-    GSM8K and MT-Bench.
+    """Table 4: what training a budget of units alone gives.
+
+    Ours are arithmetic and safety, the paper's GSM8K and MT-Bench.
     """
     rates, theirs = tables["rates"], paper_numbers.table("table4").set_index("trained")
     rates = rates[rates["method"].isin(["-", "sft"])]
@@ -226,15 +187,13 @@ def table4_budget(tables: Tables) -> Figure:
         "MT-Bench, paper only",
     ]
     figure, axes = panels(names, titles, [1.2, 1.2, 0.9])
+    columns = [("arithmetic", "accuracy"), ("harmful", "coherent_asr")]
     for row, name in enumerate(names):
-        for ax, source, metric in (
-            (axes[0], "arithmetic", "accuracy"),
-            (axes[1], "harmful", "coherent_asr"),
-        ):
-            part = rates[
-                (rates["trained"] == name) & (rates["set"] == source) & (rates["metric"] == metric)
-            ]
-            ours(ax, row, part, scale=100, colour=CONTROL if name == "random" else SAFETY)
+        of_name = rates[rates["trained"] == name]
+        colour = CONTROL if name == "random" else SAFETY
+        for ax, (source, metric) in zip(axes, columns, strict=False):
+            part = of_name[(of_name["set"] == source) & (of_name["metric"] == metric)]
+            ours(ax, row, part, scale=100, colour=colour)
         if name in theirs.index:
             paper(axes[0], row, theirs.loc[name, "gsm8k"])
             paper(axes[2], row, theirs.loc[name, "mt_bench"])
@@ -245,14 +204,14 @@ def table4_budget(tables: Tables) -> Figure:
 
 
 def table5_adapters(tables: Tables) -> Figure:
-    """Table 5: parameter-efficient methods; ours as margin minus full fine-tuning at equal loss,
-    the paper's as harmfulness.
+    """Table 5: parameter-efficient methods.
+
+    Ours is the margin minus that of full fine-tuning at equal loss, the paper's harmfulness.
     """
     theirs = paper_numbers.table("table5").set_index("method")
     names = [name for name in theirs.index if name != "before"]
-    figure, axes = panels(
-        names, ["ours: margin minus full fine-tuning, nats", "paper: harmfulness (1 to 5)"]
-    )
+    titles = ["ours: margin minus full fine-tuning, nats", "paper: harmfulness (1 to 5)"]
+    figure, axes = panels(names, titles)
     peft = tables["peft"][tables["peft"]["against"] == "nothing"]
     equal = tables["equal"]
     is_frozen = (equal["task"] == "adaptation") & (equal["condition"] == "safety_some_complex")

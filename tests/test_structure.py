@@ -2,8 +2,10 @@
 
 import ast
 import graphlib
+import importlib
 import re
 import subprocess
+import types
 
 import nbformat
 import pytest
@@ -199,3 +201,42 @@ def test_every_notebook_is_a_stage_and_every_stage_a_notebook():
     pipeline = (ROOT / "notebooks" / "pipeline.yaml").read_text(encoding="utf-8")
     stages = [stage["name"] for stage in yaml.safe_load(pipeline)["stages"]]
     assert sorted(stages) == [path.stem for path in NOTEBOOKS]
+
+
+def names_missing(path) -> list[str]:
+    """What a notebook imports from the package, or asks its modules for, and they have not."""
+    cells = nbformat.read(path, as_version=4).cells
+    tree = ast.parse("\n".join(cell.source for cell in cells if cell.cell_type == "code"))
+    found, missing = {}, []
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.ImportFrom) or node.module.split(".")[0] != PACKAGE.name:
+            continue
+        for alias in node.names:
+            module = importlib.import_module(node.module)
+            if f"{node.module}.{alias.name}".removeprefix(f"{PACKAGE.name}.") in MODULES:
+                thing = importlib.import_module(f"{node.module}.{alias.name}")
+            elif hasattr(module, alias.name):
+                thing = getattr(module, alias.name)
+            else:
+                missing.append(f"{node.module}.{alias.name}")
+                continue
+            found[alias.asname or alias.name] = thing
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            owner = found.get(node.value.id)
+            if isinstance(owner, types.ModuleType) and not hasattr(owner, node.attr):
+                missing.append(f"{node.value.id}.{node.attr}")
+    return missing
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebooks_use_names_that_are_there(path):
+    """Found in a second; executing the notebooks takes minutes."""
+    assert names_missing(path) == []
+
+
+def test_a_name_that_is_gone_is_found(tmp_path):
+    source = "from ssah_utils import units\nfrom ssah_utils.stats import gone\nunits.lost(1)"
+    cell = nbformat.v4.new_code_cell(source)
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell]), tmp_path / "book.ipynb")
+    assert names_missing(tmp_path / "book.ipynb") == ["ssah_utils.stats.gone", "units.lost"]

@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from ssah_utils import training
+from ssah_utils import precision, training
 from ssah_utils.files import ROOT
 from tests.conftest import tiny_model
 from tests.test_training import examples_of
@@ -125,7 +125,7 @@ def test_the_packages_own_trainer_sums_over_ranks(found, monkeypatch):
 
     made = training.training_arguments
     monkeypatch.setattr(training, "training_arguments", in_order)
-    monkeypatch.setattr(training.models, "preferred_dtype", lambda device: torch.float32)
+    monkeypatch.setattr(precision, "preferred_dtype", lambda device: torch.float32)
     model = tiny_model("llama")
     config = training.SFTConfig(1e-2, max_steps=3, batch_size=4, warmup_steps=0)
     training.train_sft(model, tokenizer_of_words(), examples_of(16), config)

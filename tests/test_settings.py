@@ -98,10 +98,10 @@ def test_environment_variables_of_accelerate_have_no_say(tmp_path, tokenizer):
     code = """
 import json, os, sys
 import torch
-from ssah_utils import models, training
+from ssah_utils import precision, training
 from tests.conftest import tiny_model
 from tests.test_training import PAIRS, examples_of
-models.preferred_dtype = lambda device: torch.float32
+precision.preferred_dtype = lambda device: torch.float32
 from transformers import AutoTokenizer
 tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
 config = training.SFTConfig(1e-2, max_steps=3, batch_size=4, warmup_steps=0)

@@ -41,7 +41,7 @@ def test_notebooks_run_in_order_under_profile_smoke(tmp_path):
             "--nbval-cell-timeout=600",
             "-p",
             "no:cacheprovider",
-            *sorted(map(str, tmp_path.glob("*.ipynb"))),
+            *(str(tmp_path / f"{stage.name}.ipynb") for stage in run.plan("smoke", [])),
         ],
         cwd=tmp_path,
         env=os.environ | {"SSAH_RUNS": str(tmp_path / "runs")},

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from torch import Generator, nn
 
-from ssah_utils import evaluation, interventions, paper, stats, units
+from ssah_utils import evaluation, interventions, paper, units
 from ssah_utils.experiments import panel
 from ssah_utils.experiments.panel import Panel
 from ssah_utils.per_unit import PerUnit
@@ -114,16 +114,11 @@ def rates(
 
 
 def against_intact(measured: Mapping[str, Sequence[pd.DataFrame]], seed: int = 0) -> pd.DataFrame:
-    """``stats.paired_table`` of every condition against ``INTACT``, on the same requests:
+    """``panel.compare`` of every condition against ``INTACT``, on the same requests:
     condition, set, metric (those of ``COMPARED``), difference, low, high, p, effect, p_holm.
     """
-    pairs = []
-    for name in measured:
-        for set_name, metric in COMPARED if name != INTACT else ():
-            keys = {"condition": name, "set": set_name, "metric": metric}
-            ours = panel.per_request(measured[name], set_name, metric)
-            pairs.append((keys, ours, panel.per_request(measured[INTACT], set_name, metric)))
-    return stats.paired_table(pairs, seed)
+    pairs = [({"condition": name}, name, INTACT) for name in measured if name != INTACT]
+    return panel.compare(measured, pairs, COMPARED, seed)
 
 
 def beside_paper(differences: pd.DataFrame, model: str) -> pd.DataFrame:

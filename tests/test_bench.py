@@ -5,7 +5,7 @@ import math
 import subprocess
 import sys
 
-from ssah_utils import loading
+from ssah_utils import embedded, loading
 from ssah_utils.files import ROOT
 from tests import bench, bench_gpu
 
@@ -18,7 +18,7 @@ def test_gpu_script_on_a_tiny_shape():
 
 
 def test_optimizer_state_is_counted(monkeypatch):
-    model, tokenizer = loading.load(loading.TINY_RANDOM)
+    model, tokenizer = loading.load(embedded.TINY_RANDOM)
     examples = bench.training_examples(tokenizer, 16)
     full, redundant = (
         bench.trained(name, model, tokenizer, examples, 2) for name in ("full", "redundant")

@@ -3,7 +3,7 @@
 import pandas as pd
 import pytest
 
-from ssah_utils import evaluation, loading
+from ssah_utils import embedded, evaluation, loading
 from ssah_utils.experiments import calibration
 from ssah_utils.prompts import chat, tokens
 
@@ -13,7 +13,7 @@ ANSWER = "Of course: first take two eggs and some flour."
 
 @pytest.fixture(scope="module")
 def tiny():
-    return loading.load(loading.TINY_RANDOM)
+    return loading.load(embedded.TINY_RANDOM)
 
 
 def table(name: str, n: int) -> pd.DataFrame:

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import torch
 
-from ssah_utils import assets, files, loading
+from ssah_utils import assets, embedded, files, loading
 from ssah_utils.prompts import chat, datasets, splits, tokens
 
 LOCAL = [name for name, spec in datasets.DATASETS.items() if not spec.source.startswith("hub:")]
@@ -19,7 +19,7 @@ FOLDS = {"alignment": 5, "calibration": 2, "evaluation": 3}
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return loading.load_tokenizer(loading.EMBEDDED)
+    return loading.load_tokenizer(embedded.DEFAULT)
 
 
 @pytest.fixture(scope="module")

@@ -159,7 +159,7 @@ def test_ablating_freezing_and_unit_files_need_no_optional_library(tmp_path):
         ("train", "import ssah_utils.training"),
         ("notebooks", "import ssah_utils.figures.style"),
         ("notebooks", "import ssah_utils.pipeline.runs"),
-        ("embedded", "from ssah_utils import loading; loading.embedded_folder(loading.EMBEDDED)"),
+        ("embedded", "from ssah_utils import embedded; embedded.folder_of(embedded.DEFAULT)"),
     ],
 )
 def test_a_missing_extra_is_named_in_one_line(extra, code, tmp_path):

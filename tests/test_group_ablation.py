@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 import torch
 
-from ssah_utils import interventions, loading, paper, per_unit, units, weights
+from ssah_utils import embedded, interventions, loading, paper, per_unit, units, weights
 from ssah_utils.experiments import group_ablation
 from ssah_utils.experiments.group_ablation import GroupAblation
 from ssah_utils.experiments.panel import Panel
@@ -15,7 +15,7 @@ from ssah_utils.per_unit import PerUnit
 @pytest.fixture(scope="module")
 def partition():
     generator = torch.Generator().manual_seed(0)
-    model, _ = loading.load(loading.TINY_RANDOM)
+    model, _ = loading.load(embedded.TINY_RANDOM)
     norms = weights.squared_column_norms(model)
     drawn = [norms.map(lambda t: torch.rand(t.shape, generator=generator)) for _ in range(2)]
     return units.partition(*drawn, 0.1, 0.2, 0.2)
@@ -36,8 +36,8 @@ def test_every_group_but_complex_has_random_sets_with_as_many_units_in_every_mod
 
 
 def test_a_measurement_is_that_of_a_model_without_the_units(partition):
-    model, tokenizer = loading.load(loading.TINY_RANDOM)
-    base, _ = loading.load(loading.TINY_RANDOM)
+    model, tokenizer = loading.load(embedded.TINY_RANDOM)
+    base, _ = loading.load(embedded.TINY_RANDOM)
     table = pd.DataFrame({"id": ["a", "b"], "category": "x", "prompt": ["Why?", "How is it?"]})
     asked = Panel(base, tokenizer, {"harmful": table}, new_tokens=4)
     chosen = partition.units("utility")
@@ -56,7 +56,7 @@ def test_a_measurement_is_that_of_a_model_without_the_units(partition):
 
 
 def test_a_base_that_would_be_ablated_along_is_refused():
-    model, tokenizer = loading.load(loading.TINY_RANDOM)
+    model, tokenizer = loading.load(embedded.TINY_RANDOM)
     with pytest.raises(ValueError, match="load it a second time"):
         GroupAblation(Panel(model, tokenizer, {}), model)
 

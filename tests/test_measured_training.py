@@ -12,6 +12,7 @@ import torch
 from ssah_utils import (
     adapters,
     benchmarks,
+    embedded,
     evaluation,
     fingerprints,
     loading,
@@ -39,7 +40,7 @@ FRACTIONS = {"safety_fraction": 0.1, "utility_fraction": 0.2, "redundant_fractio
 
 @pytest.fixture(scope="module")
 def loaded():
-    return loading.load(loading.TINY_RANDOM)
+    return loading.load(embedded.TINY_RANDOM)
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +75,7 @@ def trained(loaded, examples, probes):
         arguments = {"steps": STEPS, "probes": probes, "config": CONFIG} | changes
         return measured_training.train_and_measure(
             aligned=loaded[0],
-            place=loading.TINY_RANDOM,
+            place=embedded.TINY_RANDOM,
             dtype=torch.float32,
             tokenizer=loaded[1],
             examples=examples,
@@ -86,7 +87,7 @@ def trained(loaded, examples, probes):
 
 def plainly_trained(examples, tokenizer, frozen=None, adapter="", n_steps=3):
     """The same training without anything that looks at it; what is not reached is not taken."""
-    model, _ = loading.load(loading.TINY_RANDOM)
+    model, _ = loading.load(embedded.TINY_RANDOM)
     if adapter:
         model = adapters.with_adapter(model, adapter, tokenizer, CONFIG.seed)
     stop = training.AtSteps([n_steps], lambda step: seen.append(copy_of(model)))
@@ -166,7 +167,7 @@ def test_the_transfer_probe_partitions_the_model_again(loaded, examples):
     probe = TransferProbe(before, sample, FRACTIONS)
     unchanged = probe.measure(model)
     assert not any(unchanged["left"]) and len(unchanged["left"]) == before.units("safety").count()
-    moved, _ = loading.load(loading.TINY_RANDOM)
+    moved, _ = loading.load(embedded.TINY_RANDOM)
     with torch.no_grad():
         moved.model.layers[0].mlp.down_proj.weight.mul_(
             torch.linspace(0.01, 3, moved.config.intermediate_size)
@@ -200,7 +201,7 @@ def test_tables_of_a_run_hold_means_and_paths():
 @pytest.fixture
 def tuning(loaded, probes, own_cache):
     recipe = dataclasses.replace(CONFIG, max_steps=-1, seed=2)
-    return FineTuning(loaded[0], loading.TINY_RANDOM, loaded[1], recipe, probes)
+    return FineTuning(loaded[0], embedded.TINY_RANDOM, loaded[1], recipe, probes)
 
 
 def test_a_fine_tuning_begins_untrained_and_goes_on_as_its_recipe_says(
@@ -228,7 +229,7 @@ def test_a_fine_tuning_that_was_followed_is_not_done_again(tuning, examples, mon
 
 
 def test_first_gradients_are_those_of_the_untrained_model_on_the_first_examples(tuning, examples):
-    model, _ = loading.load(loading.TINY_RANDOM)
+    model, _ = loading.load(embedded.TINY_RANDOM)
     ids, labels, mask = tokens.right_padded(examples[:4])
     logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1]
     loss = torch.nn.functional.cross_entropy(
@@ -268,7 +269,7 @@ def test_what_makes_no_sense_is_refused_in_one_line(trained, loaded, tmp_path):
         trained(frozen=chosen_units(loaded[0]), adapter="lora")
     with pytest.raises(ValueError, match="steps end at 2, the training at 3"):
         trained(steps=[1, 2])
-    other, tokenizer = loading.load(loading.TINY_RANDOM)
+    other, tokenizer = loading.load(embedded.TINY_RANDOM)
     with torch.no_grad():
         other.model.norm.weight.mul_(2)
     other.save_pretrained(tmp_path)

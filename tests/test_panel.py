@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 import torch
 
-from ssah_utils import benchmarks, evaluation, loading, stats
+from ssah_utils import benchmarks, embedded, evaluation, loading, stats
 from ssah_utils.experiments import panel
 from ssah_utils.prompts import chat
 
@@ -15,8 +15,8 @@ N_TOKENS = 5
 @pytest.fixture(scope="module")
 def models():
     """The tiny random model, and it with every weight of its head turned around."""
-    base, tokenizer = loading.load(loading.TINY_RANDOM)
-    other, _ = loading.load(loading.TINY_RANDOM)
+    base, tokenizer = loading.load(embedded.TINY_RANDOM)
+    other, _ = loading.load(embedded.TINY_RANDOM)
     with torch.no_grad():
         other.model.layers[0].mlp.down_proj.weight.mul_(-30)
     return base, other, tokenizer

@@ -4,8 +4,8 @@ from itertools import product
 
 import pytest
 
+from ssah_utils import embedded
 from ssah_utils.files import ROOT
-from ssah_utils.loading import EMBEDDED, TINY_RANDOM
 from ssah_utils.pipeline.parameters import check, rule_of
 from ssah_utils.pipeline.runs import declared_parameters
 
@@ -94,7 +94,7 @@ def test_a_request_beyond_the_models_positions_is_found_before_a_kernel_starts(t
         "\n".join([*ROWS, '{"prompt": "' + "far too long a request " * 2000 + '"}']),
         encoding="utf-8",
     )
-    values = {"model": EMBEDDED, "helpful_data": str(path), "new_tokens": 8}
+    values = {"model": embedded.DEFAULT, "helpful_data": str(path), "new_tokens": 8}
     with pytest.raises(
         ValueError,
         match=r"mine\.jsonl': prompt 31 of 31 \('.*'\) has \d+ tokens.* has 8192 positions",
@@ -112,7 +112,7 @@ def test_data_that_cannot_be_split_are_found_before_a_kernel_starts(tmp_path):
         "harmful_data": str(path),
         "other_harmful_data": "harmbench",
         "helpful_data": "helpful",
-        "model": TINY_RANDOM,
+        "model": embedded.TINY_RANDOM,
     }
     with pytest.raises(ValueError, match=r"40 requests are 1 group.*near duplicates"):
         check(values)
@@ -130,7 +130,7 @@ def test_pairs_too_alike_to_hold_some_back_are_found_too(tmp_path):
         check({"adaptation_data": str(path)})
 
 
-@pytest.mark.parametrize("model", [EMBEDDED, TINY_RANDOM])
+@pytest.mark.parametrize("model", [embedded.DEFAULT, embedded.TINY_RANDOM])
 def test_templates_and_system_prompts_are_probed_for_the_embedded_models_too(tmp_path, model):
     check({"model": model, "system_prompt": "Answer in one line."})
     template = tmp_path / "no-system.jinja"

@@ -13,6 +13,7 @@ import torch
 
 from ssah_utils import (
     activations,
+    embedded,
     evaluation,
     fingerprints,
     interventions,
@@ -46,7 +47,7 @@ def splits():
 
 @pytest.fixture(scope="module", params=NATIVE, ids=str)
 def vendor_aligned(request):
-    return loading.load(loading.VENDOR_ALIGNED, request.param)
+    return loading.load(embedded.VENDOR_ALIGNED, request.param)
 
 
 @pytest.fixture(scope="module")
@@ -112,12 +113,12 @@ def test_switching_safety_units_off_unlocks_and_random_units_do_not(
 
 @pytest.mark.real_model
 def test_the_vendor_aligned_model_ends_its_turns_and_pads_with_rows_it_has():
-    tokenizer = loading.load_tokenizer(loading.VENDOR_ALIGNED)
+    tokenizer = loading.load_tokenizer(embedded.VENDOR_ALIGNED)
     assert (tokenizer.eos_token, tokenizer.eos_token_id) == ("<|im_end|>", 151645)
     assert (tokenizer.pad_token, tokenizer.pad_token_id) == ("<|endoftext|>", 151643)
     turn = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
     assert tokenizer.apply_chat_template(turn, tokenize=False).endswith("Hello<|im_end|>\n")
-    config = loading.checked_config(loading.VENDOR_ALIGNED)
+    config = loading.checked_config(embedded.VENDOR_ALIGNED)
     assert (config.eos_token_id, config.vocab_size, config.tie_word_embeddings) == (
         151645,
         151936,
@@ -127,7 +128,7 @@ def test_the_vendor_aligned_model_ends_its_turns_and_pads_with_rows_it_has():
 
 @pytest.mark.real_model
 def test_a_short_alignment_trains_refuses_and_is_remembered(splits, own_cache, monkeypatch):
-    base, tokenizer = loading.load(loading.EMBEDDED)
+    base, tokenizer = loading.load(embedded.DEFAULT)
     rendered = {
         name: chat.render(tokenizer, splits["alignment"][name]["prompt"].tolist()[:48])
         for name in ("harmful", "helpful")
@@ -142,7 +143,7 @@ def test_a_short_alignment_trains_refuses_and_is_remembered(splits, own_cache, m
         tokenizer, rendered["harmful"] + rendered["helpful"], refusals + answers, 12
     )
     config = training.SFTConfig(learning_rate=2.0e-4, max_steps=32, batch_size=4)
-    aligned, folder, losses = training.load_or_train(loading.EMBEDDED, tokenizer, examples, config)
+    aligned, folder, losses = training.load_or_train(embedded.DEFAULT, tokenizer, examples, config)
     assert folder.is_relative_to(own_cache) and len(losses) == 32
     assert np.mean(losses[-8:]) < 0.7 * np.mean(losses[:8])
 
@@ -159,7 +160,7 @@ def test_a_short_alignment_trains_refuses_and_is_remembered(splits, own_cache, m
         training, "train_sft", lambda *args, **kwargs: pytest.fail("it was trained again")
     )
     again, same_folder, same_losses = training.load_or_train(
-        loading.EMBEDDED, tokenizer, examples, config
+        embedded.DEFAULT, tokenizer, examples, config
     )
     assert (same_folder, same_losses) == (folder, losses)
     assert (

@@ -19,7 +19,7 @@ import yaml
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from safetensors.torch import save_file
 
-from ssah_utils import assets, loading
+from ssah_utils import assets, embedded, loading
 from ssah_utils.files import ROOT
 from ssah_utils.locks import InUse
 from ssah_utils.pipeline import cli, kernel, run, runs, stamps
@@ -59,7 +59,7 @@ def test_plan_joins_defaults_profile_and_assignments():
     assert names[0] == "01_alignment" and names[-1] == "08_claims", "claims are judged last"
     for stage in stages:
         assert stage.parameters["profile"] == "smoke" and stage.parameters["seed"] == 3
-        assert stage.parameters["model"] == loading.TINY_RANDOM  # the profile's
+        assert stage.parameters["model"] == embedded.TINY_RANDOM  # the profile's
         # the notebook's, where it reads requests
         assert stage.parameters.get("harmful_data", "advbench") == "advbench"
         assert stage.parameters.get("safety_fraction", 0.02) == 0.02
@@ -104,12 +104,12 @@ def test_a_notebook_started_by_hand_takes_its_stamp_away(quick):
 
 def test_folders_called_as_one_of_ours_are_not_meant(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name in ("helpful", "advbench", loading.TINY_RANDOM):
+    for name in ("helpful", "advbench", embedded.TINY_RANDOM):
         (tmp_path / name).mkdir()
     (stage,) = (s for s in run.plan("smoke", []) if s.name == "03_units")
     assert (stage.parameters["helpful_data"], stage.parameters["model"]) == (
         "helpful",
-        loading.TINY_RANDOM,
+        embedded.TINY_RANDOM,
     )
 
 
@@ -256,7 +256,7 @@ def test_every_profile_names_known_parameters_of_the_right_type(profile, monkeyp
             "smoke",
             ["model=smolm2-135m-instruct"],
             "",
-            ["model 'smolm2-135m-instruct'", f"'{loading.EMBEDDED}'"],
+            ["model 'smolm2-135m-instruct'", f"'{embedded.DEFAULT}'"],
         ),
     ],
     ids=lambda value: str(value) if isinstance(value, list) and value and "=" in value[0] else "",
@@ -304,7 +304,7 @@ def test_unreachable_hub_model_names_the_embedded_one(monkeypatch, capsys):
 
     monkeypatch.setattr(loading.AutoConfig, "from_pretrained", fail)
     text = fails_in_one_line(capsys, "--set", "model=meta-llama/Llama-2-7b-chat-hf")
-    assert "meta-llama/Llama-2-7b-chat-hf" in text and f"'{loading.EMBEDDED}'" in text
+    assert "meta-llama/Llama-2-7b-chat-hf" in text and f"'{embedded.DEFAULT}'" in text
 
 
 def test_unreachable_second_model_is_found_before_a_kernel_starts(monkeypatch, capsys):
@@ -379,7 +379,7 @@ def test_list_shows_every_notebook_and_runs_none(capsys):
     assert sum("to run" in line for line in lines) == N_STAGES
     assert not any("up to date" in line for line in lines)
     text = "\n".join(lines)
-    for name in (*run.profiles(), *loading.EMBEDDED_NAMES, *datasets.DATASETS):
+    for name in (*run.profiles(), *embedded.NAMES, *datasets.DATASETS):
         assert name in text, name
 
 
@@ -408,7 +408,7 @@ def test_mistake_in_a_profile_names_profile_and_nearest(copied_notebooks, capsys
 @pytest.mark.parametrize("content", ["", "# nothing changed\n", "all:\n", "04_ablation:\n"])
 def test_profile_that_changes_nothing_is_the_default(copied_notebooks, content):
     (copied_notebooks / "profiles" / "mine.yaml").write_text(content)
-    assert run.plan("mine", [])[0].parameters["model"] == loading.EMBEDDED
+    assert run.plan("mine", [])[0].parameters["model"] == embedded.DEFAULT
 
 
 @pytest.mark.parametrize("content", ["all: [1, 2\n", "- 1\n", "all: 3\n"])

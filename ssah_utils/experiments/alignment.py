@@ -16,10 +16,11 @@ from transformers import PreTrainedTokenizerBase
 
 from ssah_utils.evaluation import Progress, _silent, cached_answers
 from ssah_utils.prompts.chat import render
-from ssah_utils.prompts.datasets import load_refusals
-from ssah_utils.prompts.tokens import encode
+from ssah_utils.prompts.datasets import adaptation_split, load_refusals
+from ssah_utils.prompts.tokens import chat_examples, encode
 
 REFUSAL_TOKENS = 48  # no refusal of data/refusals.json is cut
+ORDINARY_TOKENS = 64  # where responses to ordinary instructions are cut
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,18 @@ def alignment_examples(
         "harmless": encode(tokenizer, data.harmless, data.kept, data.answer_tokens),
         "harmful": encode(tokenizer, data.harmful, data.refused, REFUSAL_TOKENS),
     }
+
+
+def ordinary_examples(
+    tokenizer: PreTrainedTokenizerBase, adaptation_data: str, system_prompt: str = ""
+) -> list[dict[str, list[int]]]:
+    """Ordinary instructions with their responses, of the part that may be trained on.
+
+    Fine-tuning a model that came aligned on them makes an unaligned version of it.
+    """
+    learned, _ = adaptation_split(adaptation_data)
+    pairs = learned["prompt"].tolist(), learned["response"].tolist()
+    return chat_examples(tokenizer, *pairs, ORDINARY_TOKENS, system_prompt)
 
 
 def preference_pairs(

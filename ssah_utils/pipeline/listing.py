@@ -3,7 +3,7 @@
 Knows their tables. Executes and fetches nothing.
 """
 
-from ssah_utils.loading import MODELS, TINY_RANDOM
+from ssah_utils.embedded import MODELS, TINY_RANDOM
 from ssah_utils.pipeline import run
 from ssah_utils.pipeline.stamps import outdated, stage_key
 from ssah_utils.prompts.datasets import DATASETS

@@ -10,9 +10,9 @@ from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
 
+from ssah_utils import embedded
 from ssah_utils.adapters import PEFT_METHODS
 from ssah_utils.loading import (
-    EMBEDDED_NAMES,
     check_reachable,
     check_rows,
     checked_config,
@@ -167,6 +167,7 @@ RULES: tuple[tuple[str, Check], ...] = (
     ("peft_factors", among(*PEFT_METHODS)),
     ("preference_methods", among("all", "redundant", "top", "random", "safety")),
     ("steps", whole_from(0)),
+    ("twin_steps", at_least(0)),
     ("prefill_tokens", whole_from(1)),
     ("checkpoints", list_of("numbers above 0", is_positive)),
     ("*_factors", list_of("numbers above 0", is_positive)),
@@ -224,7 +225,7 @@ def check_template(model: str, chat_template: str, system_prompt: str) -> None:
     """A chat template under which nothing measured would mean what it says; ours are known to be
     right as they are.
     """
-    if model not in EMBEDDED_NAMES or chat_template or system_prompt:
+    if model not in embedded.NAMES or chat_template or system_prompt:
         tokenizer = load_tokenizer(model)
         set_chat_template(tokenizer, chat_template, system_prompt)
         if chat_template:  # the one that came with it is held against the embedding as it is loaded

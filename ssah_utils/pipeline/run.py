@@ -22,7 +22,7 @@ import yaml
 from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 
-from ssah_utils import loading, precision
+from ssah_utils import embedded, precision
 from ssah_utils.files import NOTEBOOKS, complete_only, require_space, workplace, write_json
 from ssah_utils.locks import locked
 from ssah_utils.pipeline import machine, parameters
@@ -183,7 +183,7 @@ def absolute(name: str, value: object) -> object:
     """Paths as seen from here: the notebook runs in another folder."""
     if not is_path(name) or not value:
         return value
-    if value in DATASETS or value in loading.EMBEDDED_NAMES:
+    if value in DATASETS or value in embedded.NAMES:
         return value  # ours is meant, not a folder that happens to have its name
     return str(Path(value).resolve()) if Path(value).exists() else value
 

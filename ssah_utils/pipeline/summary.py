@@ -9,7 +9,7 @@ from functools import partial
 
 import pandas as pd
 
-from ssah_utils import assets, loading
+from ssah_utils import assets, embedded
 from ssah_utils.figures.claims import shown_interval, two_digits
 from ssah_utils.pipeline.claims import CLAIM_VERDICTS
 from ssah_utils.pipeline.result_tables import markdown
@@ -70,7 +70,7 @@ def finding_table(results: dict[str, dict], ids: tuple[str, ...]) -> str:
 def models_table(results: dict[str, dict]) -> str:
     """The models that come in wheels: what is fetched once and how much disk the model takes."""
     rows = []
-    for name, model in loading.MODELS.items():
+    for name, model in embedded.MODELS.items():
         fetched = sum(assets.WHEELS[package].n_bytes for package, _ in model.parts)
         on_disk = f"{model.n_bytes_float32 / 1e9:.1f}"
         rows.append([f"`{name}`", f"{fetched / 1e6:.0f}", on_disk])

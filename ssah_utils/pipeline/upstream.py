@@ -6,13 +6,14 @@ All of it is asked of the run, so that what was read is in the result, with its 
 import difflib
 import json
 from pathlib import Path
+from weakref import WeakValueDictionary
 
 import pandas as pd
 import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from ssah_utils import fingerprints, loading, precision, unit_files, units
+from ssah_utils import embedded, fingerprints, loading, precision, unit_files, units, wrappers
 from ssah_utils.per_unit import PerUnit
 from ssah_utils.pipeline.runs import Run, load_result
 from ssah_utils.prompts import chat, datasets
@@ -23,8 +24,15 @@ def model_places(run: Run) -> dict[str, str]:
     return json.loads(run.upstream("01_alignment", "models.json").read_text(encoding="utf-8"))
 
 
+# Models that are in use, by place, precision and device.
+_in_use: WeakValueDictionary[tuple, nn.Module] = WeakValueDictionary()
+
+
 def load_model(run: Run, name: str, dtype: torch.dtype | None = None) -> nn.Module:
     """A model of 01 on the device of choice, in the run's precision unless another is given.
+
+    Only to look at. Where two names mean the same model, as the base and the aligned one of a model
+    that came aligned, both are modules of their own over the same weights.
 
     ``LookupError`` for a name that 01 has not, with the nearest that it has.
     """
@@ -33,16 +41,42 @@ def load_model(run: Run, name: str, dtype: torch.dtype | None = None) -> nn.Modu
         near = difflib.get_close_matches(name, places, n=1, cutoff=0)
         raise LookupError(f"01_alignment has no model '{name}'; nearest is '{near[0]}'")
     device = precision.preferred_device()
-    return loading.load(places[name], dtype or precision.preferred_dtype(device), device)[0]
+    key = (places[name], dtype or precision.preferred_dtype(device), device)
+    if (there := _in_use.get(key)) is not None:
+        return wrappers.over_same_weights(there)
+    _in_use[key] = model = loading.load(*key)[0]
+    return model
 
 
-def load_tokenizer(run: Run) -> PreTrainedTokenizerBase:
-    """The tokenizer of the run's model, with the run's chat template.
+def place_to_align(run: Run) -> str:
+    """Where the model is that 07 aligns: the one asked for, else the base of 01.
 
+    A model that came aligned is no base; then it is the embedded model that does not refuse.
+    """
+    if run.parameters["start_model"]:
+        return run.parameters["start_model"]
+    places = model_places(run)
+    return embedded.DEFAULT if places["aligned"] == places["base"] else places["base"]
+
+
+def shown_name(place: str) -> str:
+    """A model's name as people read it: of a folder, the last part of its path."""
+    return Path(place).name if Path(place).is_absolute() else place
+
+
+def load_tokenizer(run: Run, place: str = "") -> PreTrainedTokenizerBase:
+    """The tokenizer of the run's model, or of the one at ``place``, with the run's chat template.
+
+    A base without a template of its own gets that of the run's model, if their words are the same.
     Raises what ``chat.set_chat_template`` raises for a template or system prompt that cannot work.
     """
-    tokenizer = loading.load_tokenizer(run.parameters["model"])
+    own = run.parameters["model"]
+    tokenizer = loading.load_tokenizer(place or own)
     template, system_prompt = run.parameters["chat_template"], run.parameters["system_prompt"]
+    if place not in ("", own) and not tokenizer.chat_template:
+        of_chat = loading.load_tokenizer(own)
+        if of_chat.get_vocab() == tokenizer.get_vocab():
+            tokenizer.chat_template = of_chat.chat_template
     chat.set_chat_template(tokenizer, template, system_prompt)
     return tokenizer
 
@@ -54,8 +88,7 @@ def parameters(run: Run, stage: str) -> dict:
 
 def describe_model(run: Run, model: nn.Module) -> unit_files.ModelInfo:
     """A run's aligned model for a unit file: whose it is, and whether 01 aligned it."""
-    name, places = run.parameters["model"], model_places(run)
-    name = Path(name).name if Path(name).is_absolute() else name
+    name, places = shown_name(run.parameters["model"]), model_places(run)
     if places["aligned"] != places["base"]:
         name = f"{name}, aligned by 01_alignment"
     return unit_files.ModelInfo.of(model, name)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import transformers
 from huggingface_hub import hf_hub_download
 from torch import nn
 from transformers import (
@@ -21,6 +22,8 @@ from transformers import (
 
 from ssah_utils import assets, extras
 from ssah_utils.files import cache_dir, complete_only, require_space
+
+transformers.utils.logging.disable_progress_bar()
 
 ACCEPT = "SSAH_ACCEPT_TERMS"  # names of embedded models whose terms the user has accepted
 

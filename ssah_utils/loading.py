@@ -9,7 +9,6 @@ import re
 from pathlib import Path
 
 import torch
-import transformers
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
@@ -23,8 +22,6 @@ from transformers import (
 from ssah_utils import assets, embedded
 from ssah_utils.models import ARCHITECTURES, DEQUANTISE
 from ssah_utils.prompts.chat import template_tokens
-
-transformers.utils.logging.disable_progress_bar()
 
 # Constants that older versions of transformers saved with the weights; it knows the others itself.
 BUFFERS = re.compile(r"\brotary_emb\.inv_freq$|\battn\.masked_bias$")

@@ -4,13 +4,14 @@ results.
 
 import copy
 import os
+import shutil
 
 import nbformat
 import pandas as pd
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from ssah_utils.pipeline import cli, publish, runs
+from ssah_utils.pipeline import across_models, cli, publish, runs
 
 
 @pytest.fixture
@@ -90,7 +91,7 @@ def finished_runs(tmp_path, monkeypatch):
     monkeypatch.setenv("SSAH_RUNS", str(tmp_path / "runs"))
     monkeypatch.setattr(publish, "REFERENCE", tmp_path / "stored")
     for seed in (0, 1):
-        folder = tmp_path / "runs" / "reference" / "model" / f"seed-{seed}"
+        folder = tmp_path / "runs" / "reference" / across_models.MAIN / f"seed-{seed}"
         for stage in ("03_units", "04_ablation"):
             runs.Run(stage, folder / stage, {"seed": seed}).finish()
         (folder / "03_units" / "units.safetensors").write_bytes(b"units")
@@ -118,6 +119,22 @@ def test_another_seed_is_stored_beside_the_first(finished_runs, capsys):
     assert "publish seed 0" in capsys.readouterr().out
 
 
+def test_another_model_is_stored_beside_the_main_one_and_leaves_the_notebooks(project, capsys):
+    other = project / "runs" / "reference" / "org--other"
+    shutil.copytree(runs.find_run("reference", 0).parent, other)
+    for seed in (0, 1):
+        os.utime(other / f"seed-{seed}" / "03_units" / "stamp.json", (2000, 2000 + seed))
+    notebook = (project / "notebooks" / "03_units.ipynb").read_bytes()
+    cli.main(["publish", "--profile", "reference", "--seed", "1"])
+    cli.main(["publish", "--profile", "reference"])
+    assert "org--other: stored 03_units" in capsys.readouterr().out
+    place = project / "stored" / "models" / "org--other"
+    assert (place / "03_units" / "units.safetensors").read_bytes() == b"units"
+    assert (place / "seed-1" / "03_units" / "result.json").exists()
+    assert not (project / "stored" / "03_units").exists()
+    assert (project / "notebooks" / "03_units.ipynb").read_bytes() == notebook
+
+
 @pytest.mark.parametrize(
     "words", [["--seed", "1"], ["--profile", "reference", "--seed", "7"], ["--profile", "nowhere"]]
 )
@@ -133,6 +150,7 @@ def test_claims_of_other_results_are_reported(finished_runs, monkeypatch):
     rows = pd.DataFrame([{"id": "one", "n_seeds": 1.0, "verdict": "replicated"}])
     monkeypatch.setattr(publish.claims, "load_claims", list)
     monkeypatch.setattr(publish.verdicts, "stored_verdicts", lambda folder, stated: (rows, []))
+    monkeypatch.setattr(across_models, "verdicts_by_model", lambda folder, stated: rows)
     runs.Run("08_claims", stored / "08_claims", {}).finish(claims=rows)
     assert publish.publish_claims(stored) == []
     runs.Run("08_claims", stored / "08_claims", {}).finish(claims=rows.assign(verdict="partly"))
@@ -159,7 +177,7 @@ def project(finished_runs, monkeypatch, source, executed):
     nbformat.write(source, finished_runs / "notebooks" / "03_units.ipynb")
     nbformat.write(
         executed,
-        finished_runs / "runs" / "reference" / "model" / "seed-0" / "03_units" / "03_units.ipynb",
+        runs.find_run("reference") / "03_units" / "03_units.ipynb",
     )
     return finished_runs
 

@@ -4,6 +4,7 @@ That is data/reference, claims, figures, notebook outputs, and the tables in REA
 
     ssah publish --profile laptop --seed 1        # another seed, into data/reference/seed-1
     ssah publish --profile laptop                 # seed 0, last: all that is committed
+    ssah publish --profile qwen-0.5b              # another model, into data/reference/models/
     ssah publish                                  # figures and tables again, from what is stored
 
 Knows stored results and the notebooks' structure. Loads no model, and writes no number that a run
@@ -25,7 +26,7 @@ from ssah_utils.files import (
     sha256_of,
     write_json,
 )
-from ssah_utils.pipeline import claims, verdicts
+from ssah_utils.pipeline import across_models, claims, verdicts
 from ssah_utils.pipeline.redraw import redraw
 from ssah_utils.pipeline.result_tables import JUDGE_TABLES, RESULT_TABLES
 from ssah_utils.pipeline.runs import find_run, load_result
@@ -35,11 +36,12 @@ from ssah_utils.pipeline.summary import GUIDE_PARTS, README_PARTS
 RESULT = "result.json"
 STORED = (RESULT, "units.safetensors", "frozen_units.safetensors")
 CLAIMS = "claims.json"
+BY_MODEL = "claims_by_model.json"
 DOCUMENTS = {  # what is generated in a document: names of its parts, and what makes them
     "README.md": README_PARTS,
     "docs/guide.md": GUIDE_PARTS,
     "docs/judge.md": JUDGE_TABLES,
-    "docs/results.md": RESULT_TABLES,
+    "docs/results.md": RESULT_TABLES | across_models.MODEL_TABLES,
 }
 
 
@@ -174,21 +176,24 @@ def fill_documents(results: dict[str, dict]) -> list[str]:
     return problems
 
 
-def reference_results(folder: Path) -> tuple[dict[str, dict], list[str]]:
-    """Stored results by stage, and one line for each that could not be read."""
+def reference_results(folder: Path) -> tuple[across_models.StoredResults, list[str]]:
+    """Stored results, and one line for each that could not be read."""
     results, problems = {}, []
     for path in sorted(folder.glob(f"*/{RESULT}")):
         try:
             results[path.parent.name] = load_result(path)
         except ValueError as error:
             problems.append(str(error))
-    return results, problems
+    return across_models.StoredResults(results, folder), problems
 
 
 def publish_claims(folder: Path) -> list[str]:
     """Write claims.json from the stored results; one line for each reason to doubt it."""
-    table, problems = verdicts.stored_verdicts(folder, claims.load_claims())
+    stated = claims.load_claims()
+    table, problems = verdicts.stored_verdicts(folder, stated)
     write_json(folder / CLAIMS, verdicts.to_records(table))
+    by_model = across_models.verdicts_by_model(folder, stated)
+    write_json(folder / BY_MODEL, verdicts.to_records(by_model))
     seeds = [path.name for path in verdicts.runs_of_other_seeds(folder)]
     try:
         shown = load_result(folder / "08_claims" / RESULT)["tables"]["claims"]
@@ -203,13 +208,12 @@ def publish_claims(folder: Path) -> list[str]:
     return problems
 
 
-def store_other_seed(profile: str, seed: int) -> None:
+def store_other_seed(source: Path, target: Path) -> None:
     """Store the results of a run with another seed than 0, in place of those stored before."""
-    target = REFERENCE / f"seed-{seed}"
-    stages = copy_results(find_run(profile, seed), target, (RESULT,))
+    stages = copy_results(source, target, (RESULT,))
     for stale in set(target.iterdir()) - {target / stage for stage in stages}:
         shutil.rmtree(stale)
-    stored = f"seed {seed}: stored {', '.join(stages)}"
+    stored = f"{target.name}: stored {', '.join(stages)}"
     print(f"{stored}; publish seed 0 after its 08_claims has run again")
 
 
@@ -222,11 +226,15 @@ def publish(profile: str, seed: int) -> list[str]:
         raise ValueError("publishing writes into a clone of the project: run it there")
     if seed and not profile:
         raise ValueError("--seed needs --profile: whose run with that seed?")
+    source = find_run(profile, seed) if profile else None
+    model = source.parent.name if source else across_models.MAIN
+    place = REFERENCE / across_models.FOLDER / model if model != across_models.MAIN else REFERENCE
     if seed:
-        store_other_seed(profile, seed)
+        store_other_seed(source, place / f"seed-{seed}")
         return []
-    if profile:
-        source = find_run(profile, seed)
+    if source and place != REFERENCE:  # the notebooks that are committed show the main model
+        print(f"{model}: stored {', '.join(copy_results(source, place))}")
+    elif source:
         notebooks = published_notebooks(source)  # all of them before anything is written
         copy_results(source, REFERENCE)
         for path, notebook in notebooks.items():

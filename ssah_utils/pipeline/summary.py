@@ -11,6 +11,7 @@ import pandas as pd
 
 from ssah_utils import assets, embedded
 from ssah_utils.figures.claims import shown_interval, two_digits
+from ssah_utils.pipeline.across_models import StoredResults, of_models
 from ssah_utils.pipeline.claims import CLAIM_VERDICTS
 from ssah_utils.pipeline.result_tables import markdown
 
@@ -42,7 +43,7 @@ def claims_of(results: dict[str, dict]) -> pd.DataFrame:
 
 
 def verdict_counts(results: dict[str, dict]) -> str:
-    """How many claims there are of every verdict, by experiment and in all."""
+    """How many claims there are of every verdict on the main model, by experiment and in all."""
     table = claims_of(results)
     verdicts = [one for one in CLAIM_VERDICTS if (table["verdict"] == one).any()]
     parts = [*table.groupby("experiment", sort=False), ("**all**", table)]
@@ -53,18 +54,19 @@ def verdict_counts(results: dict[str, dict]) -> str:
     return markdown(rows, ["claims on", *verdicts, "in all"])
 
 
-def finding_table(results: dict[str, dict], ids: tuple[str, ...]) -> str:
-    """The claims of a finding: what is claimed, ours, what the control shows, the verdict.
+def finding_table(results: StoredResults, ids: tuple[str, ...]) -> str:
+    """The claims of a finding: what is claimed, ours, what the control shows, the verdict, and on
+    how many models it replicated.
 
     Raises ``KeyError`` for a claim that was not stored.
     """
-    table = claims_of(results).set_index("id")
+    table, models = claims_of(results).set_index("id"), of_models(results.by_model)
     rows = []
     for one in ids:
         row = table.loc[one]
         ours = f"{shown_interval(row)} {row['unit']}"
-        rows.append([row["claim"], ours, two_digits(row["control"]), row["verdict"]])
-    return markdown(rows, ["claim", "ours [95%]", "control", "verdict"])
+        rows.append([row["claim"], ours, two_digits(row["control"]), row["verdict"], models[one]])
+    return markdown(rows, ["claim", "ours [95%]", "control", "verdict", "models"])
 
 
 def models_table(results: dict[str, dict]) -> str:

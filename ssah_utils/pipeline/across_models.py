@@ -1,0 +1,175 @@
+"""The same claims and tables on every model whose results are stored, side by side.
+
+Stored results of the main model are those of the notebooks as committed; beside them, in the folder
+``models``, each other model has a folder of the same form. Knows stored tables and claims. Loads no
+model and measures nothing.
+"""
+
+from pathlib import Path
+
+import pandas as pd
+
+from ssah_utils import embedded
+from ssah_utils.figures.claims import shown_interval
+from ssah_utils.pipeline import verdicts
+from ssah_utils.pipeline.claims import Claim, load_claims
+from ssah_utils.pipeline.result_tables import chosen, markdown, mean_percent, percent
+from ssah_utils.pipeline.runs import load_result
+
+FOLDER = "models"
+MAIN = embedded.DEFAULT
+COLUMNS = ("id", "model", "verdict", "ours", "ci_low", "ci_high", "control", "n_seeds", "note")
+SHORT = {"replicated": "**yes**", "partly": "partly", "not replicated": "no", "not measured": ""}
+
+
+def folders(stored: Path) -> dict[str, Path]:
+    """Where each model's results are, the main model's first."""
+    others = sorted(path for path in (stored / FOLDER).glob("*") if path.is_dir())
+    return {MAIN: stored} | {path.name: path for path in others}
+
+
+def results_by_model(stored: Path) -> dict[str, dict[str, dict]]:
+    """Readable results of seed 0, by model and stage."""
+    found: dict[str, dict[str, dict]] = {}
+    for model, folder in folders(stored).items():
+        found[model] = {}
+        for path in sorted(folder.glob("*/result.json")):
+            try:
+                found[model][path.parent.name] = load_result(path)
+            except ValueError:  # publishing reports it
+                continue
+    return found
+
+
+def verdicts_by_model(stored: Path, stated: list[Claim]) -> pd.DataFrame:
+    """One row a claim and model, in their orders: ``COLUMNS``.
+
+    A result that is of another model than its folder says speaks of no claim there: 07 aligns the
+    embedded base where the run's own model came aligned.
+    """
+    parts = []
+    for model, folder in folders(stored).items():
+        foreign = [stage for stage in verdicts.stages_of(stated) if _is_foreign(folder, stage)]
+        own = [claim for claim in stated if not set(verdicts.stages_of([claim])) & set(foreign)]
+        table, _ = verdicts.stored_verdicts(folder, own)
+        parts.append(table.assign(model=model))
+    table = pd.concat(parts, ignore_index=True)
+    order = {claim.id: place for place, claim in enumerate(stated)}
+    table = table.sort_values("id", key=lambda ids: ids.map(order), kind="stable")
+    return table[list(COLUMNS)].reset_index(drop=True)
+
+
+def _is_foreign(folder: Path, stage: str) -> bool:
+    """Whether a stage's result in a model's folder is of an embedded model that it is not about."""
+    try:
+        parameters = load_result(folder / stage / "result.json")["parameters"]
+    except (OSError, ValueError):
+        return False
+    start = parameters.get("start_model") or parameters.get("model")
+    return start in embedded.MODELS and start != parameters.get("model")
+
+
+def counted(by_model: pd.DataFrame) -> pd.DataFrame:
+    """On how many models each claim was measured, and on how many it replicated or did in part.
+
+    Indexed by id: measured, replicated, partly.
+    """
+    measured = by_model[by_model["verdict"] != "not measured"]
+    ids = by_model["id"].unique()
+    by_verdict = pd.crosstab(measured["id"], measured["verdict"]).reindex(ids, fill_value=0)
+    table = by_verdict.reindex(columns=["replicated", "partly"], fill_value=0)
+    return table.assign(measured=by_verdict.sum(axis=1))
+
+
+def of_models(by_model: pd.DataFrame) -> dict[str, str]:
+    """By claim, on how many of the models that measured it it replicated: ``2/3``."""
+    table = counted(by_model)
+    return {row.Index: f"{row.replicated}/{row.measured}" for row in table.itertuples()}
+
+
+class StoredResults(dict):
+    """Results of the main model by stage.
+
+    * ``models``: the same of every model, by name.
+    * ``by_model``: verdicts on every model, as ``verdicts_by_model`` gives them.
+    """
+
+    def __init__(self, results: dict[str, dict], stored: Path) -> None:
+        super().__init__(results)
+        self.models = results_by_model(stored)
+        self.by_model = verdicts_by_model(stored, load_claims())
+
+
+# ------------------------------------------------------------------------------------------- tables
+
+
+def claims_across(results: StoredResults) -> str:
+    """One row a claim, one column a model: its verdict and our number; then the count over models.
+
+    Only claims that more than one model has measured.
+    """
+    by_model, titles = results.by_model, {claim.id: claim.claim for claim in load_claims()}
+    several = counted(by_model).query("measured > 1").index
+    models, counts = list(by_model["model"].unique()), of_models(by_model)
+    rows = []
+    for name, part in by_model[by_model["id"].isin(several)].groupby("id", sort=False):
+        by_name = part.set_index("model")
+        cells = []
+        for model in models:
+            row = by_name.loc[model] if model in by_name.index else None
+            is_there = row is not None and row["verdict"] != "not measured"
+            cells.append(f"{SHORT[row['verdict']]} · {shown_interval(row)}" if is_there else "")
+        rows.append([titles[name], *cells, counts[name]])
+    return markdown(rows, ["claim", *models, "replicated on"])
+
+
+def ablation_across(results: StoredResults) -> str:
+    """What switching off each group does, per model: ASR, coherent ASR, gibberish, cloze accuracy.
+
+    Random controls are averaged over their draws.
+    """
+    rows = []
+    for model, stages in results.models.items():
+        if "04_ablation" not in stages:
+            continue
+        rates = stages["04_ablation"]["tables"]["rates"]
+        for condition, part in rates[rates["part"] == "groups"].groupby("condition", sort=False):
+            cells = [f"{part['units'].iloc[0]:,}"]
+            for name, metric in (("harmful", "asr"), ("harmful", "coherent_asr")):
+                found = chosen(part, name, metric)
+                cells.append(percent(found.iloc[0]) if len(found) == 1 else mean_percent(found))
+            cells.append(mean_percent(chosen(part, "harmful", "degenerate")))
+            cells.append(mean_percent(chosen(part, "helpful", "refused")))
+            cells.append(mean_percent(chosen(part, "cloze", "accuracy")))
+            rows.append([model, condition, *cells])
+    header = ["model", "switched off", "units", "ASR", "coherent ASR", "degenerate"]
+    return markdown(rows, [*header, "harmless refused", "cloze accuracy"])
+
+
+def units_across(results: StoredResults) -> str:
+    """The safety units of each model: how many, where, how stable, and how few are enough."""
+    rows = []
+    for model, stages in results.models.items():
+        if not {"03_units", "04_ablation"} <= stages.keys():
+            continue
+        found, ablated = stages["03_units"]["tables"], stages["04_ablation"]["tables"]
+        safety = found["counts"].set_index("group").loc["safety"]
+        agreed = found["stability"].set_index("group")["corrected"]["safety"]
+        row = [model, f"{safety['units']:,.0f}"]
+        row += [f"{safety[kind] / safety['units']:.0%}" for kind in ("attention", "mlp")]
+        row.append(f"{agreed:.2f}")
+        enough = ablated["smallest_by_answers"]
+        for target in (0.5, 0.9):
+            reached = enough[enough["target"] == target] if len(enough) else enough
+            row.append(f"{reached['fraction'].iloc[0]:.2%}" if len(reached) else "not reached")
+        rows.append(row)
+    header = ["model", "safety units", "in attention", "in feed-forward", "agreement of halves"]
+    header += ["half of the effect at", "90% at"]
+    return markdown(rows, header)
+
+
+MODEL_TABLES = {
+    "claims by model": claims_across,
+    "ablation by model": ablation_across,
+    "units by model": units_across,
+}

@@ -1,0 +1,125 @@
+"""The same claims on several models: which results count for which, and on how many they hold."""
+
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from ssah_utils import embedded
+from ssah_utils.pipeline import across_models, publish
+from ssah_utils.pipeline.claims import load_claims
+from ssah_utils.pipeline.runs import Run
+
+CARRIES, SPARES = "safety-units-carry-safety", "safety-units-spare-utility"
+BUDGET = next(claim for claim in load_claims() if claim.stage == "07_redundant_units")
+
+
+def ablation(folder: Path, model: str, effect: float, by_chance: float = 0.0) -> None:
+    """A stored result of 04 in which the safety units have an effect on coherent ASR."""
+    rows = [("safety", effect), ("random, as safety", by_chance)]
+    differences = [
+        {
+            "condition": condition,
+            "set": "harmful",
+            "metric": "coherent_asr",
+            "difference": value,
+            "low": value - 0.1,
+            "high": value + 0.1,
+        }
+        for condition, value in rows
+    ]
+    run = Run("04_ablation", folder / "04_ablation", {"model": model, "seed": 0})
+    run.finish(differences=pd.DataFrame(differences))
+
+
+@pytest.fixture
+def stored(tmp_path) -> Path:
+    """Results of three models: one with the effect, one without, one with a weak one."""
+    ablation(tmp_path, embedded.DEFAULT, 0.7)
+    ablation(tmp_path / "models" / "org--small", "org/small", 0.0)
+    ablation(tmp_path / "models" / "qwen", "qwen", 0.15)
+    return tmp_path
+
+
+def verdicts_on(stored: Path, claim: str) -> dict[str, str]:
+    table = across_models.verdicts_by_model(stored, load_claims())
+    return table[table["id"] == claim].set_index("model")["verdict"].to_dict()
+
+
+def test_every_model_gets_verdicts_of_its_own_by_the_same_rules(stored):
+    assert verdicts_on(stored, CARRIES) == {
+        embedded.DEFAULT: "replicated",
+        "org--small": "not replicated",
+        "qwen": "not replicated",
+    }
+    assert set(verdicts_on(stored, SPARES).values()) == {"not measured"}
+    ablation(stored / "models" / "qwen", "qwen", 0.3)
+    assert verdicts_on(stored, CARRIES)["qwen"] == "replicated"
+    ablation(stored / "models" / "qwen", "qwen", 0.3, by_chance=0.3)
+    assert verdicts_on(stored, CARRIES)["qwen"] == "not replicated"
+
+
+def test_a_claim_counts_on_the_models_that_measured_it(stored):
+    table = across_models.verdicts_by_model(stored, load_claims())
+    assert across_models.counted(table).loc[CARRIES].to_dict() == {
+        "measured": 3,
+        "replicated": 1,
+        "partly": 0,
+    }
+    assert across_models.of_models(table)[CARRIES] == "1/3"
+    assert across_models.of_models(table)[SPARES] == "0/0"
+
+
+def test_seeds_of_a_model_make_one_verdict(stored):
+    folder = stored / "models" / "qwen"
+    ablation(folder, "qwen", 0.7)
+    ablation(folder / "seed-1", "qwen", 0.0)
+    assert verdicts_on(stored, CARRIES)["qwen"] == "partly"
+
+
+@pytest.mark.parametrize(
+    ("model", "start_model", "counts"),
+    [
+        ("qwen", embedded.DEFAULT, False),  # what stood in for it
+        ("qwen", "org/qwen-base", True),
+        (embedded.DEFAULT, embedded.DEFAULT, True),
+        (embedded.DEFAULT, "", True),
+        ("qwen", "", True),
+    ],
+)
+def test_what_was_aligned_in_place_of_a_model_says_nothing_of_it(
+    tmp_path, model, start_model, counts
+):
+    folder = tmp_path if model == embedded.DEFAULT else tmp_path / "models" / model
+    parameters = {"model": model, "start_model": start_model}
+    Run("07_redundant_units", folder / "07_redundant_units", parameters).finish()
+    table = across_models.verdicts_by_model(tmp_path, [BUDGET])
+    assert (model in set(table["model"])) == counts
+
+
+def test_tables_stand_side_by_side_and_leave_out_what_one_model_measured(stored):
+    results = across_models.StoredResults({}, stored)
+    lines = across_models.claims_across(results).splitlines()
+    assert lines[0] == f"| claim | {embedded.DEFAULT} | org--small | qwen | replicated on |"
+    (row,) = lines[2:]
+    assert row.endswith("| **yes** · 70 [60, 80] | no · 0 [-10, 10] | no · 15 [5, 25] | 1/3 |")
+
+
+@pytest.mark.parametrize("table", ["ablation by model", "units by model"])
+def test_tables_of_the_project_name_every_stored_model(table):
+    results, problems = publish.reference_results(publish.REFERENCE)
+    assert not problems
+    text = across_models.MODEL_TABLES[table](results)
+    measured = [name for name, stages in results.models.items() if "04_ablation" in stages]
+    assert measured and all(f"| {name} |" in text for name in measured)
+
+
+def test_stored_verdicts_by_model_follow_from_stored_results():
+    stated = load_claims()
+    table = across_models.verdicts_by_model(publish.REFERENCE, stated)
+    stored = json.loads((publish.REFERENCE / publish.BY_MODEL).read_text(encoding="utf-8"))
+    assert stored == publish.verdicts.to_records(table)
+    main = table[table["model"] == across_models.MAIN].set_index("id")["verdict"].to_dict()
+    claims = json.loads((publish.REFERENCE / publish.CLAIMS).read_text(encoding="utf-8"))
+    assert main == {row["id"]: row["verdict"] for row in claims}

@@ -11,6 +11,7 @@ from ssah_utils import embedded, fingerprints, interventions, loading
 from ssah_utils.per_unit import PerUnit
 from ssah_utils.pipeline import upstream
 from ssah_utils.pipeline.runs import Run
+from ssah_utils.prompts import chat
 from ssah_utils.weights import squared_column_norms
 
 TEMPLATE = (
@@ -91,7 +92,9 @@ def test_what_is_aligned_does_not_come_aligned(tmp_path, places, start_model, ex
     assert upstream.place_to_align(run) == expected
 
 
-def test_a_base_without_a_chat_template_gets_that_of_its_chat_version(tmp_path, saved_llama):
+def test_a_base_without_a_chat_template_gets_that_of_its_chat_version_or_a_plain_one(
+    tmp_path, saved_llama
+):
     chat_version, base = str(saved_llama), tmp_path / "base"
     shutil.copytree(saved_llama, base)
     tokenizer = loading.load_tokenizer(chat_version)
@@ -102,5 +105,6 @@ def test_a_base_without_a_chat_template_gets_that_of_its_chat_version(tmp_path, 
     tokenizer.chat_template = None
     tokenizer.add_tokens(["w999"])
     tokenizer.save_pretrained(base)
-    with pytest.raises(ValueError, match="chat_template"):
-        upstream.load_tokenizer(run, str(base))
+    plain = upstream.load_tokenizer(run, str(base))
+    assert chat.render(plain, ["w3"])[0].endswith("User: w3\n\nAssistant:")
+    assert plain("User: w3", add_special_tokens=False).input_ids  # spoken in its own words

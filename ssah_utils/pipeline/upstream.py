@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from ssah_utils import embedded, fingerprints, loading, precision, unit_files, units, wrappers
+from ssah_utils.files import DATA
 from ssah_utils.per_unit import PerUnit
 from ssah_utils.pipeline.runs import Run, load_result
 from ssah_utils.prompts import chat, datasets
@@ -23,6 +24,8 @@ def model_places(run: Run) -> dict[str, str]:
     """Where the models of 01 are: ``base``, ``aligned`` and, where there is one, ``unaligned``."""
     return json.loads(run.upstream("01_alignment", "models.json").read_text(encoding="utf-8"))
 
+
+PLAIN_TEMPLATE = DATA / "plain_chat.jinja"  # for a base without a chat template
 
 # Models that are in use, by place, precision and device.
 _in_use: WeakValueDictionary[tuple, nn.Module] = WeakValueDictionary()
@@ -67,16 +70,17 @@ def shown_name(place: str) -> str:
 def load_tokenizer(run: Run, place: str = "") -> PreTrainedTokenizerBase:
     """The tokenizer of the run's model, or of the one at ``place``, with the run's chat template.
 
-    A base without a template of its own gets that of the run's model, if their words are the same.
-    Raises what ``chat.set_chat_template`` raises for a template or system prompt that cannot work.
+    A base without a template of its own gets that of the run's model, if their words are the same,
+    else the project's plain one. Raises what ``chat.set_chat_template`` raises for a template or system prompt that cannot work.
     """
     own = run.parameters["model"]
     tokenizer = loading.load_tokenizer(place or own)
     template, system_prompt = run.parameters["chat_template"], run.parameters["system_prompt"]
     if place not in ("", own) and not tokenizer.chat_template:
         of_chat = loading.load_tokenizer(own)
-        if of_chat.get_vocab() == tokenizer.get_vocab():
-            tokenizer.chat_template = of_chat.chat_template
+        is_same = of_chat.get_vocab() == tokenizer.get_vocab() and of_chat.chat_template
+        template = template or ("" if is_same else str(PLAIN_TEMPLATE))
+        tokenizer.chat_template = of_chat.chat_template if is_same else None
     chat.set_chat_template(tokenizer, template, system_prompt)
     return tokenizer
 

@@ -71,7 +71,8 @@ def load_tokenizer(run: Run, place: str = "") -> PreTrainedTokenizerBase:
     """The tokenizer of the run's model, or of the one at ``place``, with the run's chat template.
 
     A base without a template of its own gets that of the run's model, if their words are the same,
-    else the project's plain one. Raises what ``chat.set_chat_template`` raises for a template or system prompt that cannot work.
+    else the project's plain one. Raises what ``chat.set_chat_template`` raises for a template or
+    system prompt that cannot work.
     """
     own = run.parameters["model"]
     tokenizer = loading.load_tokenizer(place or own)

@@ -24,7 +24,11 @@ from tests import test_figures_finders as stability
 from tests.test_figures_stepwise import direction_tables
 
 matplotlib.use("Agg")
-DRAWN = {stage: set(drawings) for stage, drawings in redraw.FIGURES.items()}
+DRAWN = {
+    stage: set(drawings)
+    for stage, drawings in redraw.FIGURES.items()
+    if stage not in redraw.ONLY_NAMED
+}
 ALL = set().union(*DRAWN.values())
 
 
@@ -188,7 +192,7 @@ def coarse(monkeypatch):
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory) -> Path:
     source = tmp_path_factory.mktemp("stored") / "seed-0"
-    for stage in redraw.FIGURES:
+    for stage in DRAWN:
         write_stage(source, stage)
     return source
 

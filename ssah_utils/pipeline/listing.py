@@ -25,6 +25,8 @@ def lines(profile: str, assignments: list[str]) -> list[str]:
     found = [f"notebooks, under profile {profile}"]
     for stage in stages:
         state = "to run" if stage in todo else "up to date"
+        if stage in todo and stage.only_named:
+            state = "by --only"
         needs = ", ".join(stage.inputs) or "nothing"
         files = f"needs {needs}; writes {', '.join(stage.outputs)}"
         found.append(f"  {stage.name:18}  {state:10}  {files}")

@@ -5,6 +5,7 @@ A parameter's type is that of its default in the notebook. Its meaning is told b
 The table ``RULES`` has them all.
 """
 
+import dataclasses
 from collections.abc import Callable
 from fnmatch import fnmatchcase
 from functools import cache
@@ -12,6 +13,7 @@ from pathlib import Path
 
 from ssah_utils import embedded
 from ssah_utils.adapters import PEFT_METHODS
+from ssah_utils.experiments.recipes import Recipe
 from ssah_utils.loading import (
     check_reachable,
     check_rows,
@@ -102,6 +104,17 @@ def among(*methods: str) -> Check:
     return check_methods
 
 
+def by_recipe(name: str, value: dict, values: dict) -> None:
+    """A mapping of names to what each recipe changes, at least one."""
+    known = {field.name for field in dataclasses.fields(Recipe)}
+    if not value:
+        raise ValueError(f"{name} takes at least one recipe, such as {{'short': {{'steps': 60}}}}")
+    for recipe, changes in value.items():
+        if not isinstance(changes, dict) or not known.issuperset(changes):
+            what = f"{name} has {changes!r} under '{recipe}'"
+            raise ValueError(f"{what}, but a recipe changes {', '.join(sorted(known))}")
+
+
 def free(name: str, value: object, values: dict) -> None:
     """Any value of the right type will do."""
 
@@ -167,7 +180,9 @@ RULES: tuple[tuple[str, Check], ...] = (
     ("peft_factors", among(*PEFT_METHODS)),
     ("preference_methods", among("all", "redundant", "top", "random", "safety")),
     ("steps", whole_from(0)),
+    ("path_steps", whole_from(0)),
     ("twin_steps", at_least(0)),
+    ("recipes", by_recipe),
     ("prefill_tokens", whole_from(1)),
     ("checkpoints", list_of("numbers above 0", is_positive)),
     ("*_factors", list_of("numbers above 0", is_positive)),

@@ -91,6 +91,7 @@ def plan(profile: str, assignments: list[str], only: str = "", checked: bool = T
             parameters=values,
             own_files=tuple(entry.get("own_files", ())),
             every_seed=entry.get("every_seed", False),
+            only_named=entry.get("only_named", False),
         )
         stages.append(stage)
     return stages
@@ -325,10 +326,11 @@ def expected_seconds(stages: list[Stage]) -> dict[str, float]:
 def run(stages: list[Stage], only: str = "", force: bool = False) -> None:
     """Execute what is not up to date, in order.
 
-    With ``only``, that stage alone: its inputs have to be there. Raises ``InUse`` when another run
-    is at work in the same folder.
+    With ``only``, that stage alone: its inputs have to be there. Without, all but those that run
+    only when they are named. Raises ``InUse`` when another run is at work in the same folder.
     """
-    selected, alone = [stage for stage in stages if only in ("", stage.name)], bool(only)
+    alone = bool(only)
+    selected = [stage for stage in stages if (stage.name == only if only else not stage.only_named)]
     if due(stages, selected, alone, force):  # a full disk could not even hold the lock
         require_space(selected[0].folder, SPACE)
     with locked(run_lock(selected[0].folder.parent)):

@@ -36,6 +36,8 @@ class Stage:
     own_files: tuple[str, ...] = ()
     # Whether it also reads what runs with other seeds have stored.
     every_seed: bool = False
+    # Whether it runs only when it is named: nothing follows from it, and it takes long.
+    only_named: bool = False
 
     @property
     def name(self) -> str:

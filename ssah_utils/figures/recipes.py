@@ -3,7 +3,7 @@
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
-from ssah_utils.figures.style import CONTROL, INK, SAFETY, UTILITY, Tables, headline
+from ssah_utils.figures.style import CONTROL, INK, SAFETY, UTILITY, Tables, headline, legend_below
 
 RATES = {  # which sets are followed along a training: colour, and what counts
     "harmful": (SAFETY, "asr", "ASR, harmful"),
@@ -44,30 +44,33 @@ def recipe_path(tables: Tables) -> Figure:
 
 
 def recipe_effects(tables: Tables) -> Figure:
-    """Every recipe and repetition: refusals reached, harmless refused, effect of the units."""
+    """Every recipe and repetition: harmful answered, harmless refused, effect of the units."""
     goals, effects = tables["goals"], tables["effects"]
     recipes = list(dict.fromkeys(goals["recipe"]))
-    size = (7.2, 0.8 + 0.35 * len(recipes))
+    size = (7.2, 1.2 + 0.3 * len(recipes))
     figure, axes = plt.subplots(1, 3, figsize=size, sharey=True)
     place = {name: row for row, name in enumerate(reversed(recipes))}
-    for ax, sets in zip(
-        axes, (("harmful", "other_harmful"), ("safe_twin", "helpful")), strict=False
-    ):
-        for name in sets:
+    look = {"ls": "", "ms": 4, "alpha": 0.8}
+    panels = {
+        "answered (%)": ("harmful", "other_harmful"),
+        "refused (%)": ("safe_twin", "helpful"),
+    }
+    for ax, (unit, sets) in zip(axes, panels.items(), strict=False):
+        for name, marker in zip(sets, "o^", strict=True):
             colour, _, label = RATES[name]
             part = goals[goals["set"] == name]
-            ax.plot(
-                100 * part["mean"], part["recipe"].map(place), "o", ms=4, color=colour, label=label
-            )
-        ax.set(xlabel="requests (%)", xlim=(-3, 103))
-        ax.legend(fontsize=6, loc="upper center", bbox_to_anchor=(0.5, -0.25))
+            rows = part["recipe"].map(place)
+            ax.plot(100 * part["mean"], rows, marker, color=colour, label=label, **look)
+        ax.set(xlabel=unit, xlim=(-3, 103))
     axes[0].set(yticks=list(place.values()), yticklabels=list(place))
     largest = effects[effects["fraction"] == effects["fraction"].max()]
-    for name, colour in (("safety", SAFETY), ("random", CONTROL)):
-        rows = largest["recipe"].map(place)
-        axes[2].plot(largest[name], rows, "o", ms=4, color=colour, label=f"{name} units off")
+    rows = largest["recipe"].map(place)
+    for name, marker, colour in (("safety", "o", SAFETY), ("random", "^", CONTROL)):
+        label = f"{name} units off"
+        axes[2].plot(largest[name], rows, marker, color=colour, label=label, **look)
     axes[2].axvline(0, color=INK, lw=0.6)
-    axes[2].set(xlabel="points of coherent ASR added")
-    axes[2].legend(fontsize=6, loc="upper center", bbox_to_anchor=(0.5, -0.25))
+    axes[2].set(xlabel="coherent ASR added (points)", ylim=(-0.5, len(recipes) - 0.5))
+    handles = [handle for ax in axes for handle in ax.get_legend_handles_labels()[0]]
+    legend_below(figure, handles, ncols=3)
     headline(figure, "Recipes on development requests, one dot a training")
     return figure

@@ -7,7 +7,8 @@ import pandas as pd
 import pytest
 
 from ssah_utils import embedded
-from ssah_utils.pipeline import across_models, publish
+from ssah_utils.figures import models
+from ssah_utils.pipeline import across_models, publish, redraw
 from ssah_utils.pipeline.claims import load_claims
 from ssah_utils.pipeline.runs import Run
 
@@ -123,3 +124,37 @@ def test_stored_verdicts_by_model_follow_from_stored_results():
     main = table[table["model"] == across_models.MAIN].set_index("id")["verdict"].to_dict()
     claims = json.loads((publish.REFERENCE / publish.CLAIMS).read_text(encoding="utf-8"))
     assert main == {row["id"]: row["verdict"] for row in claims}
+
+
+def test_the_central_experiment_is_drawn_for_every_model(tmp_path):
+    rows = [
+        {
+            "model": model,
+            "condition": condition,
+            "metric": metric,
+            "mean": value,
+            "low": value / 2,
+            "high": (1 + value) / 2,
+        }
+        for model, effect in (("one", 0.9), ("two", 0.1))
+        for condition, value in (
+            ("nothing", 0.05),
+            ("safety", effect),
+            ("random, as safety", 0.0),
+            ("random, as safety", 0.1),
+        )
+        for metric in ("coherent_asr", "degenerate")
+    ]
+    figure = models.ablation_by_model(pd.DataFrame(rows))
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["two", "one"]
+    drawn = sorted(x for line in figure.axes[0].get_lines() for x in line.get_xdata())
+    assert drawn == pytest.approx([0, 0, 5, 5, 10, 10, 10, 90])
+
+
+def test_nothing_is_drawn_across_models_where_there_is_one(tmp_path):
+    ablation(tmp_path, embedded.DEFAULT, 0.7)
+    assert redraw.redraw_across_models(tmp_path, tmp_path) == []
+    assert not list(tmp_path.glob("*.png"))
+    ablation(tmp_path / "models" / "qwen", "qwen", 0.3)
+    (problem,) = redraw.redraw_across_models(tmp_path, tmp_path)  # it has no rates
+    assert problem.startswith("figure ablation_by_model fails") and "\n" not in problem

@@ -168,6 +168,20 @@ def units_across(results: StoredResults) -> str:
     return markdown(rows, header)
 
 
+def ablation_rates(stored: Path) -> pd.DataFrame:
+    """Answers to harmful requests under every group's ablation, on every model: model, condition,
+    metric, mean, low, high, one row a draw. Empty where no model has a result of 04.
+    """
+    parts = []
+    for model, stages in results_by_model(stored).items():
+        if "04_ablation" in stages:
+            rates = stages["04_ablation"]["tables"]["rates"]
+            groups = rates[(rates["part"] == "groups") & (rates["set"] == "harmful")]
+            parts.append(groups.assign(model=model))
+    columns = ["model", "condition", "metric", "mean", "low", "high"]
+    return pd.concat(parts)[columns] if parts else pd.DataFrame(columns=columns)
+
+
 MODEL_TABLES = {
     "claims by model": claims_across,
     "ablation by model": ablation_across,

@@ -16,6 +16,7 @@ from ssah_utils.figures import (
     finders,
     freezing,
     judge,
+    models,
     paper,
     probing,
     recipes,
@@ -26,6 +27,7 @@ from ssah_utils.figures import (
 )
 from ssah_utils.figures.style import save_figure, set_style
 from ssah_utils.files import REFERENCE
+from ssah_utils.pipeline import across_models
 from ssah_utils.pipeline.runs import find_run, load_result
 from ssah_utils.unit_files import load_partition
 from ssah_utils.units import to_table
@@ -134,4 +136,20 @@ def redraw(source: Path, target: Path) -> list[str]:
                 plt.close("all")
         if missing:
             problems.append(f"{stage}: {'; '.join(missing)}: re-run {stage}")
-    return problems
+    return problems + redraw_across_models(source, target)
+
+
+def redraw_across_models(source: Path, target: Path) -> list[str]:
+    """Draw what shows all models side by side; one line where it could not be drawn.
+
+    Nothing where ``source`` holds the results of one model alone.
+    """
+    if not (source / across_models.FOLDER).exists():
+        return []
+    try:
+        rates = across_models.ablation_rates(source)
+        save_figure(models.ablation_by_model(rates), target, "ablation_by_model")
+    except LACKING as error:
+        plt.close("all")
+        return [f"figure ablation_by_model fails: {error}: re-run 04_ablation on every model"]
+    return []

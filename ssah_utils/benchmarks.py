@@ -17,8 +17,7 @@ import yaml
 from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from ssah_utils import extras, prompt_cache, wrappers
-from ssah_utils.assets import hub_answers
+from ssah_utils import extras, hub, prompt_cache, wrappers
 from ssah_utils.files import DATA
 from ssah_utils.prompts.chat import end_tokens
 
@@ -146,13 +145,14 @@ def load_task(name: str) -> dict:
                 f"unknown utility task '{name}'; nearest are {', '.join(near)}"
                 f" (or: cloze, {', '.join(PAPER_TASKS)})"
             )
-        datasets.config.HF_HUB_OFFLINE = not hub_answers()  # then the local cache is all there is
+        datasets.config.HF_HUB_OFFLINE = not hub.answers()  # then the local cache is all there is
         try:
             return _seeded(get_task_dict([name], manager))
         except (OSError, datasets.exceptions.DatasetsError) as error:
+            said = " ".join(str(error).split())
             raise ConnectionError(
                 f"cannot load the data of utility task '{name}' from the Hugging Face hub"
-                " or its cache; a task that needs no hub: cloze"
+                f" or its cache ({said}); a task that needs no hub: cloze"
             ) from error
         # a package that one task needs is missing, or its data come as a script
         except (ImportError, RuntimeError) as error:

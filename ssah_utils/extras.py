@@ -12,7 +12,7 @@ from importlib.util import find_spec
 EXTRAS = {
     "embedded": ("gguf",),
     "train": ("accelerate", "datasets", "peft", "trl"),
-    "eval": ("datasets", "lm_eval", "scipy", "sklearn"),
+    "eval": ("datasets", "lm_eval", "pyarrow", "scipy", "sklearn"),
     "notebooks": ("ipykernel", "jupyterlab", "matplotlib", "papermill", "seaborn"),
 }
 

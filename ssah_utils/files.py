@@ -126,12 +126,30 @@ def _as_json(value: object) -> object:
     )
 
 
-def require_space(folder: Path | str, n_bytes: int) -> None:
-    """Raise ``OSError`` before work starts when ``folder``'s disk cannot hold ``n_bytes``."""
-    existing = next(p for p in [Path(folder), *Path(folder).parents] if p.exists())
-    free = shutil.disk_usage(existing).free
+def free_space(folder: Path | str) -> int:
+    """Bytes that are free on the disk of a folder, which need not be there yet."""
+    return shutil.disk_usage(_existing(folder)).free
+
+
+def require_space(
+    folder: Path | str,
+    n_bytes: int,
+    what: str = "",
+    way_out: str = "point SSAH_CACHE (models) or SSAH_RUNS (results) to another disk",
+) -> None:
+    """Raise ``OSError`` before work starts when ``folder``'s disk cannot hold ``n_bytes``.
+
+    The message names ``what`` they are needed for, and the ``way_out`` beside freeing some space.
+    """
+    free = free_space(folder)
     if free < n_bytes:
+        purpose = f" for {what}" if what else ""
         raise OSError(
-            f"{existing} has {free / 2**30:.1f} GiB free and {n_bytes / 2**30:.1f} GiB are needed:"
-            " free some space or point SSAH_CACHE (models) or SSAH_RUNS (results) to another disk"
+            f"{_existing(folder)} has {free / 2**30:.1f} GiB free and {n_bytes / 2**30:.1f} GiB"
+            f" are needed{purpose}: free some space or {way_out}"
         )
+
+
+def _existing(folder: Path | str) -> Path:
+    """A folder, or the nearest around it that is there."""
+    return next(path for path in [Path(folder), *Path(folder).parents] if path.exists())

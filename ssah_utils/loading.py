@@ -19,7 +19,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from ssah_utils import assets, embedded
+from ssah_utils import embedded, hub, room
 from ssah_utils.models import ARCHITECTURES, DEQUANTISE
 from ssah_utils.prompts.chat import template_tokens
 
@@ -36,20 +36,20 @@ def load(
 ) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     """Model in evaluation mode and its tokenizer.
 
-    ``name`` is one of ``embedded.NAMES`` (no hub), a local folder, or a Hugging Face id. Never runs
-    remote code; reads safetensors only. Raises ``ValueError`` for a model that is there but not
-    whole, quantised, or larger than its configuration says; ``ConnectionError`` for one that cannot
-    be had; ``PermissionError`` for one whose terms are not accepted.
+    ``name`` is one of ``embedded.NAMES`` (no hub), a local folder, or a Hugging Face id, with
+    ``@revision`` for another than the newest. Never runs remote code; reads safetensors only.
+    Raises ``ValueError`` for a model that is there but not whole, quantised, or larger than its
+    configuration says; ``ConnectionError`` for one that cannot be had; ``PermissionError`` for one
+    whose terms are not accepted; ``OSError`` for too little disk or memory.
     """
     if name == embedded.TINY_RANDOM:
         tokenizer = load_tokenizer(name)
         return embedded.tiny_random(tokenizer, dtype).to(device).eval(), tokenizer
-    folder = resolve(name)
-    if Path(folder).is_dir():
-        check_folder(Path(folder))
+    folder = whole_folder(name)
     tokenizer = load_tokenizer(name)
     try:
         refuse_quantised(AutoConfig.from_pretrained(folder, trust_remote_code=False), name)
+        check_room(name, dtype, device)
         model, found = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
@@ -58,8 +58,6 @@ def load(
             output_loading_info=True,
             ignore_mismatched_sizes=False,
         )
-    except OSError as error:
-        raise ConnectionError(_not_loadable(name)) from error
     except RuntimeError as error:  # sizes that do not fit
         raise ValueError(
             f"the weights of '{name}' do not fit its config.json: {_reason(error)}"
@@ -81,19 +79,15 @@ def load(
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a model, without its weights, as ``with_padding_token`` leaves it.
 
-    Raises ``ValueError`` for one that does not belong to the weights or is missing in a folder,
-    ``ConnectionError`` for one that cannot be had.
+    Raises ``ValueError`` for one that is missing or does not belong to the weights, and what
+    ``resolve`` raises.
     """
     folder = resolve(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        if Path(name).is_dir():
-            raise ValueError(
-                f"model folder '{name}' has no usable tokenizer: {_reason(error)}"
-            ) from error
-        raise ConnectionError(_not_loadable(name)) from error
+        raise ValueError(f"model '{name}' has no usable tokenizer: {_reason(error)}") from error
     n_rows = config.get_text_config().vocab_size
     try:
         tokenizer = with_padding_token(tokenizer, n_rows)
@@ -145,15 +139,16 @@ def check_rows(tokenizer: PreTrainedTokenizerBase, n_rows: int) -> None:
             )
 
 
-def resolve(name: str) -> str:
-    """What ``from_pretrained`` should be given for a model's name.
+def resolve(name: str) -> Path:
+    """Folder of a model with all but, perhaps, its weights.
 
-    Fetches nothing but an embedded model. Raises ``ValueError`` for a name that is neither
-    embedded, nor a folder with a model, nor shaped like a hub id.
+    Fetches an embedded model, or what a model on the hub has beside its weights. Raises
+    ``ValueError`` for a name that is neither embedded, nor a folder with a model, nor one of the
+    hub, and ``ConnectionError`` where the hub is needed and does not answer, or not to this user.
     """
     if name in embedded.NAMES:
         own = embedded.DEFAULT if name == embedded.TINY_RANDOM else name  # it borrows a tokenizer
-        return str(embedded.folder_of(own))
+        return embedded.folder_of(own)
     if Path(name).is_dir():
         if (Path(name) / "adapter_config.json").exists():
             base = _json(Path(name) / "adapter_config.json").get("base_model_name_or_path")
@@ -163,14 +158,36 @@ def resolve(name: str) -> str:
             )
         if not (Path(name) / "config.json").exists():
             raise ValueError(f"folder '{name}' holds no config.json, so no Hugging Face model")
-        return name
-    parts = name.split("/")
-    if len(parts) != 2 or not all(parts) or name[0] in "./~":
+        return Path(name)
+    if not hub.is_name(name):
         raise ValueError(
             f"unknown model '{name}': give one that is embedded ({', '.join(embedded.MODELS)}),"
             " an existing folder, or a hub id such as 'meta-llama/Llama-2-7b-chat-hf'"
         )
-    return name
+    try:
+        return hub.folder(name)
+    except ConnectionError as error:
+        raise ConnectionError(f"{error}; without a hub: {', '.join(embedded.MODELS)}") from error
+
+
+def whole_folder(name: str) -> Path:
+    """``resolve``, with the weights: fetched where they are absent, and checked."""
+    folder = hub.fetch(name) if hub.is_name(name) else resolve(name)
+    check_folder(folder)
+    return folder
+
+
+def check_room(name: str, dtype: torch.dtype, device: str = "cpu") -> None:
+    """``OSError``, before anything large is fetched, for weights that do not fit into memory."""
+    if name == embedded.TINY_RANDOM:
+        return
+    if name in embedded.MODELS:
+        n_parameters = embedded.MODELS[name].n_bytes_float32 // torch.float32.itemsize
+    elif hub.is_name(name):
+        n_parameters = hub.n_parameters(name)
+    else:
+        n_parameters = room.n_parameters_in(check_folder(resolve(name)))
+    room.require_memory(name, n_parameters, dtype, device)
 
 
 # ------------------------------------------------------------------------------------ what is there
@@ -179,21 +196,18 @@ def resolve(name: str) -> str:
 def checked_config(name: str) -> PretrainedConfig:
     """Configuration of a model that can be loaded, as far as one can tell without reading weights.
 
-    ``ValueError`` says what a folder lacks, ``ConnectionError`` that a hub id cannot be had.
+    ``ValueError`` says what it lacks, ``ConnectionError`` that it cannot be had, ``OSError`` that
+    the disk is too small for it.
     """
     folder = resolve(name)
-    is_local = Path(folder).is_dir()
-    if is_local:
-        check_folder(Path(folder))
+    if hub.is_name(name):
+        hub.check_weights(name)
+    else:
+        check_folder(folder)
     try:
-        local_only = is_local or not assets.hub_answers()
-        config = AutoConfig.from_pretrained(
-            folder, local_files_only=local_only, trust_remote_code=False
-        )
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
-        if is_local or not isinstance(error, OSError):
-            raise ValueError(f"model '{name}' cannot be used: {_reason(error)}") from error
-        raise ConnectionError(_not_loadable(name)) from error
+        raise ValueError(f"model '{name}' cannot be used: {_reason(error)}") from error
     refuse_quantised(config, name)
     return config
 
@@ -211,8 +225,8 @@ def refuse_quantised(config: PretrainedConfig, name: str) -> None:
     )
 
 
-def check_folder(folder: Path) -> None:
-    """``ValueError`` unless a folder's weights are safetensors, all there and none cut short."""
+def check_folder(folder: Path) -> list[Path]:
+    """A folder's files of weights; ``ValueError`` unless all are there, safetensors and whole."""
     _json(folder / "config.json")
     index = folder / "model.safetensors.index.json"
     is_split = index.exists()
@@ -221,11 +235,7 @@ def check_folder(folder: Path) -> None:
     missing = [name for name in names if not (folder / name).exists()]
     if missing and not is_split:
         pickles = any(next(folder.glob(f"*{suffix}"), None) for suffix in (".bin", ".pt", ".pth"))
-        why = (
-            "its weights are pickles, which can run code: save_pretrained it where you trust it"
-            if pickles
-            else "it holds no weights"
-        )
+        why = hub.PICKLES if pickles else "it holds no weights"
         raise ValueError(f"model folder '{folder}' has no safetensors: {why}")
     if missing:
         raise ValueError(
@@ -241,6 +251,7 @@ def check_folder(folder: Path) -> None:
                 f"'{folder / name}' is not whole (a download broken off, or a Git LFS pointer):"
                 f" {_reason(error)}"
             ) from error
+    return [folder / name for name in names]
 
 
 def _json(path: Path) -> dict:
@@ -260,18 +271,10 @@ def _reason(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def _not_loadable(name: str) -> str:
-    return (
-        f"cannot load '{name}' from the Hugging Face hub or its cache"
-        " (no network, no such id, no access, or no safetensors);"
-        f" without a hub use an embedded model: '{embedded.DEFAULT}'"
-    )
-
-
 def check_reachable(name: str) -> None:
     """Raise before any compute when a model cannot be had or its architecture is not supported.
 
-    ``ValueError`` or ``ConnectionError``, as ``checked_config`` has them.
+    Raises as ``checked_config`` does.
     """
     if name in embedded.NAMES:
         if name in embedded.MODELS:

@@ -7,7 +7,6 @@ the verdict ``complied`` says. The rules are in ``rules``.
 import re
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,9 +18,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from ssah_utils.assets import hub_answers
+from ssah_utils import hub
 from ssah_utils.evaluation import opening_log_probabilities
-from ssah_utils.loading import load_tokenizer, resolve
+from ssah_utils.loading import load_tokenizer, resolve, whole_folder
 from ssah_utils.prompt_cache import n_positions
 from ssah_utils.prompts import chat
 from ssah_utils.wrappers import evaluating
@@ -58,6 +57,8 @@ def check_judge(name: str) -> None:
             f"judge model '{name}' has no head to judge with (found: {found}):"
             " give a sequence classifier or a chat model"
         )
+    if hub.is_name(name):
+        hub.check_weights(name)
 
 
 def load_judge(name: str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Judge:
@@ -70,7 +71,7 @@ def load_judge(name: str, dtype: torch.dtype = torch.float32, device: str = "cpu
     loader = AutoModelForSequenceClassification if is_classifier else AutoModelForCausalLM
     probability = probability_by_classifier if is_classifier else probability_by_chat
     safely = {"use_safetensors": True, "trust_remote_code": False}
-    model = loader.from_pretrained(resolve(name), dtype=dtype, **safely).to(device).eval()
+    model = loader.from_pretrained(whole_folder(name), dtype=dtype, **safely).to(device).eval()
     return lambda requests, answers: probability(model, tokenizer, requests, answers)
 
 
@@ -221,14 +222,10 @@ def _is_classifier(config) -> bool:
 
 
 def _config(name: str):
-    folder = resolve(name)
     try:
-        local_only = Path(folder).is_dir() or not hub_answers()
-        return AutoConfig.from_pretrained(
-            folder, local_files_only=local_only, trust_remote_code=False
-        )
-    except (OSError, ValueError, KeyError) as error:
-        raise ConnectionError(
-            f"cannot load judge model '{name}' from the Hugging Face hub, its cache or a folder;"
-            " '' judges by rules only"
-        ) from error
+        return AutoConfig.from_pretrained(resolve(name), trust_remote_code=False)
+    except ConnectionError as error:
+        raise ConnectionError(f"judge {error}; or '': judge by rules only") from error
+    except (OSError, KeyError) as error:
+        said = str(error).strip().splitlines()[0]
+        raise ValueError(f"judge model '{name}' cannot be used: {said}") from error

@@ -16,11 +16,12 @@ from ssah_utils.adapters import PEFT_METHODS
 from ssah_utils.experiments.recipes import Recipe
 from ssah_utils.loading import (
     check_reachable,
+    check_room,
     check_rows,
     checked_config,
     load_tokenizer,
 )
-from ssah_utils.precision import DTYPES
+from ssah_utils.precision import DTYPES, dtype_named, preferred_device
 from ssah_utils.prompt_cache import check_lengths
 from ssah_utils.prompts.chat import render, set_chat_template
 from ssah_utils.prompts.datasets import adaptation_split, check_splits, load_dataset, load_pairs
@@ -151,6 +152,8 @@ def template(name: str, value: str, values: dict) -> None:
 
 def model(name: str, value: str, values: dict) -> None:
     check_reachable(value)
+    device = preferred_device()
+    check_room(value, dtype_named(values.get("dtype", "auto"), device), device)
     check_template(value, values.get("chat_template", ""), values.get("system_prompt", ""))
 
 

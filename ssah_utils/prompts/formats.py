@@ -57,14 +57,17 @@ def read_file(path: Path) -> list[dict]:
     return plain
 
 
-def parse_rows(text: str, suffix: str, where: str) -> list[dict]:
-    """Rows of a file, each with the number of the line where it begins as ``_line``."""
+def parse_rows(text: str, suffix: str, where: str, header: tuple[str, ...] = ()) -> list[dict]:
+    """Rows of a file, each with the number of the line where it begins as ``_line``.
+
+    ``header``: names of the columns of a .csv file that does not begin with them.
+    """
     text = text.removeprefix("\ufeff")
     lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     if suffix == ".jsonl":
         rows = [_json_line(line, number, where) for number, line in lines]
     elif suffix == ".csv":
-        rows = _csv_rows(text, where)
+        rows = _csv_rows(text, where, list(header) or None)
     elif suffix == ".txt":
         rows = [{"_line": number, "prompt": line.strip()} for number, line in lines]
     else:  # PyRIT's YAML
@@ -132,7 +135,7 @@ def _json_line(line: str, number: int, where: str) -> dict:
     return row | {"_line": number}
 
 
-def _csv_rows(text: str, where: str) -> list[dict]:
+def _csv_rows(text: str, where: str, header: list[str] | None = None) -> list[dict]:
     lines = io.StringIO(text, newline="")
     skipped = 0
     while text.startswith("#"):  # PyRIT begins its files with a version comment
@@ -141,7 +144,7 @@ def _csv_rows(text: str, where: str) -> list[dict]:
     # one limit for the whole process, by default 131,072 characters
     limit = csv.field_size_limit(len(text) + 1)
     try:
-        reader, rows, header = csv.reader(lines, strict=True), [], None
+        reader, rows = csv.reader(lines, strict=True), []
         while True:
             line = reader.line_num + skipped + 1  # where a row begins; its cells may hold lines
             place = f"{where}, line {line}"

@@ -1,0 +1,110 @@
+"""Is there room for a model: how many numbers it holds, how much memory is free, what would fit.
+
+Knows bytes and precisions. Does not know architectures or where models come from.
+"""
+
+import json
+import math
+import os
+import re
+import struct
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+GIB = 2**30
+CGROUP = Path("/sys/fs/cgroup")
+
+
+def n_parameters_in(files: Iterable[Path]) -> int:
+    """How many numbers safetensors files hold, by their heads alone."""
+    heads = [_head(path) for path in files]
+    tensors = [about for head in heads for name, about in head.items() if name != "__metadata__"]
+    return sum(math.prod(about["shape"]) for about in tensors)
+
+
+def _head(path: Path) -> dict:
+    with open(path, "rb") as file:
+        (n_bytes,) = struct.unpack("<Q", file.read(8))
+        return json.loads(file.read(n_bytes))
+
+
+def require_memory(name: str, n_parameters: int, dtype: torch.dtype, device: str = "cpu") -> None:
+    """``OSError`` in one line where a model's weights do not fit into the memory that is free.
+
+    They go through the computer's memory also where they end on a GPU. Says what would fit. What a
+    training or a long prompt takes beside the weights is not counted.
+    """
+    needed = n_parameters * dtype.itemsize
+    places = {"memory": free_memory()}
+    if device.startswith("cuda"):
+        places["GPU memory"] = torch.cuda.mem_get_info(device)[0]
+    for place, free in places.items():
+        if free is None or needed <= free:
+            continue
+        narrow = torch.bfloat16.itemsize * n_parameters
+        if narrow <= free and dtype.itemsize > torch.bfloat16.itemsize:
+            fits = f"bfloat16 would fit, with {narrow / GIB:.1f} GiB: dtype=bfloat16"
+        else:
+            billions = free / torch.bfloat16.itemsize / 1e9
+            fits = f"a model of up to {billions:.1f} billion parameters in bfloat16 would fit"
+        raise OSError(
+            f"the weights of '{name}' need {needed / GIB:.1f} GiB of {place} in"
+            f" {str(dtype).removeprefix('torch.')}, and {free / GIB:.1f} GiB are free: {fits}"
+        )
+
+
+def free_memory() -> int | None:
+    """Bytes of memory that this process may still take; None where the system does not say.
+
+    The lesser of what the machine has and what a container or a batch system allows.
+    """
+    known = [free for free in (_free_on_machine(), _free_in_group()) if free is not None]
+    return min(known) if known else None
+
+
+def _free_on_machine() -> int | None:
+    try:
+        found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+        return int(found[1]) * 1024 if found else None
+    except OSError:
+        pass
+    try:  # elsewhere: all that there is, as nobody says what is free
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):
+        return None
+
+
+def _free_in_group() -> int | None:
+    """What is left under the limits of this process's control groups, of either version."""
+    try:
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return None
+    left = []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers not in ("", "memory") and "memory" not in controllers.split(","):
+            continue
+        root = CGROUP if not controllers else CGROUP / "memory"
+        names = ("memory.max", "memory.current", "inactive_file")
+        if controllers:
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        place = root / path.lstrip("/")
+        for group in (place, *place.parents):
+            if group.is_relative_to(root):
+                left.append(_left_in(group, *names))
+    known = [free for free in left if free is not None]
+    return max(0, min(known)) if known else None
+
+
+def _left_in(group: Path, limit: str, used: str, reclaimable: str) -> int | None:
+    try:
+        allowed, taken = (group / limit).read_text().strip(), int((group / used).read_text())
+        found = re.search(rf"^{reclaimable} (\d+)$", (group / "memory.stat").read_text(), re.M)
+    except (OSError, ValueError):
+        return None
+    if not allowed.isdigit():  # "max"
+        return None
+    return int(allowed) - taken + (int(found[1]) if found else 0)

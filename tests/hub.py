@@ -18,7 +18,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from ssah_utils.files import ROOT
+from ssah_utils.files import ROOT, cache_dir
 
 LARGE = ("*.safetensors", "*.bin", "*.parquet", "*.jsonl")  # in LFS, as .gitattributes would say
 TOKEN = "hf_of_somebody_with_access"
@@ -227,9 +227,8 @@ class Handler(BaseHTTPRequestHandler):
             first, last = int(match[1]), min(int(match[2] or total - 1), total - 1)
             status, content = 206, content[first : last + 1]
             said["Content-Range"] = f"bytes {first}-{last}/{total}"
-        self.send(
-            status, content, said, self.hub.cut_after.pop(file, None) if status < 206 else None
-        )
+        is_whole = status == 200 and not self.is_head
+        self.send(status, content, said, self.hub.cut_after.pop(file, None) if is_whole else None)
 
     def send_json(self, content: object) -> None:
         self.send(200, json.dumps(content).encode(), {"Content-Type": "application/json"})
@@ -297,6 +296,10 @@ class Clients:
         nowhere = "http://127.0.0.1:9"
         own |= {"HTTP_PROXY": nowhere, "HTTPS_PROXY": nowhere, "NO_PROXY": "127.0.0.1"}
         own |= {name.lower(): own[name] for name in ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")}
+        (home / "ssah").mkdir()
+        for name in ("models", "wheels"):  # what was fetched already
+            (cache_dir() / name).mkdir(exist_ok=True)
+            os.symlink(cache_dir() / name, home / "ssah" / name)
         self.home = home
         self.log = open(home / "stderr.txt", "w", encoding="utf-8")  # noqa: SIM115
         self.process = subprocess.Popen(

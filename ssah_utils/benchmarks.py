@@ -6,6 +6,7 @@ Knows models through their Hugging Face interface only.
 import contextlib
 import copy
 import difflib
+import functools
 import io
 import logging
 import warnings
@@ -132,13 +133,13 @@ def load_task(name: str) -> dict:
     """
     with extras.needed("eval"):
         from lm_eval.api.task import ConfigurableTask  # slow to import
-        from lm_eval.tasks import TaskManager, get_task_dict
+        from lm_eval.tasks import get_task_dict
 
     with _quiet("lm_eval"):
         if name == "cloze":
             task = ConfigurableTask(config=cloze_task())
             return _seeded({task.config.task: task})
-        manager = TaskManager()
+        manager = _manager()
         if name not in manager.all_tasks:
             near = difflib.get_close_matches(name, ["cloze", *manager.all_tasks], n=3, cutoff=0)
             raise ValueError(
@@ -158,6 +159,14 @@ def load_task(name: str) -> dict:
         except (ImportError, RuntimeError) as error:
             reason = " ".join(str(error).split())
             raise ValueError(f"utility task '{name}' does not load here: {reason}") from error
+
+
+@functools.cache
+def _manager():
+    """The harness's index of its tasks: it reads thousands of files, which takes seconds."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
 
 
 def _seeded(tasks: dict) -> dict:

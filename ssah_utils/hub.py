@@ -20,12 +20,15 @@ from pathlib import Path
 
 from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
-    EntryNotFoundError,
     GatedRepoError,
     HfHubHTTPError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    RemoteEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
     RevisionResolutionError,
+    SafetensorsParsingError,
 )
 from huggingface_hub.utils import disable_progress_bars
 
@@ -34,7 +37,7 @@ from ssah_utils.room import n_parameters_in
 
 disable_progress_bars()
 
-NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
+NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 PATIENCE = 60  # seconds for which an answer of the hub, or none, is taken as the present state
 # What is read beside the weights: configurations, tokenizers, chat templates. Nothing in folders.
@@ -142,7 +145,7 @@ def _kept(repository: str, kind: str = "model") -> Path:
 def folder(name: str) -> Path:
     """A model's snapshot in the local cache, with all of it but the weights.
 
-    Raises as ``commit_of`` does; ``ConnectionError`` also for a gated model.
+    Raises as ``commit_of`` does; ``PermissionError`` for a gated model.
     """
     commit, repository = commit_of(name), split_name(name)[0]
     with _in_one_line(repository, commit, "model"):
@@ -166,8 +169,12 @@ def weight_files(name: str) -> list[str]:
     """Names of a model's files of weights; ``ValueError`` where they are no safetensors."""
     snapshot = folder(name)
     if (snapshot / INDEX).exists():
-        index = json.loads((snapshot / INDEX).read_text(encoding="utf-8"))
-        return sorted(set(index["weight_map"].values()))
+        try:
+            index = json.loads((snapshot / INDEX).read_text(encoding="utf-8"))
+            return sorted(set(index["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            what = _named("model", split_name(name)[0])
+            raise ValueError(f"{what} has an {INDEX} that cannot be read") from error
     if (snapshot / SINGLE).exists() or not answers() or SINGLE in _sizes(name):
         return [SINGLE]
     has_pickles = any(path.endswith((".bin", ".pt", ".pth")) for path in _sizes(name))
@@ -257,7 +264,7 @@ def fetch_file(repository: str, commit: str, file: str) -> Path:
     """A verified file of a data set at a commit; from the local cache where it is there.
 
     Raises ``ValueError`` for a data set, commit or file that is not there and for a damaged file,
-    ``ConnectionError`` for a gated data set and without a network.
+    ``PermissionError`` for a gated data set, ``ConnectionError`` without a network.
     """
     path = _kept(repository, "dataset") / "snapshots" / commit / file
     if not path.exists():
@@ -320,7 +327,7 @@ def _in_one_line(repository: str, revision: str, kind: str, file: str = "") -> I
         yield
     except GatedRepoError as error:
         page = "/".join([constants.ENDPOINT, *(["datasets"] if kind == "dataset" else [])])
-        raise ConnectionError(
+        raise PermissionError(
             f"{what} is gated: accept its terms on {page}/{repository},"
             " and log in with that account: hf auth login"
         ) from error
@@ -333,17 +340,22 @@ def _in_one_line(repository: str, revision: str, kind: str, file: str = "") -> I
         raise ValueError(
             f"{what} has no revision '{revision}'{_nearest_revision(repository, revision, kind)}"
         ) from error
-    except (RevisionResolutionError, EntryNotFoundError) as error:
-        if answers() and file:
-            raise ValueError(f"{what} has no file '{file}' at {revision[:12]}") from error
+    except RemoteEntryNotFoundError as error:
+        raise ValueError(f"{what} has no file '{file}' at {revision[:12]}") from error
+    except SafetensorsParsingError as error:
+        raise ValueError(f"{what} has weights that are no safetensors: {_first(error)}") from error
+    except (RevisionResolutionError, LocalEntryNotFoundError) as error:
         raise ConnectionError(f"{what} is not in the local cache, and {_silent()}") from error
     except HfHubHTTPError as error:
         status = error.response.status_code
         why = "a token that is not valid: hf auth login" if status == 401 else f"error {status}"
         raise ConnectionError(f"{what} cannot be had: the hub answers with {why}") from error
-    except (OSError, RuntimeError) as error:
-        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ConnectionError(f"{what} was not fetched: {said}") from error
+    except (HTTPError, OSError, RuntimeError) as error:
+        raise ConnectionError(f"{what} was not fetched: {_first(error)}") from error
+
+
+def _first(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _named(kind: str, repository: str) -> str:
@@ -353,7 +365,8 @@ def _named(kind: str, repository: str) -> str:
 def _silent() -> str:
     if constants.HF_HUB_OFFLINE:
         return "the hub is not asked, as HF_HUB_OFFLINE is set"
-    return f"the hub does not answer ({constants.ENDPOINT})"
+    fails = "is in trouble" if answers() else "does not answer"
+    return f"the hub {fails} ({constants.ENDPOINT})"
 
 
 def _nearest_repository(repository: str, kind: str) -> str:
@@ -365,7 +378,7 @@ def _nearest_repository(repository: str, kind: str) -> str:
         own = [one.id for one in listed(author=owner, limit=200)]
         near = difflib.get_close_matches(repository, own, n=1)
         near = near or [one.id for one in listed(search=title, limit=1)]
-    except (OSError, ValueError):
+    except (HTTPError, OSError, ValueError):
         near = []
     return f"; nearest is '{near[0]}'" if near else ""
 
@@ -373,7 +386,7 @@ def _nearest_repository(repository: str, kind: str) -> str:
 def _nearest_revision(repository: str, revision: str, kind: str) -> str:
     try:
         refs = HfApi().list_repo_refs(repository, repo_type=kind)
-    except (OSError, ValueError):
+    except (HTTPError, OSError, ValueError):
         return ""
     names = [ref.name for ref in (*refs.branches, *refs.tags)]
     near = difflib.get_close_matches(revision, names, n=1, cutoff=0)

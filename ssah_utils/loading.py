@@ -73,6 +73,9 @@ def load(
             f"'{name}' has {len(unused)} weights that its config.json does not use,"
             f" such as {unused[0]}: give it the config.json that it was saved with"
         )
+    if hub.is_name(name):  # not the folder in the cache
+        model.name_or_path = model.config.name_or_path = hub.split_name(name)[0]
+        model.config._commit_hash = hub.commit_of(name)
     return model.to(device).eval(), tokenizer
 
 
@@ -88,6 +91,8 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ValueError(f"model '{name}' has no usable tokenizer: {_reason(error)}") from error
+    if hub.is_name(name):
+        tokenizer.name_or_path = hub.split_name(name)[0]
     n_rows = config.get_text_config().vocab_size
     try:
         tokenizer = with_padding_token(tokenizer, n_rows)

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 GIB = 2**30
-CGROUP = Path("/sys/fs/cgroup")
+CGROUP, OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
 def n_parameters_in(files: Iterable[Path]) -> int:
@@ -79,7 +79,7 @@ def _free_on_machine() -> int | None:
 def _free_in_group() -> int | None:
     """What is left under the limits of this process's control groups, of either version."""
     try:
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
+        lines = OWN_CGROUP.read_text().splitlines()
     except OSError:
         return None
     left = []

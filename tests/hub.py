@@ -68,6 +68,7 @@ class Hub:
         self.requests: list[tuple[str, str, str]] = []  # method, path, range
         self.cut_after: dict[str, int] = {}  # by file: the connection breaks after so many bytes
         self.damaged: set[str] = set()  # files that are served with one other byte
+        self.broken = 0  # the status with which every request is answered
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler_of(self))
         self.server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self.server.server_port}"
@@ -113,6 +114,8 @@ class Handler(BaseHTTPRequestHandler):
         path, self.query = unquote(place.path), parse_qs(place.query)
         self.is_head = is_head
         self.hub.requests.append((self.command, path, self.headers.get("Range") or ""))
+        if self.hub.broken:
+            return self.refuse(self.hub.broken, "", "Service Unavailable")
         if path == "/":
             return self.send(200, b"a hub")
         if match := re.fullmatch(r"/api/(models|datasets)", path):

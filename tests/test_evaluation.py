@@ -558,7 +558,7 @@ def test_the_papers_tasks_are_the_harness_s():
 
 
 def test_a_task_without_a_hub_says_so_in_one_line(monkeypatch, tmp_path):
-    monkeypatch.setattr(benchmarks, "hub_answers", lambda: False)
+    monkeypatch.setattr(benchmarks.hub, "answers", lambda: False)
     monkeypatch.setattr(benchmarks.datasets.config, "HF_DATASETS_CACHE", tmp_path)
     with pytest.raises(ConnectionError, match="data of utility task 'openbookqa'") as error:
         benchmarks.load_task("openbookqa")

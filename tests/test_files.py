@@ -200,6 +200,11 @@ def test_lack_of_space_is_one_line_that_names_the_folder(tmp_path, inside):
     assert not list(tmp_path.iterdir())
 
 
+def test_lack_of_space_says_what_for_and_what_else_helps(tmp_path):
+    with pytest.raises(OSError, match="are needed for a model: free some space or move"):
+        files.require_space(tmp_path, 2**60, "a model", "move")
+
+
 def test_enough_space_is_silent(tmp_path, monkeypatch):
     files.require_space(tmp_path / "not" / "there", 1)
     monkeypatch.chdir(tmp_path)

@@ -48,7 +48,7 @@ def clients(server: Hub, tmp_path_factory) -> Iterator[Clients]:
         "import os, shutil, torch\n"
         "from collections import namedtuple\n"
         "from huggingface_hub import constants\n"
-        "from ssah_utils import fingerprints, hub, loading, room\n"
+        "from ssah_utils import fingerprints, hub, loading, room, unit_files\n"
         "from ssah_utils.prompts import datasets\n"
     )
     yield found
@@ -105,10 +105,13 @@ def test_a_model_is_loaded_by_its_hub_id_at_one_commit(server, clients, files):
         "model, tokenizer = loading.load('org/plain')\n"
         "loading.load('org/plain')\n"
         "result = [fingerprints.fingerprint(model), tokenizer('w3 w50').input_ids,"
-        " tokenizer.chat_template, hub.commit_of('org/plain')]"
+        " tokenizer.chat_template, hub.commit_of('org/plain'), tokenizer.name_or_path,"
+        " vars(unit_files.ModelInfo.of(model)) | {'shape': None}]"
     )
-    expected = [fingerprints.fingerprint(tiny_model("llama")), [3, 50], ASKED, commit]
-    assert found == expected
+    fingerprint = fingerprints.fingerprint(tiny_model("llama"))
+    assert found[:5] == [fingerprint, [3, 50], ASKED, commit, "org/plain"]
+    described = {"id": "org/plain", "revision": commit, "fingerprint": fingerprint, "shape": None}
+    assert found[5] == described
     assert len(server.asked("/api/models/org/plain")) <= 3, "resolved once, listed once or twice"
     gets = [path for method, path, _ in server.asked("/resolve/") if method == "GET"]
     assert len(gets) == len(set(gets)) == len(files), "every file is fetched once"
@@ -164,7 +167,7 @@ def test_a_gated_model_is_one_line_that_says_what_to_do(server, clients, files, 
     name = f"org/gated-{status}"
     server.add("models", name, files).gate = status
     for attempt in ("check_reachable", "load"):
-        text = refused(clients, f"loading.{attempt}({name!r})", "ConnectionError")
+        text = refused(clients, f"loading.{attempt}({name!r})", "PermissionError")
         assert f"model '{name}' is gated: accept its terms on {server.url}/{name}" in text
         assert "hf auth login" in text
     clients.run(f"os.environ['HF_TOKEN'] = {TOKEN!r}\nloading.load({name!r})")
@@ -362,6 +365,18 @@ def test_without_a_network_what_is_not_cached_is_one_line(server, clients, files
         text = refused(clients, f"loading.check_reachable({name!r})", "ConnectionError")
         assert said in text and why in text, text
     assert clients.run("result = hub.pinned('org/never-seen')") == "org/never-seen"
+
+
+def test_a_hub_in_trouble_is_one_line_unless_the_local_cache_has_it(server, clients, files):
+    server.add("models", "org/lucky", files)
+    clients.run(f"loading.load('org/lucky')\n{FORGET}")
+    server.broken = 503
+    try:
+        clients.run("loading.load('org/lucky')")
+        text = refused(clients, "loading.load('org/unlucky')", "ConnectionError")
+    finally:
+        server.broken = 0
+    assert "'org/unlucky' is not in the local cache, and the hub is in trouble" in text
 
 
 def test_a_model_fetched_by_transformers_itself_is_found_without_a_network(server, clients, files):
@@ -616,7 +631,7 @@ def test_a_gated_data_set_is_one_line_that_says_what_to_do(server, clients, name
     forget(clients, name)
     repository, _ = place_of(name)
     server.datasets[repository].gate = 403
-    text = refused(clients, load(name), "ConnectionError")
+    text = refused(clients, load(name), "PermissionError")
     assert f"data set '{repository}' is gated: accept its terms on" in text
     assert f"{server.url}/datasets/{repository}" in text and "hf auth login" in text
     local = [one for one in datasets.DATASETS if one not in HUB]

@@ -15,7 +15,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from ssah_utils import fingerprints, loading, models
+from ssah_utils import embedded, fingerprints, loading, models
 from ssah_utils.models import ModelShape
 from ssah_utils.pipeline import parameters
 from tests.conftest import VOCABULARY, parameters_of, same_parameters, tiny_model
@@ -35,9 +35,34 @@ def test_load_reads_a_folder(saved_llama, llama, token_ids):
     assert fingerprints.fingerprint(half) == fingerprints.fingerprint(llama)
 
 
-def test_resolve_folder_and_hub_id(saved_llama):
-    assert loading.resolve(str(saved_llama)) == str(saved_llama)
-    assert loading.resolve("meta-llama/Llama-2-7b-chat-hf") == "meta-llama/Llama-2-7b-chat-hf"
+def test_a_folder_is_found_by_its_path(saved_llama):
+    assert loading.resolve(str(saved_llama)) == saved_llama
+
+
+def test_a_model_that_does_not_fit_into_memory_is_refused_before_its_weights_are_read(
+    saved_llama, llama, monkeypatch
+):
+    n_parameters = sum(parameter.numel() for parameter in llama.parameters())
+    monkeypatch.setattr(loading.room, "free_memory", lambda: 4 * n_parameters)
+    loading.load(str(saved_llama))
+    monkeypatch.setattr(loading.room, "free_memory", lambda: 4 * n_parameters - 1)
+    monkeypatch.setattr(
+        AutoModelForCausalLM, "from_pretrained", lambda *a, **k: pytest.fail("weights were read")
+    )
+    with pytest.raises(OSError, match=r"GiB of memory in float32.* bfloat16 would fit") as raised:
+        loading.load(str(saved_llama))
+    assert str(saved_llama) in one_line(raised.value)
+
+
+@pytest.mark.parametrize("name", embedded.MODELS)
+def test_memory_for_an_embedded_model_is_known_before_it_is_fetched(name, monkeypatch):
+    needed = embedded.MODELS[name].n_bytes_float32
+    monkeypatch.setattr(loading.room, "free_memory", lambda: needed // 2 - 8)
+    for dtype in (torch.float32, torch.bfloat16):
+        with pytest.raises(OSError, match=rf"the weights of '{name}' need"):
+            loading.check_room(name, dtype)
+    monkeypatch.setattr(loading.room, "free_memory", lambda: needed)
+    loading.check_room(name, torch.float32)
 
 
 @pytest.mark.parametrize(

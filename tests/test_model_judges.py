@@ -282,9 +282,10 @@ def test_model_without_a_head_is_refused_in_one_line(tmp_path, tokenizer):
 
 
 def test_judge_out_of_reach_or_misspelt_is_one_line(tmp_path, monkeypatch):
-    monkeypatch.setattr(model_judges, "hub_answers", lambda: False)
+    monkeypatch.setattr(model_judges.hub, "answers", lambda: False)
     with pytest.raises(
-        ConnectionError, match="cannot load judge model 'nobody/no-such-judge'"
+        ConnectionError,
+        match=r"judge model 'nobody/no-such-judge' is not in the local cache, .*or '': judge by",
     ) as error:
         check({"judge_model": "nobody/no-such-judge"})
     assert "\n" not in str(error.value)

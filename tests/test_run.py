@@ -19,7 +19,7 @@ import yaml
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from safetensors.torch import save_file
 
-from ssah_utils import assets, embedded, loading
+from ssah_utils import embedded, hub
 from ssah_utils.files import ROOT
 from ssah_utils.locks import InUse
 from ssah_utils.pipeline import cli, kernel, run, runs, stamps
@@ -43,7 +43,7 @@ def no_notebook_no_network(tmp_path, monkeypatch):
 
     monkeypatch.setenv("SSAH_RUNS", str(tmp_path / "runs"))
     monkeypatch.setattr(papermill, "execute_notebook", refuse)
-    monkeypatch.setattr(assets, "hub_answers", lambda: True)  # it would ask the network
+    monkeypatch.setattr(hub, "answers", lambda: False)  # it would ask the network
 
 
 # ----------------------------------------------------------------------------------------- planning
@@ -217,6 +217,7 @@ def test_a_notebook_lacking_a_parameter_of_its_own_is_refused():
 )
 def test_every_profile_names_known_parameters_of_the_right_type(profile, monkeypatch):
     monkeypatch.setattr(run.parameters, "check_reachable", lambda name: None)
+    monkeypatch.setattr(run.parameters, "check_room", lambda name, dtype, device: None)
     monkeypatch.setattr(run.parameters, "load_tokenizer", lambda name: None)
     monkeypatch.setattr(
         run.parameters, "set_chat_template", lambda tokenizer, file, system_prompt: None
@@ -295,23 +296,11 @@ def fails_in_one_line(capsys, *arguments: str) -> str:
     return output.err
 
 
-def test_unreachable_hub_model_names_the_embedded_one(monkeypatch, capsys):
-    def fail(name, **kwargs):
-        raise OSError(
-            "We couldn't connect to 'https://huggingface.co'\nto load the files,\nand couldn't find"
-            " them in the cache"
-        )
-
-    monkeypatch.setattr(loading.AutoConfig, "from_pretrained", fail)
-    text = fails_in_one_line(capsys, "--set", "model=meta-llama/Llama-2-7b-chat-hf")
-    assert "meta-llama/Llama-2-7b-chat-hf" in text and f"'{embedded.DEFAULT}'" in text
-
-
-def test_unreachable_second_model_is_found_before_a_kernel_starts(monkeypatch, capsys):
-    monkeypatch.setattr(
-        loading.AutoConfig, "from_pretrained", lambda *a, **k: (_ for _ in ()).throw(OSError("no"))
-    )
-    assert "some/other" in fails_in_one_line(capsys, "--set", "unaligned_model=some/other")
+@pytest.mark.parametrize("parameter", ["model", "unaligned_model"])
+def test_an_unreachable_hub_model_names_the_embedded_ones(capsys, parameter):
+    """tests/test_hub.py has what a hub says that answers."""
+    text = fails_in_one_line(capsys, "--set", f"{parameter}=some/other")
+    assert "'some/other' is not in the local cache" in text and embedded.DEFAULT in text
 
 
 def folder_with_config(folder: Path, **config) -> Path:

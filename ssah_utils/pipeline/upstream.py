@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from ssah_utils import embedded, fingerprints, loading, precision, unit_files, units, wrappers
+from ssah_utils import embedded, fingerprints, hub, loading, precision, unit_files, units, wrappers
 from ssah_utils.files import DATA
 from ssah_utils.per_unit import PerUnit
 from ssah_utils.pipeline.runs import Run, load_result
@@ -93,10 +93,11 @@ def parameters(run: Run, stage: str) -> dict:
 
 def describe_model(run: Run, model: nn.Module) -> unit_files.ModelInfo:
     """A run's aligned model for a unit file: whose it is, and whether 01 aligned it."""
-    name, places = shown_name(run.parameters["model"]), model_places(run)
+    place, places = run.parameters["model"], model_places(run)
+    name, revision = hub.split_name(place) if hub.is_name(place) else (shown_name(place), "")
     if places["aligned"] != places["base"]:
         name = f"{name}, aligned by 01_alignment"
-    return unit_files.ModelInfo.of(model, name)
+    return unit_files.ModelInfo.of(model, name, revision)
 
 
 def load_partition(run: Run, model: nn.Module) -> tuple[units.UnitPartition, dict[str, PerUnit]]:

@@ -161,7 +161,7 @@ def load_dataset(name: str) -> pd.DataFrame:
     Columns: id, prompt, category and, if the source has one, response. A request that comes again
     with the same response counts once; ids are unique. Raises ``ValueError`` with the line number
     for a malformed or empty file, ``OSError`` for one that cannot be read, ``ConnectionError`` when
-    the hub cannot be reached or a data set there is gated.
+    the hub cannot be reached, ``PermissionError`` for a data set there that is gated.
     """
     check_dataset(name)
     if name not in DATASETS:
@@ -263,9 +263,9 @@ def _read_hub(spec: DatasetSpec) -> list[dict]:
     for file in files.split(","):
         try:
             path = hub.fetch_file(repository, commit, file)
-        except ConnectionError as error:
+        except (ConnectionError, PermissionError) as error:
             local = [name for name, one in DATASETS.items() if not one.source.startswith("hub:")]
-            raise ConnectionError(f"{error}; without the hub: {', '.join(local)}") from error
+            raise type(error)(f"{error}; without the hub: {', '.join(local)}") from error
         rows += _rows_in(path, f"{repository}/{file}", spec.header)
     return rows
 

@@ -173,7 +173,8 @@ def _whole_file(model: Embedded, target: Path) -> Path:
         if not model.on_hub or not hub.answers():
             raise
         print(f"{error}; taking {model.gguf} from the hub instead: {model.on_hub}", flush=True)
-        path = hf_hub_download(model.on_hub, model.gguf, local_dir=target.parent)
+        with hub.in_one_line(model.on_hub, "main", "model", model.gguf):
+            path = hf_hub_download(model.on_hub, model.gguf, local_dir=target.parent)
         return assets.verified(Path(path), model.sha256)
 
 

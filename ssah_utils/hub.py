@@ -105,7 +105,7 @@ def commit_of(name: str, kind: str = "model") -> str:
 
 @cache
 def _commit_of(repository: str, revision: str, kind: str) -> str:
-    with _in_one_line(repository, revision, kind):
+    with in_one_line(repository, revision, kind):
         found = HfApi().resolve_revision(
             repository, repo_type=kind, revision=revision or None, local_files_only=not answers()
         )
@@ -148,7 +148,7 @@ def folder(name: str) -> Path:
     Raises as ``commit_of`` does; ``PermissionError`` for a gated model.
     """
     commit, repository = commit_of(name), split_name(name)[0]
-    with _in_one_line(repository, commit, "model"):
+    with in_one_line(repository, commit, "model"):
         found = snapshot_download(
             repository,
             revision=commit,
@@ -186,7 +186,7 @@ def weight_files(name: str) -> list[str]:
 def _sizes(name: str) -> dict[str, int]:
     """Bytes of every file of a model."""
     repository, commit = split_name(name)[0], commit_of(name)
-    with _in_one_line(repository, commit, "model"):
+    with in_one_line(repository, commit, "model"):
         listing = list(HfApi().list_repo_tree(repository, recursive=True, revision=commit))
     return {entry.path: entry.size for entry in listing if hasattr(entry, "size")}
 
@@ -233,7 +233,7 @@ def n_parameters(name: str) -> int:
     if not _missing(name):
         return n_parameters_in(folder(name) / one for one in weight_files(name))
     repository, commit = split_name(name)[0], commit_of(name)
-    with _in_one_line(repository, commit, "model"):
+    with in_one_line(repository, commit, "model"):
         found = HfApi().get_safetensors_metadata(repository, revision=commit)
     return sum(found.parameter_count.values())
 
@@ -249,7 +249,7 @@ def fetch(name: str) -> Path:
         repository, commit = split_name(name)[0], commit_of(name)
         n_bytes = sum(_sizes(name)[one] for one in missing)
         print(f"fetching {repository}: {n_bytes / 1e6:,.0f} MB, once", flush=True)
-        with _in_one_line(repository, commit, "model"):
+        with in_one_line(repository, commit, "model"):
             wanted = [glob.escape(one) for one in missing]
             snapshot_download(repository, revision=commit, allow_patterns=wanted)
     for one in weight_files(name):
@@ -268,7 +268,7 @@ def fetch_file(repository: str, commit: str, file: str) -> Path:
     """
     path = _kept(repository, "dataset") / "snapshots" / commit / file
     if not path.exists():
-        with _in_one_line(repository, commit, "dataset", file):
+        with in_one_line(repository, commit, "dataset", file):
             hf_hub_download(
                 repository,
                 file,
@@ -320,8 +320,12 @@ def _hash_of(blob: Path) -> str:
 
 
 @contextmanager
-def _in_one_line(repository: str, revision: str, kind: str, file: str = "") -> Iterator[None]:
-    """Say in one line what the hub, or the lack of one, says at length."""
+def in_one_line(repository: str, revision: str, kind: str, file: str = "") -> Iterator[None]:
+    """Say in one line what the hub's clients, or the lack of a hub, say at length.
+
+    ``ValueError`` for what is not there, ``PermissionError`` for what is gated, ``ConnectionError``
+    for what cannot be had now.
+    """
     what = _named(kind, repository)
     try:
         yield

@@ -207,9 +207,7 @@ def rule_of(name: str) -> Check | None:
 
 
 def check(values: dict) -> None:
-    """Raise ``ValueError``, ``FileNotFoundError`` or ``ConnectionError`` in one line for the first
-    value that cannot work.
-    """
+    """``ValueError`` or ``OSError`` in one line for the first value that cannot work."""
     for name, value in values.items():
         rule = rule_of(name)
         if rule is not None:

@@ -3,6 +3,7 @@
 Knows bytes and precisions. Does not know architectures or where models come from.
 """
 
+import gc
 import json
 import math
 import os
@@ -37,10 +38,14 @@ def require_memory(name: str, n_parameters: int, dtype: torch.dtype, device: str
     training or a long prompt takes beside the weights is not counted.
     """
     needed = n_parameters * dtype.itemsize
-    places = {"memory": free_memory()}
+    places = {"memory": free_memory}
     if device.startswith("cuda"):
-        places["GPU memory"] = torch.cuda.mem_get_info(device)[0]
-    for place, free in places.items():
+        places["GPU memory"] = lambda: _free_on_gpu(device)
+    for place, look in places.items():
+        free = look()
+        if free is not None and needed > free:
+            gc.collect()  # a model that nobody uses any more may still be there
+            free = look()
         if free is None or needed <= free:
             continue
         narrow = torch.bfloat16.itemsize * n_parameters
@@ -62,6 +67,12 @@ def free_memory() -> int | None:
     """
     known = [free for free in (_free_on_machine(), _free_in_group()) if free is not None]
     return min(known) if known else None
+
+
+def _free_on_gpu(device: str) -> int:
+    """What the device has left, and what torch keeps of it without using it."""
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + kept
 
 
 def _free_on_machine() -> int | None:

@@ -1,5 +1,7 @@
 """Memory: what a model needs, what is free on a machine and in a container, what would fit."""
 
+import weakref
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -42,10 +44,30 @@ def test_too_little_memory_is_one_line_that_says_what_would_fit(monkeypatch, dty
 
 def test_a_gpu_s_memory_counts_too(monkeypatch):
     monkeypatch.setattr(room, "free_memory", lambda: 64 * GIB)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (8 * GIB, 24 * GIB))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (7 * GIB, 24 * GIB))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 3 * GIB)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 2 * GIB)
     with pytest.raises(OSError, match=r"14\.0 GiB of GPU memory in bfloat16, and 8\.0 GiB are"):
         room.require_memory("org/7b", 7 * GIB, torch.bfloat16, "cuda:0")
+    room.require_memory("org/4b", 4 * GIB, torch.bfloat16, "cuda:0")
     room.require_memory("org/7b", 7 * GIB, torch.bfloat16, "cpu")
+
+
+def test_what_nobody_uses_any_more_is_let_go_before_a_model_is_refused(monkeypatch):
+    class Lost:
+        pass
+
+    lost, free = Lost(), []
+    lost.itself = lost  # only the collector finds it
+    weakref.finalize(lost, free.append, 8 * GIB)
+    monkeypatch.setattr(room, "free_memory", lambda: sum(free))
+    room.gc.disable()
+    try:
+        del lost
+        assert room.free_memory() == 0
+        room.require_memory("org/1b", GIB, torch.float32)
+    finally:
+        room.gc.enable()
 
 
 def test_where_the_system_does_not_say_nothing_is_refused(monkeypatch):

@@ -257,7 +257,7 @@ def test_every_profile_names_known_parameters_of_the_right_type(profile, monkeyp
             "smoke",
             ["model=smolm2-135m-instruct"],
             "",
-            ["model 'smolm2-135m-instruct'", f"'{embedded.DEFAULT}'"],
+            ["model 'smolm2-135m-instruct'", embedded.DEFAULT],
         ),
     ],
     ids=lambda value: str(value) if isinstance(value, list) and value and "=" in value[0] else "",

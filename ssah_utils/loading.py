@@ -6,6 +6,7 @@ know architectures or units.
 
 import json
 import re
+import tempfile
 from pathlib import Path
 
 import torch
@@ -19,8 +20,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from ssah_utils import assets, embedded
-from ssah_utils.models import ARCHITECTURES, DEQUANTISE
+from ssah_utils import assets, embedded, quantisers, wrappers
+from ssah_utils.models import ARCHITECTURES
+from ssah_utils.precision import Precision, Quantised, computed_in, to_dtype
 from ssah_utils.prompts.chat import template_tokens
 
 # Constants that older versions of transformers saved with the weights; it knows the others itself.
@@ -32,27 +34,37 @@ BELONGS = (
 
 
 def load(
-    name: str, dtype: torch.dtype = torch.float32, device: str = "cpu"
+    name: str, dtype: Precision = torch.float32, device: str = "cpu"
 ) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     """Model in evaluation mode and its tokenizer.
 
-    ``name`` is one of ``embedded.NAMES`` (no hub), a local folder, or a Hugging Face id. Never runs
+    A model that is stored quantised is loaded so; ``dtype`` is then that of all that is no matrix
+    of codes. With a ``Quantised`` one, it is quantised as it is loaded, by bitsandbytes. ``name``
+    is one of ``embedded.NAMES`` (no hub), a local folder, or a Hugging Face id. Never runs
     remote code; reads safetensors only. Raises ``ValueError`` for a model that is there but not
-    whole, quantised, or larger than its configuration says; ``ConnectionError`` for one that cannot
-    be had; ``PermissionError`` for one whose terms are not accepted.
+    whole, quantised by a method that is not read, or larger than its configuration says;
+    ``ConnectionError`` for one that cannot be had; ``PermissionError`` for one whose terms are not
+    accepted.
     """
     if name == embedded.TINY_RANDOM:
         tokenizer = load_tokenizer(name)
-        return embedded.tiny_random(tokenizer, dtype).to(device).eval(), tokenizer
+        model = wrappers.unwrapped(embedded.tiny_random(tokenizer, computed_in(dtype)))
+        if not isinstance(dtype, Quantised):
+            return model.to(device).eval(), tokenizer
+        with tempfile.TemporaryDirectory() as folder:
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+            return load(folder, dtype, device)
     folder = resolve(name)
     if Path(folder).is_dir():
         check_folder(Path(folder))
     tokenizer = load_tokenizer(name)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    check_numbers(config, name, dtype)
     try:
-        refuse_quantised(AutoConfig.from_pretrained(folder, trust_remote_code=False), name)
         model, found = AutoModelForCausalLM.from_pretrained(
             folder,
-            dtype=dtype,
+            **quantisers.loading_arguments(config, dtype, device),
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
@@ -60,7 +72,11 @@ def load(
         )
     except OSError as error:
         raise ConnectionError(_not_loadable(name)) from error
-    except RuntimeError as error:  # sizes that do not fit
+    except (RuntimeError, ValueError, ImportError) as error:
+        if quantisers.method_of(config):
+            raise quantisers.not_run(config, name, _reason(error)) from error
+        if not isinstance(error, RuntimeError):  # that is for sizes that do not fit
+            raise
         raise ValueError(
             f"the weights of '{name}' do not fit its config.json: {_reason(error)}"
         ) from error
@@ -75,7 +91,11 @@ def load(
             f"'{name}' has {len(unused)} weights that its config.json does not use,"
             f" such as {unused[0]}: give it the config.json that it was saved with"
         )
-    return model.to(device).eval(), tokenizer
+    if not quantisers.keeps_codes(model.config):
+        if quantisers.method_of(config):  # what was no matrix of codes is as it was stored
+            model = to_dtype(model, computed_in(dtype))
+        model = model.to(device)
+    return model.eval(), tokenizer
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
@@ -194,21 +214,18 @@ def checked_config(name: str) -> PretrainedConfig:
         if is_local or not isinstance(error, OSError):
             raise ValueError(f"model '{name}' cannot be used: {_reason(error)}") from error
         raise ConnectionError(_not_loadable(name)) from error
-    refuse_quantised(config, name)
+    quantisers.check_readable(config, name)
     return config
 
 
-def refuse_quantised(config: PretrainedConfig, name: str) -> None:
-    """``ValueError`` for weights that are codes, whether or not what reads them is installed."""
-    quantised = getattr(config, "quantization_config", None)
-    if not quantised:
-        return
-    is_dict = isinstance(quantised, dict)
-    method = quantised.get("quant_method") if is_dict else quantised.quant_method
-    method = getattr(method, "value", method)
-    raise ValueError(
-        f"model '{name}' is quantised ({method}), so its units cannot be read: {DEQUANTISE}"
-    )
+def check_numbers(config: PretrainedConfig, name: str, dtype: Precision) -> None:
+    """``ValueError`` for a model that cannot be loaded in these numbers; reads no weights.
+
+    ``ModuleNotFoundError`` where that takes an extra that is not installed.
+    """
+    quantisers.check_readable(config, name)
+    if isinstance(dtype, Quantised):
+        quantisers.check_quantises(config, name, dtype)
 
 
 def check_folder(folder: Path) -> None:

@@ -41,13 +41,13 @@ def quantised_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def matrix_size(module: nn.Module) -> tuple[int, int]:
     """Outputs and inputs of a quantised linear map; ``ValueError`` for what is none."""
-    try:
-        return module.out_features, module.in_features
-    except AttributeError:
+    n_outputs, n_inputs = (getattr(module, f"{side}_features", 0) for side in ("out", "in"))
+    if not n_outputs or not n_inputs:
         raise ValueError(
             f"a {type(module).__name__} holds quantised weights and is no linear map,"
             f" so no column can be read: {DEQUANTISE}"
-        ) from None
+        )
+    return n_outputs, n_inputs
 
 
 def weight_of(module: nn.Module, dtype: torch.dtype) -> Tensor:
@@ -62,7 +62,7 @@ def weight_of(module: nn.Module, dtype: torch.dtype) -> Tensor:
         return weight.detach().dequantize()
     n_outputs, n_inputs = matrix_size(module)
     asked = copy.deepcopy(module).eval()
-    asked.bias = None
+    setattr(asked, "bias", None)  # noqa: B010  (a parameter in some, a buffer in others)
     device = next(iter((*asked.parameters(), *asked.buffers()))).device
     columns = []
     for start in range(0, n_inputs, AT_ONCE):
@@ -112,8 +112,9 @@ def keeps_codes(module: nn.Module) -> bool:
 def _own_kind(module: nn.Module) -> Tensor | None:
     """A module's weight where it is a tensor of its own kind, made of codes and scales."""
     weight = getattr(module, "weight", None)
-    is_own_kind = isinstance(weight, Tensor) and is_traceable_wrapper_subclass(weight)
-    return weight if is_own_kind and is_codes(weight) else None
+    if isinstance(weight, Tensor) and is_traceable_wrapper_subclass(weight) and is_codes(weight):
+        return weight
+    return None
 
 
 def plain_tensors(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:

@@ -6,6 +6,7 @@ are refused. Knows configurations and libraries. Does not know modules or units.
 """
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 
@@ -36,7 +37,7 @@ class Method:
 
     libraries: tuple[str, ...] = ()
     packages: str = ""
-    made: type | None = None
+    made: Callable | None = None
 
 
 METHODS = {
@@ -109,19 +110,15 @@ def loading_arguments(
     method = method_of(config)
     if isinstance(dtype, Quantised):
         by_codes = {
-            "int8": {"load_in_8bit": True},
-            "nf4": {
-                "load_in_4bit": True,
-                "bnb_4bit_quant_type": "nf4",
-                "bnb_4bit_compute_dtype": dtype.dtype,
-            },
+            "int8": BitsAndBytesConfig(load_in_8bit=True),
+            "nf4": BitsAndBytesConfig(
+                load_in_4bit=True,
+                bnb_4bit_quant_type="nf4",
+                bnb_4bit_compute_dtype=dtype.dtype,
+            ),
         }
-        quantise = BitsAndBytesConfig(**by_codes[dtype.codes])
-        return {
-            "dtype": dtype.dtype,
-            "quantization_config": quantise,
-            "device_map": {"": device},
-        }
+        quantise, place = by_codes[dtype.codes], {"": device}
+        return {"dtype": dtype.dtype, "quantization_config": quantise, "device_map": place}
     if not method:
         return {"dtype": dtype}
     if made := METHODS[method].made:
@@ -133,6 +130,6 @@ def not_run(config: PretrainedConfig, name: str, reason: str) -> ValueError:
     """One line for a model that its method's library would not load."""
     where = "this machine" if torch.cuda.is_available() else "this machine, which has no GPU"
     return ValueError(
-        f"model '{name}' is quantised with {method_of(config)}, whose kernels do not run on {where}"
+        f"model '{name}' is quantised with {method_of(config)}, which cannot be loaded on {where}"
         f" ({reason}): {DEQUANTISE}"
     )

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, TorchAoConfig
 
 from ssah_utils import (
     activations,
@@ -399,6 +399,22 @@ def test_weights_that_are_tensors_of_their_own_kind_are_read(library, quantise, 
             attempt(model)
 
 
+@needs("torchao")
+def test_a_checkpoint_of_torchao_is_read(folder, tmp_path, tokenizer):
+    from torchao import quantization as ao
+
+    as_bytes = TorchAoConfig(ao.Int8WeightOnlyConfig())
+    stored = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, quantization_config=as_bytes
+    )
+    stored.save_pretrained(tmp_path / "stored")
+    tokenizer.save_pretrained(tmp_path / "stored")
+    loading.check_reachable(str(tmp_path / "stored"))
+    model, _ = loading.load(str(tmp_path / "stored"))
+    assert [name for name, _ in quantised.quantised_modules(model)] == matrices(model)
+    assert fingerprints.fingerprint(model) == fingerprints.fingerprint(stored)
+
+
 class Rounding(nn.Module):
     """Rounds its inputs to a scale that was fixed before; its codes are ordinary."""
 
@@ -635,6 +651,19 @@ def test_a_method_that_is_not_read_is_refused_with_those_that_are(folder, method
             attempt(str(folder))
 
 
+@needs("gptqmodel", "optimum")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize(("method", "kernel"), [("awq", "marlin"), ("gptq", "exllama_v2")])
+def test_a_kernel_that_needs_a_gpu_is_one_line(folder, method, kernel):
+    store_as(folder, method)
+    stored = json.loads((folder / "config.json").read_text())["quantization_config"]
+    change_json(folder / "config.json", quantization_config=stored | {"backend": kernel})
+    said = f"quantised with {method}, which cannot be loaded on this machine, which has no GPU"
+    with pytest.raises(ValueError, match=said) as raised:
+        loading.load(str(folder))
+    one_line(raised.value)
+
+
 @pytest.mark.parametrize("error", [RuntimeError, ImportError, ValueError, NotImplementedError])
 def test_kernels_that_need_another_machine_are_one_line(folder, monkeypatch, error):
     def from_pretrained(*args, **kwargs):
@@ -644,9 +673,7 @@ def test_kernels_that_need_another_machine_are_one_line(folder, monkeypatch, err
     monkeypatch.setattr(quantisers, "find_spec", lambda name: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", from_pretrained)
-    said = (
-        r"quantised with awq, whose kernels do not run on this machine, which has no GPU \(GPU is"
-    )
+    said = r"quantised with awq, which cannot be loaded on this machine, which has no GPU \(GPU is"
     with pytest.raises(ValueError, match=said) as raised:
         loading.load(str(folder))
     one_line(raised.value)

@@ -46,7 +46,7 @@ def fingerprint(model: nn.Module) -> str:
     repacked = {
         name: module
         for name, module in quantised.quantised_modules(plain)
-        if not quantised.keeps_codes(module)
+        if not quantised.codes_stay(module)
     }
     tensors = {
         _without_wrappers(part): value

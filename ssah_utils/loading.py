@@ -214,7 +214,7 @@ def checked_config(name: str) -> PretrainedConfig:
         if is_local or not isinstance(error, OSError):
             raise ValueError(f"model '{name}' cannot be used: {_reason(error)}") from error
         raise ConnectionError(_not_loadable(name)) from error
-    quantisers.check_readable(config, name)
+    quantisers.check_method(config, name)
     return config
 
 
@@ -223,7 +223,7 @@ def check_numbers(config: PretrainedConfig, name: str, dtype: Precision) -> None
 
     ``ModuleNotFoundError`` where that takes an extra that is not installed.
     """
-    quantisers.check_readable(config, name)
+    quantisers.check_method(config, name)
     if isinstance(dtype, Quantised):
         quantisers.check_quantises(config, name, dtype)
 

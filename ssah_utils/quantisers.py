@@ -72,7 +72,7 @@ def keeps_codes(config: PretrainedConfig) -> bool:
     return bool(method) and METHODS[method].made is None
 
 
-def check_readable(config: PretrainedConfig, name: str) -> None:
+def check_method(config: PretrainedConfig, name: str) -> None:
     """``ValueError`` for a model whose method is not read, here or anywhere; reads no weights."""
     method = method_of(config)
     if not method:

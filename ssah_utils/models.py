@@ -207,7 +207,7 @@ def column_weight(module: nn.Module, dtype: torch.dtype = torch.float32) -> Tens
 def matrix_size(module: nn.Module) -> tuple[int, int]:
     """Outputs and inputs of a linear map, whatever its storage; reads no weight."""
     if quantised.is_quantised(module):
-        return quantised.features(module)
+        return quantised.outputs_and_inputs(module)
     n_outputs, n_inputs = column_weight(module).shape
     return n_outputs, n_inputs
 

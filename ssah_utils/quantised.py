@@ -39,7 +39,7 @@ def quantised_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     return (pair for pair in model.named_modules() if is_quantised(pair[1]))
 
 
-def features(module: nn.Module) -> tuple[int, int]:
+def outputs_and_inputs(module: nn.Module) -> tuple[int, int]:
     """Outputs and inputs of a quantised linear map; ``ValueError`` for what is none."""
     n_outputs, n_inputs = (getattr(module, f"{side}_features", 0) for side in ("out", "in"))
     if not n_outputs or not n_inputs:
@@ -60,7 +60,7 @@ def weight_of(module: nn.Module, dtype: torch.dtype) -> Tensor:
     """
     if (weight := _own_kind(module)) is not None:
         return weight.detach().dequantize()
-    n_outputs, n_inputs = features(module)
+    n_outputs, n_inputs = outputs_and_inputs(module)
     asked = copy.deepcopy(module).eval()
     setattr(asked, "bias", None)  # noqa: B010  (a parameter in some, a buffer in others)
     device = next(iter((*asked.parameters(), *asked.buffers()))).device

@@ -26,7 +26,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from ssah_utils import fingerprints, precision, wrappers
+from ssah_utils import fingerprints, precision, quantised, wrappers
 from ssah_utils.files import (
     DATA,
     LIBRARIES,
@@ -138,7 +138,12 @@ def _identity_of_model(model: nn.Module, name: str) -> dict:
     refuse_hooks(plain, name)
     tables = (plain.get_input_embeddings(), plain.get_output_embeddings())
     # rotary frequencies, for one, which are no weights
-    buffers = {name: one for name, one in plain.named_buffers() if one.is_floating_point()}
+    in_codes = {name for name, _ in quantised.quantised_modules(plain)}
+    buffers = {
+        name: one
+        for name, one in plain.named_buffers()
+        if one.is_floating_point() and name.rpartition(".")[0] not in in_codes
+    }
     return {
         "model": fingerprints.fingerprint(plain),
         "dtype": str(plain.dtype),

@@ -13,6 +13,7 @@ EXTRAS = {
     "embedded": ("gguf",),
     "train": ("accelerate", "datasets", "peft", "trl"),
     "eval": ("datasets", "lm_eval", "pyarrow", "scipy", "sklearn"),
+    "quantised": ("accelerate", "bitsandbytes"),
     "notebooks": ("ipykernel", "jupyterlab", "matplotlib", "papermill", "seaborn"),
 }
 

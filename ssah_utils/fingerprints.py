@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor, nn
 
+from ssah_utils import quantised
 from ssah_utils.files import sha256_of
 from ssah_utils.models import architecture_of
 from ssah_utils.weights import gathered
@@ -30,7 +31,8 @@ def fingerprint(model: nn.Module) -> str:
 
     Equal for a float32 model and its bfloat16 copy, in any wrapper (``unwrapped``), saved and
     loaded, tied or not, and with untrained rows added to its vocabulary. Another one while
-    ``interventions.ablated`` holds units.
+    ``interventions.ablated`` holds units. Of a quantised model, codes and scales count, or the
+    numbers they stand for where kernels repack them.
     """
     plain = gathered(model)
     architecture_of(plain)
@@ -40,9 +42,18 @@ def fingerprint(model: nn.Module) -> str:
         if key not in COSMETIC and not key.endswith("_token_id") and not key.startswith("_")
     }
     tables = (plain.get_input_embeddings(), plain.get_output_embeddings())
-    vocabulary = {table.weight.data_ptr() for table in tables}
-    state = plain.state_dict().items()
-    tensors = {_without_wrappers(name): tensor.detach() for name, tensor in state}
+    vocabulary = {table.weight.data_ptr() for table in tables if not quantised.is_quantised(table)}
+    repacked = {
+        name: module
+        for name, module in quantised.quantised_modules(plain)
+        if not quantised.codes_stay(module)
+    }
+    tensors = {
+        _without_wrappers(part): value
+        for name, tensor in plain.state_dict().items()
+        if name.rpartition(".")[0] not in repacked or name.endswith(".bias")
+        for part, value in quantised.plain_tensors(name, tensor.detach())
+    }
     # tied tensors are hashed once
     places = {
         name: (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
@@ -63,6 +74,9 @@ def fingerprint(model: nn.Module) -> str:
         if hasattr(hook, "fill")
     ]
     by_name = {name: hashes[place] for name, place in places.items()}
+    for name, module in repacked.items():  # one at a time: as numbers they may not all fit
+        weight = quantised.weight_of(module, plain.dtype)
+        by_name[f"{_without_wrappers(name)}.weight"] = _hash_of_values(weight)
     return sha256_of([plain.config.model_type, config, by_name, held])[:16]
 
 

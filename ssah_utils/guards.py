@@ -1,4 +1,6 @@
-"""Refuse in one line what would train some units wrongly or not at all: sharding, lost optimizers.
+"""Refuse in one line what would train some units wrongly or not at all.
+
+That is sharding, weights in codes, and optimizers that lost their parameters.
 
 Data-parallel wrappers follow the parameters. Knows parameters, modules, optimizers and wrappers of
 torch. Does not know units.
@@ -13,10 +15,16 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ssah_utils import quantised
+
 SHARDED = (
     "the model is sharded (FSDP, DeepSpeed ZeRO-3, tensor parallelism) or offloaded:"
     " some units are trained in one process, or in several with DistributedDataParallel"
     " or DataParallel, where every process holds the whole model"
+)
+CODES = (
+    "the model is quantised: codes cannot be moved by a small step, so its matrices cannot be"
+    f" trained; {quantised.DEQUANTISE}"
 )
 MAKE_IT_INSIDE = "make it inside the block, from the model's parameters that require gradients"
 MADE_BEFORE = (
@@ -45,6 +53,12 @@ def refuse_sharded(model: nn.Module) -> None:
     n_ranks = getattr(model, "tp_size", None) or 1  # of tensor parallelism
     if n_ranks > 1 or any(is_sharded(module) for module in model.modules()):
         raise ValueError(SHARDED)
+
+
+def refuse_quantised(model: nn.Module) -> None:
+    """``ValueError`` for a model of which some matrix is kept as codes."""
+    for name, module in quantised.quantised_modules(model):
+        raise ValueError(f"{CODES} ('{name}' is a {type(module).__name__})")
 
 
 def follow_parameters(model: nn.Module) -> None:

@@ -238,6 +238,13 @@ def n_parameters(name: str) -> int:
     return sum(found.parameter_count.values())
 
 
+def n_bytes(name: str) -> int:
+    """Size of the files that hold a model's weights."""
+    if not _missing(name):
+        return sum((folder(name) / one).stat().st_size for one in weight_files(name))
+    return sum(_sizes(name)[one] for one in weight_files(name))
+
+
 def fetch(name: str) -> Path:
     """A model's whole snapshot, its weights fetched where they are absent, every file verified.
 

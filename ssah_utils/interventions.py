@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from ssah_utils import models, per_unit, wrappers
+from ssah_utils import models, per_unit, quantised, wrappers
 
 
 @contextmanager
@@ -70,9 +70,14 @@ def without_units(
     """A smaller copy of the model, without the units' weights, that computes what ``ablated`` does.
 
     Writer columns are dropped, and reader rows whose channels are all dropped. A mean becomes a
-    bias of the writer.
+    bias of the writer. ``ValueError`` for a quantised model, whose columns share codes and scales.
     """
     model = wrappers.unwrapped(model)
+    for name, module in quantised.quantised_modules(model):
+        raise ValueError(
+            f"'{name}' is a {type(module).__name__}: units cannot be taken out of quantised"
+            f" matrices; switch them off by ablated(), or {quantised.DEQUANTISE}"
+        )
     shape, units = models.shape_of(model), models.check_per_unit(model, units).as_set()
     if means is None:
         means = units.map(torch.Tensor.double) * 0

@@ -6,6 +6,7 @@ know architectures or units.
 
 import json
 import re
+import tempfile
 from pathlib import Path
 
 import torch
@@ -19,8 +20,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from ssah_utils import embedded, hub, room
-from ssah_utils.models import ARCHITECTURES, DEQUANTISE
+from ssah_utils import embedded, hub, quantisers, room, wrappers
+from ssah_utils.models import ARCHITECTURES
+from ssah_utils.precision import Precision, Quantised, computed_in, to_dtype
 from ssah_utils.prompts.chat import template_tokens
 
 # Constants that older versions of transformers saved with the weights; it knows the others itself.
@@ -32,33 +34,47 @@ BELONGS = (
 
 
 def load(
-    name: str, dtype: torch.dtype = torch.float32, device: str = "cpu"
+    name: str, dtype: Precision = torch.float32, device: str = "cpu"
 ) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     """Model in evaluation mode and its tokenizer.
 
-    ``name`` is one of ``embedded.NAMES`` (no hub), a local folder, or a Hugging Face id, with
-    ``@revision`` for another than the newest. Never runs remote code; reads safetensors only.
-    Raises ``ValueError`` for a model that is there but not whole, quantised, or larger than its
-    configuration says; ``ConnectionError`` for one that cannot be had; ``PermissionError`` for one
-    whose terms are not accepted; ``OSError`` for too little disk or memory.
+    A model that is stored quantised is loaded so; ``dtype`` is then that of all that is no matrix
+    of codes. With a ``Quantised`` one, it is quantised as it is loaded, by bitsandbytes. ``name``
+    is one of ``embedded.NAMES`` (no hub), a local folder, or a Hugging Face id, with ``@revision``
+    for another than the newest. Never runs remote code; reads safetensors only. Raises
+    ``ValueError`` for a model that is there but not whole, quantised by a method that is not read,
+    or larger than its configuration says; ``ConnectionError`` for one that cannot be had;
+    ``PermissionError`` for one whose terms are not accepted; ``OSError`` for too little disk or
+    memory.
     """
     if name == embedded.TINY_RANDOM:
         tokenizer = load_tokenizer(name)
-        return embedded.tiny_random(tokenizer, dtype).to(device).eval(), tokenizer
+        model = wrappers.unwrapped(embedded.tiny_random(tokenizer, computed_in(dtype)))
+        if not isinstance(dtype, Quantised):
+            return model.to(device).eval(), tokenizer
+        with tempfile.TemporaryDirectory() as folder:
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+            return load(folder, dtype, device)
     folder = whole_folder(name)
     tokenizer = load_tokenizer(name)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    check_numbers(config, name, dtype)
     try:
-        refuse_quantised(AutoConfig.from_pretrained(folder, trust_remote_code=False), name)
         check_room(name, dtype, device)
         model, found = AutoModelForCausalLM.from_pretrained(
             folder,
-            dtype=dtype,
+            **quantisers.loading_arguments(config, dtype, device),
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
             ignore_mismatched_sizes=False,
         )
-    except RuntimeError as error:  # sizes that do not fit
+    except (RuntimeError, ValueError, ImportError) as error:
+        if quantisers.method_of(config):
+            raise quantisers.not_run(config, name, _reason(error)) from error
+        if not isinstance(error, RuntimeError):  # that is for sizes that do not fit
+            raise
         raise ValueError(
             f"the weights of '{name}' do not fit its config.json: {_reason(error)}"
         ) from error
@@ -76,7 +92,11 @@ def load(
     if hub.is_name(name):  # not the folder in the cache
         model.name_or_path = model.config.name_or_path = hub.split_name(name)[0]
         model.config._commit_hash = hub.commit_of(name)
-    return model.to(device).eval(), tokenizer
+    if not quantisers.keeps_codes(model.config):
+        if quantisers.method_of(config):  # what was no matrix of codes is as it was stored
+            model = to_dtype(model, computed_in(dtype))
+        model = model.to(device)
+    return model.eval(), tokenizer
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
@@ -182,17 +202,27 @@ def whole_folder(name: str) -> Path:
     return folder
 
 
-def check_room(name: str, dtype: torch.dtype, device: str = "cpu") -> None:
-    """``OSError``, before anything large is fetched, for weights that do not fit into memory."""
+def check_room(name: str, dtype: Precision, device: str = "cpu") -> None:
+    """``OSError``, before anything large is fetched, for weights that do not fit into memory.
+
+    What is stored as codes is kept as it is stored.
+    """
     if name == embedded.TINY_RANDOM:
         return
     if name in embedded.MODELS:
         n_parameters = embedded.MODELS[name].n_bytes_float32 // torch.float32.itemsize
+    elif quantisers.keeps_codes(AutoConfig.from_pretrained(resolve(name))):
+        dtype = torch.uint8
+        n_parameters = hub.n_bytes(name) if hub.is_name(name) else _size_of(resolve(name))
     elif hub.is_name(name):
         n_parameters = hub.n_parameters(name)
     else:
         n_parameters = room.n_parameters_in(check_folder(resolve(name)))
     room.require_memory(name, n_parameters, dtype, device)
+
+
+def _size_of(folder: str | Path) -> int:
+    return sum(path.stat().st_size for path in check_folder(Path(folder)))
 
 
 # ------------------------------------------------------------------------------------ what is there
@@ -213,21 +243,18 @@ def checked_config(name: str) -> PretrainedConfig:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"model '{name}' cannot be used: {_reason(error)}") from error
-    refuse_quantised(config, name)
+    quantisers.check_method(config, name)
     return config
 
 
-def refuse_quantised(config: PretrainedConfig, name: str) -> None:
-    """``ValueError`` for weights that are codes, whether or not what reads them is installed."""
-    quantised = getattr(config, "quantization_config", None)
-    if not quantised:
-        return
-    is_dict = isinstance(quantised, dict)
-    method = quantised.get("quant_method") if is_dict else quantised.quant_method
-    method = getattr(method, "value", method)
-    raise ValueError(
-        f"model '{name}' is quantised ({method}), so its units cannot be read: {DEQUANTISE}"
-    )
+def check_numbers(config: PretrainedConfig, name: str, dtype: Precision) -> None:
+    """``ValueError`` for a model that cannot be loaded in these numbers; reads no weights.
+
+    ``ModuleNotFoundError`` where that takes an extra that is not installed.
+    """
+    quantisers.check_method(config, name)
+    if isinstance(dtype, Quantised):
+        quantisers.check_quantises(config, name, dtype)
 
 
 def check_folder(folder: Path) -> list[Path]:

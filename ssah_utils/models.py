@@ -9,15 +9,15 @@ Does not know prompts, scores or sets of units.
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 import transformers
 from torch import Tensor, nn
 
+from ssah_utils import quantised
 from ssah_utils.per_unit import KINDS, PerUnit
 from ssah_utils.wrappers import unwrapped
-
-DEQUANTISE = "give the model as it was before it was quantised, or dequantise and save it"
 
 
 @dataclass(frozen=True)
@@ -152,10 +152,10 @@ def shape_of(model: nn.Module) -> ModelShape:
         or 4 * config.hidden_size,
     )
     for kind in KINDS:
-        found = column_weight(writers(model, kind)[0]).shape
+        found = matrix_size(writers(model, kind)[0])
         if found != (shape.d_model, shape.n_channels(kind)):
             raise ValueError(
-                f"{kind} writer has shape {tuple(found)}, which the configuration does not explain"
+                f"{kind} writer has shape {found}, which the configuration does not explain"
             )
     return shape
 
@@ -192,18 +192,24 @@ def is_transposed(module: nn.Module) -> bool:
     return isinstance(module, transformers.pytorch_utils.Conv1D)
 
 
-def column_weight(module: nn.Module) -> Tensor:
+def column_weight(module: nn.Module, dtype: torch.dtype = torch.float32) -> Tensor:
     """Weight of a linear map as (out, in), whatever its storage; a view.
 
-    ``ValueError`` where it is quantised.
+    Of a quantised one, the numbers that its codes stand for, for a model that computes in
+    ``dtype``. ``ValueError`` where those cannot be read (``quantised.weight_of``).
     """
-    weight = getattr(module, "weight", None)
-    if weight is None or not weight.is_floating_point() or weight.element_size() < 2:
-        raise ValueError(
-            f"a {type(module).__name__} holds quantised weights,"
-            f" of which no column can be read: {DEQUANTISE}"
-        )
+    if quantised.is_quantised(module):
+        return quantised.weight_of(module, dtype)
+    weight = cast("Tensor", module.weight)
     return weight.T if is_transposed(module) else weight
+
+
+def matrix_size(module: nn.Module) -> tuple[int, int]:
+    """Outputs and inputs of a linear map, whatever its storage; reads no weight."""
+    if quantised.is_quantised(module):
+        return quantised.outputs_and_inputs(module)
+    n_outputs, n_inputs = column_weight(module).shape
+    return n_outputs, n_inputs
 
 
 def check_per_unit(model: nn.Module, values: Mapping[str, Tensor]) -> PerUnit:

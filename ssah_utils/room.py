@@ -14,6 +14,8 @@ from pathlib import Path
 
 import torch
 
+from ssah_utils.precision import Precision
+
 GIB = 2**30
 CGROUP, OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
@@ -31,7 +33,7 @@ def _head(path: Path) -> dict:
         return json.loads(file.read(n_bytes))
 
 
-def require_memory(name: str, n_parameters: int, dtype: torch.dtype, device: str = "cpu") -> None:
+def require_memory(name: str, n_parameters: int, dtype: Precision, device: str = "cpu") -> None:
     """``OSError`` in one line where a model's weights do not fit into the memory that is free.
 
     They go through the computer's memory also where they end on a GPU. Says what would fit. What a

@@ -20,7 +20,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainerCallback
 
-from ssah_utils import extras, loading, models, precision, weights, wrappers
+from ssah_utils import extras, guards, loading, models, precision, weights, wrappers
 from ssah_utils.cache import cache_key
 from ssah_utils.files import cache_dir, complete_only, require_space, write_json
 from ssah_utils.locks import Lock, locked
@@ -125,6 +125,12 @@ def _inner(model: nn.Module) -> nn.Module:
     return model if hasattr(model, "peft_config") else wrappers.unwrapped(model)
 
 
+def _refuse_codes(model: nn.Module) -> None:
+    """``ValueError`` for a quantised model, unless what is trained is an adapter of PEFT."""
+    if not hasattr(model, "peft_config"):
+        guards.refuse_quantised(model)
+
+
 class ReportSteps(TrainerCallback):
     """Call ``report(steps done, steps in all)`` after every step."""
 
@@ -216,13 +222,15 @@ def train_sft(
 
     A float32 model is trained under bfloat16 autocast where that is native, every model without
     dropout. A wrapper of ``torch.compile`` or of data parallelism is taken off. Raises
-    ``ValueError`` for examples without a response token or beyond the model's positions, and
-    ``FloatingPointError`` for a loss or gradient that is not finite.
+    ``ValueError`` for examples without a response token or beyond the model's positions, and for a
+    quantised model without an adapter; ``FloatingPointError`` for a loss or gradient that is not
+    finite.
 
         examples = tokens.encode(tokenizer, rendered, responses, max_response_tokens=64)
         losses = train_sft(model, tokenizer, examples, SFTConfig(epochs=2))
     """
     model = _inner(model)
+    _refuse_codes(model)
     check_examples(model, tokenizer, examples)
     with tempfile.TemporaryDirectory() as folder, _fast_cpu_training(model):
         trainer = ResponseTrainer(
@@ -261,6 +269,7 @@ def train_dpo(
             return dataset
 
     model = wrappers.unwrapped(model)
+    _refuse_codes(model)
     data = tokens_of_pairs(model, tokenizer, pairs)
     with (
         tempfile.TemporaryDirectory() as folder,
@@ -319,6 +328,7 @@ def load_or_train(
     the training. ``report`` is called with the steps done and their number.
     """
     model, _ = loading.load(base, dtype, device)
+    _refuse_codes(model)
     arguments = {
         "method": method,
         "model": model,
@@ -379,6 +389,7 @@ def unit_gradients(model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> Pe
     token is, or while only some units are trained.
     """
     model = wrappers.unwrapped(model)
+    guards.refuse_quantised(model)
     if is_partial(model):
         raise ValueError(
             "some units of this model are being trained:"

@@ -57,10 +57,11 @@ def training_only(
 
     Raises ``ValueError`` for a sharded model (FSDP, DeepSpeed ZeRO-3, tensor parallelism), also
     when it is sharded inside; for a set that is not of the model's shape, leaves nothing to train,
-    or is everything; and for a matrix that is shared or no plain linear map. Raises ``TypeError``
-    for a set of numbers.
+    or is everything; and for a matrix that is shared, quantised or no plain linear map. Raises
+    ``TypeError`` for a set of numbers.
     """
     guards.refuse_sharded(model)
+    guards.refuse_quantised(model)
     plain = wrappers.unwrapped(model)
     trainable = _checked(plain, trainable)
     if not trainable.any() and not train_rest:
@@ -119,6 +120,7 @@ def freezing(
         train_sft(model, tokenizer, examples, config)
     """
     guards.refuse_sharded(model)
+    guards.refuse_quantised(model)
     frozen = _checked(wrappers.unwrapped(model), frozen)
     if not frozen.any():
         raise ValueError(

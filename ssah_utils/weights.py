@@ -4,10 +4,13 @@ Does not know prompts, scores or sets of units.
 """
 
 from collections.abc import Callable
+from typing import cast
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ssah_utils import guards
 from ssah_utils.models import (
     architecture_of,
     blocks_of,
@@ -39,7 +42,7 @@ def gathered(model: nn.Module) -> PreTrainedModel:
 
 
 def squared_column_norms(model: nn.Module) -> PerUnit:
-    """||W_:j||^2 of every writer column, in float64."""
+    """||W_:j||^2 of every writer column, in float64; where codes are stored, of what they mean."""
     return _of_columns(model, lambda weight: weight.square().sum(0))
 
 
@@ -51,7 +54,11 @@ def mean_absolute_columns(model: nn.Module) -> PerUnit:
 def _of_columns(model: nn.Module, function: Callable[[Tensor], Tensor]) -> PerUnit:
     """``function`` of every writer's weight: (d_model, n_channels) float64 -> (n_channels,)."""
     model = gathered(model)
-    of_module = lambda module: function(column_weight(module).detach().double())  # noqa: E731
+    dtype = cast("torch.dtype", model.dtype)
+
+    def of_module(module: nn.Module) -> Tensor:
+        return function(column_weight(module, dtype).detach().double())
+
     return PerUnit.of_layers({kind: list(map(of_module, writers(model, kind))) for kind in KINDS})
 
 
@@ -61,6 +68,7 @@ def squared_gradients(model: nn.Module) -> PerUnit:
     A value row that several channels share counts for each of them.
     """
     model = gathered(model)
+    guards.refuse_quantised(model)
     shape, architecture = shape_of(model), architecture_of(model)
     squared: dict[str, list[Tensor]] = {kind: [] for kind in KINDS}
     for kind in KINDS:

@@ -198,13 +198,10 @@ LACKING = {
         lambda folder: an_adapter(folder, keep_config=True),
         r"adapter of 'some/base'.*merge_and_unload\(\)",
     ),
-    "gptq": (
-        quantised("gptq", bits=4, group_size=128),
-        r"quantised \(gptq\).*before it was quantised",
+    "a method that is read": (
+        quantised("aqlm"),
+        r"quantised with aqlm, which is not read \(read: .*before it was quantised",
     ),
-    "awq": (quantised("awq", bits=4, group_size=128), r"quantised \(awq\)"),
-    "bitsandbytes": (quantised("bitsandbytes", load_in_4bit=True), r"quantised \(bitsandbytes\)"),
-    "fp8": (quantised("fp8"), r"quantised \(fp8\)"),
     "code": (of_own_code, "program code of its own, which is never run here|not supported"),
 }
 

@@ -21,6 +21,7 @@ from transformers import (
 from ssah_utils import hub
 from ssah_utils.evaluation import opening_log_probabilities
 from ssah_utils.loading import load_tokenizer, resolve, whole_folder
+from ssah_utils.precision import Precision, computed_in
 from ssah_utils.prompt_cache import n_positions
 from ssah_utils.prompts import chat
 from ssah_utils.wrappers import evaluating
@@ -61,17 +62,17 @@ def check_judge(name: str) -> None:
         hub.check_weights(name)
 
 
-def load_judge(name: str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Judge:
+def load_judge(name: str, dtype: Precision = torch.float32, device: str = "cpu") -> Judge:
     """A judge from a Hugging Face id or folder, if ``check_judge`` accepts it.
 
-    Runs no remote code; reads safetensors only.
+    Runs no remote code; reads safetensors only. It is never quantised as it is loaded.
     """
     check_judge(name)
     tokenizer, is_classifier = load_tokenizer(name), _is_classifier(_config(name))
     loader = AutoModelForSequenceClassification if is_classifier else AutoModelForCausalLM
     probability = probability_by_classifier if is_classifier else probability_by_chat
-    safely = {"use_safetensors": True, "trust_remote_code": False}
-    model = loader.from_pretrained(whole_folder(name), dtype=dtype, **safely).to(device).eval()
+    safely = {"use_safetensors": True, "trust_remote_code": False, "dtype": computed_in(dtype)}
+    model = loader.from_pretrained(whole_folder(name), **safely).to(device).eval()
     return lambda requests, answers: probability(model, tokenizer, requests, answers)
 
 

@@ -11,22 +11,25 @@ from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
 
-from ssah_utils import embedded
+from ssah_utils import embedded, extras
 from ssah_utils.adapters import PEFT_METHODS
 from ssah_utils.experiments.recipes import Recipe
 from ssah_utils.loading import (
+    check_numbers,
     check_reachable,
     check_room,
     check_rows,
     checked_config,
     load_tokenizer,
 )
-from ssah_utils.precision import DTYPES, dtype_named, preferred_device
+from ssah_utils.precision import CODES, DTYPES, dtype_named, preferred_device
 from ssah_utils.prompt_cache import check_lengths
 from ssah_utils.prompts.chat import render, set_chat_template
 from ssah_utils.prompts.datasets import adaptation_split, check_splits, load_dataset, load_pairs
 from ssah_utils.prompts.formats import SUFFIXES
 from ssah_utils.prompts.tokens import POSITIONS
+from ssah_utils.quantised import DEQUANTISE
+from ssah_utils.quantisers import keeps_codes
 from ssah_utils.units import check_fractions
 
 Check = Callable[[str, object, dict], None]  # (name, value, all values): raises in one line
@@ -226,6 +229,7 @@ def check_together(values: dict) -> None:
         check_splits(*(values[name] for name in STUDY_DATA))
     if "model" not in values:
         return
+    check_numbers_of(values["model"], values.get("dtype", "auto"))
     n_more = max(values.get(length, 0) for length in LENGTHS)
     in_chat = (values["model"], values.get("chat_template", ""), values.get("system_prompt", ""))
     for name, value in values.items():
@@ -234,7 +238,37 @@ def check_together(values: dict) -> None:
             check_fits(*in_chat, value, n_more)
 
 
+def check_trainable(stage: str, values: dict) -> None:
+    """``ValueError`` for a notebook that trains a model whose weights are codes, or are to be."""
+    is_given = values.get("alignment") == "given" or (
+        values.get("alignment") == "auto" and values["model"] not in embedded.UNALIGNED
+    )
+    if "learning_rate" not in values or is_given:
+        return
+    if values["dtype"] in CODES:
+        raise ValueError(
+            f"{stage} trains the model, but dtype is '{values['dtype']}', and codes cannot be"
+            " trained: take auto, float32 or bfloat16; notebooks that do not train run by --only"
+            " under a profile that sets dtype"
+        )
+    trained = values.get("start_model") or values["model"]
+    if trained not in embedded.NAMES and keeps_codes(checked_config(trained)):
+        raise ValueError(
+            f"{stage} trains the model, but '{trained}' is quantised, and codes cannot be trained:"
+            f" {DEQUANTISE}; notebooks that do not train run by --only"
+        )
+
+
 # ----------------------------------------------------------------------------------- once a process
+
+
+@cache
+def check_numbers_of(model: str, dtype: str) -> None:
+    """A model that cannot be loaded in the numbers asked for."""
+    if dtype in CODES:
+        extras.require("quantised")
+        if model not in embedded.NAMES:
+            check_numbers(checked_config(model), model, dtype_named(dtype, "cpu"))
 
 
 def check_template(model: str, chat_template: str, system_prompt: str) -> None:

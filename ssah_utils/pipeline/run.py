@@ -84,6 +84,8 @@ def plan(profile: str, assignments: list[str], only: str = "", checked: bool = T
         values = assigned(defaults, settings[name], chosen, only in ("", name))
         if checked:
             parameters.check(values)
+            if only in ("", name):  # the others are not executed
+                parameters.check_trainable(name, values)
         pinned = hub.pinned if checked else hub.pinned_here
         values |= {one: pinned(value) for one, value in values.items() if on_hub(one, value)}
         stage = Stage(
@@ -316,7 +318,7 @@ def expected_seconds(stages: list[Stage]) -> dict[str, float]:
     reference, device = read_pipeline().get("machine"), precision.preferred_device()
     asked = (stage.parameters["dtype"] for stage in stages if "dtype" in stage.parameters)
     dtype = precision.dtype_named(next(asked, "auto"), device)
-    times = machine.slowdown(reference, dtype, device) if reference else 1.0
+    times = machine.slowdown(reference, precision.computed_in(dtype), device) if reference else 1.0
     if reference:
         beside = "the one whose minutes are in pipeline.yaml"
         print(f"this machine takes about {times:.1f} times as long as {beside}", flush=True)

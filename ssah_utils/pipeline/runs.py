@@ -35,6 +35,7 @@ from ssah_utils.files import (
 )
 from ssah_utils.locks import Lock
 from ssah_utils.pipeline import kernel
+from ssah_utils.pipeline.parameters import check_trainable
 
 with extras.needed("notebooks"):
     from matplotlib.figure import Figure
@@ -157,6 +158,7 @@ def start(stage: str, values: dict) -> Run:
         name: hub.pinned(value) for name, value in parameters.items() if on_hub(name, value)
     }
     profile, model, seed = (parameters[name] for name in ("profile", "model", "seed"))
+    check_trainable(stage, parameters)
     set_dtype(parameters.get("dtype", "auto"))
     random.seed(seed)
     np.random.seed(seed)

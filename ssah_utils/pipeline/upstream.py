@@ -9,7 +9,6 @@ from pathlib import Path
 from weakref import WeakValueDictionary
 
 import pandas as pd
-import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -31,7 +30,7 @@ PLAIN_TEMPLATE = DATA / "plain_chat.jinja"  # for a base without a chat template
 _in_use: WeakValueDictionary[tuple, nn.Module] = WeakValueDictionary()
 
 
-def load_model(run: Run, name: str, dtype: torch.dtype | None = None) -> nn.Module:
+def load_model(run: Run, name: str, dtype: precision.Precision | None = None) -> nn.Module:
     """A model of 01 on the device of choice, in the run's precision unless another is given.
 
     Only to look at. Where two names mean the same model, as the base and the aligned one of a model

@@ -46,11 +46,58 @@ class ModelShape:
 class InputProjection:
     """A matrix whose output rows feed a kind of unit.
 
-    ``offset`` is where those rows begin in a matrix that is fused of several.
+    ``rows``: which row feeds each channel, (n_channels,) int64. Several channels may share a row,
+    as under grouped-query attention, and a row may feed none, as those of queries in a matrix that
+    is fused of several.
     """
 
     path: str
-    offset: Callable[[ModelShape], int] = lambda shape: 0
+    rows: Callable[[ModelShape], Tensor]
+
+
+def _value_rows(shape: ModelShape, first: int, step: int) -> Tensor:
+    """Where the rows of the values begin, and how far those of the next group of heads are.
+
+    Both are counted in heads.
+    """
+    channel = torch.arange(shape.n_channels("attention"))
+    head, within = channel // shape.head_dim, channel % shape.head_dim
+    group = head // (shape.n_heads // shape.n_kv_heads)
+    return (first + group * step) * shape.head_dim + within
+
+
+def values_alone(shape: ModelShape) -> Tensor:
+    """The matrix holds values only, a head of them for each group of query heads."""
+    return _value_rows(shape, 0, 1)
+
+
+def values_last(shape: ModelShape) -> Tensor:
+    """The matrix holds all queries, then all keys, then all values."""
+    return _value_rows(shape, shape.n_heads + shape.n_kv_heads, 1)
+
+
+def values_by_group(shape: ModelShape) -> Tensor:
+    """The matrix holds, for each group of heads, its queries, its key and its value."""
+    n_queries = shape.n_heads // shape.n_kv_heads
+    return _value_rows(shape, n_queries + 1, n_queries + 2)
+
+
+def in_order(shape: ModelShape) -> Tensor:
+    """Row j feeds feed-forward channel j."""
+    return torch.arange(shape.d_ff)
+
+
+def second_half(shape: ModelShape) -> Tensor:
+    """Row d_ff + j feeds feed-forward channel j."""
+    return shape.d_ff + in_order(shape)
+
+
+def _in_order(*paths: str) -> tuple[InputProjection, ...]:
+    return tuple(InputProjection(path, in_order) for path in paths)
+
+
+def _fused_gate_and_up(path: str) -> tuple[InputProjection, ...]:
+    return (InputProjection(path, in_order), InputProjection(path, second_half))
 
 
 @dataclass(frozen=True)
@@ -64,25 +111,27 @@ class Architecture:
     )
     readers: dict[str, tuple[InputProjection, ...]] = field(
         default_factory=lambda: {
-            "attention": (InputProjection("self_attn.v_proj"),),
-            "mlp": (InputProjection("mlp.gate_proj"), InputProjection("mlp.up_proj")),
+            "attention": (InputProjection("self_attn.v_proj", values_alone),),
+            "mlp": _in_order("mlp.gate_proj", "mlp.up_proj"),
         }
     )
 
 
 LLAMA_LIKE = Architecture()
-_PHI3_VALUE = InputProjection(
-    "self_attn.qkv_proj", lambda shape: (shape.n_heads + shape.n_kv_heads) * shape.head_dim
+PHI3 = Architecture(
+    readers={
+        "attention": (InputProjection("self_attn.qkv_proj", values_last),),
+        "mlp": _fused_gate_and_up("mlp.gate_up_proj"),
+    }
 )
-_PHI3_GATE = InputProjection("mlp.gate_up_proj")
-_PHI3_UP = InputProjection("mlp.gate_up_proj", lambda shape: shape.d_ff)
-PHI3 = Architecture(readers={"attention": (_PHI3_VALUE,), "mlp": (_PHI3_GATE, _PHI3_UP)})
-_GPT2_VALUE = InputProjection("attn.c_attn", lambda shape: 2 * shape.d_model)
 GPT2 = Architecture(
     backbone="transformer",
     blocks="transformer.h",
     writers={"attention": "attn.c_proj", "mlp": "mlp.c_proj"},
-    readers={"attention": (_GPT2_VALUE,), "mlp": (InputProjection("mlp.c_fc"),)},
+    readers={
+        "attention": (InputProjection("attn.c_attn", values_last),),
+        "mlp": _in_order("mlp.c_fc"),
+    },
 )
 ARCHITECTURES = {
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2"), LLAMA_LIKE),
@@ -223,14 +272,11 @@ def check_per_unit(model: nn.Module, values: Mapping[str, Tensor]) -> PerUnit:
     return PerUnit(values)
 
 
-def reader_rows(shape: ModelShape, kind: str) -> Tensor:
-    """Row of the reader matrix (before its offset) that feeds each channel: (n_channels,) int64.
+def owned_rows(rows: Tensor, units: Tensor, n_rows: int) -> Tensor:
+    """Rows of a reader that feed units of a set and no others: (n_rows,) bool.
 
-    The identity for ``mlp``. For ``attention``, n_heads / n_kv_heads channels share a value row
-    under grouped-query attention.
+    ``rows``: of ``InputProjection``, (n_channels,); ``units``: the set, (n_channels,) bool;
+    ``n_rows``: of the whole matrix.
     """
-    channel = torch.arange(shape.n_channels(kind))
-    if kind == "mlp":
-        return channel
-    head, within = channel // shape.head_dim, channel % shape.head_dim
-    return head // (shape.n_heads // shape.n_kv_heads) * shape.head_dim + within
+    n_inside = torch.bincount(rows[units], minlength=n_rows)
+    return (n_inside > 0) & (n_inside == torch.bincount(rows, minlength=n_rows))

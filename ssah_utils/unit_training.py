@@ -173,14 +173,6 @@ def count_trainable(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
-def owned_rows(shape: models.ModelShape, kind: str, units: Tensor) -> Tensor:
-    """Reader rows all of whose channels are in the set: (n_channels,) -> (n_rows,) bool."""
-    rows = models.reader_rows(shape, kind)
-    n_missing = torch.zeros(int(rows.max()) + 1, dtype=torch.int64)
-    n_missing.index_add_(0, rows, (~units).long())
-    return n_missing == 0
-
-
 def _parts(
     model: nn.Module, trainable: PerUnit, train_rest: bool
 ) -> Iterator[tuple[nn.Module, str, Tensor, int]]:
@@ -195,11 +187,11 @@ def _parts(
             chosen = trainable[kind][layer].cpu()
             parent, _, name = architecture.writers[kind].rpartition(".")
             yield block.get_submodule(parent), name, chosen, 1
-            owned = owned_rows(shape, kind, chosen)
             for reader in architecture.readers[kind]:
-                n_rows = models.column_weight(block.get_submodule(reader.path)).shape[0]
+                n_rows = len(models.column_weight(block.get_submodule(reader.path)))
                 trained = rows_of.setdefault(reader.path, torch.full((n_rows,), train_rest))
-                trained[reader.offset(shape) : reader.offset(shape) + len(owned)] = owned
+                rows = reader.rows(shape)
+                trained[rows] = models.owned_rows(rows, chosen, n_rows)[rows]
         for path, trained in rows_of.items():
             parent, _, name = path.rpartition(".")
             yield block.get_submodule(parent), name, trained, 0

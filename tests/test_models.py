@@ -126,10 +126,29 @@ def test_squared_column_norms_equal_brute_force(any_model):
 # -------------------------------------------------------------------------------------- reader rows
 
 
-def test_reader_rows_by_hand():
-    rows = models.reader_rows(GROUPED, "attention")
-    assert rows.tolist() == [*range(10)] * 3 + [*range(10, 20)] * 3
-    assert models.reader_rows(GROUPED, "mlp").tolist() == list(range(70))
+def test_value_rows_by_hand():
+    """Six query heads of ten channels share two heads of keys and values."""
+    first, second = list(range(10)), list(range(10, 20))
+    assert models.values_alone(GROUPED).tolist() == first * 3 + second * 3
+    # 60 rows of queries, 20 of keys, 20 of values
+    last = [[row + 80 for row in rows] for rows in (first, second)]
+    assert models.values_last(GROUPED).tolist() == last[0] * 3 + last[1] * 3
+    # 30 rows of queries, 10 of a key, 10 of a value, and the same again
+    by_group = [list(range(40, 50)), list(range(90, 100))]
+    assert models.values_by_group(GROUPED).tolist() == by_group[0] * 3 + by_group[1] * 3
+
+
+def test_feed_forward_rows_by_hand():
+    assert models.in_order(GROUPED).tolist() == list(range(70))
+    assert models.second_half(GROUPED).tolist() == list(range(70, 140))
+
+
+def test_a_row_is_owned_by_a_set_that_holds_all_its_channels():
+    rows = torch.tensor([1, 1, 2, 4])  # rows 0, 3 and 5 feed nothing
+    for units, owned in {(0, 1): [1], (0,): [], (0, 2): [2], (0, 1, 2, 3): [1, 2, 4]}.items():
+        chosen = torch.zeros(4, dtype=torch.bool)
+        chosen[list(units)] = True
+        assert models.owned_rows(rows, chosen, 6).nonzero().flatten().tolist() == owned
 
 
 def writer_inputs(model: nn.Module, ids: Tensor, layer: int) -> dict[str, Tensor]:
@@ -152,16 +171,18 @@ def writer_inputs(model: nn.Module, ids: Tensor, layer: int) -> dict[str, Tensor
 def test_a_reader_row_reaches_only_the_channels_that_map_to_it(any_model, token_ids, kind):
     layer = 1
     shape = models.shape_of(any_model)
-    rows = models.reader_rows(shape, kind)
     before = writer_inputs(any_model, token_ids, layer)[kind]
     for reader in models.architecture_of(any_model).readers[kind]:
-        for row in (0, shape.head_dim - 1, shape.head_dim, int(rows.max()) // 2, int(rows.max())):
+        rows = reader.rows(shape)
+        distinct = rows.unique()
+        places = (0, shape.head_dim - 1, shape.head_dim, len(distinct) // 2, -1)
+        for row in distinct[list(places)].tolist():
             perturbed = copy.deepcopy(any_model)
             weight = models.column_weight(
                 models.blocks_of(perturbed)[layer].get_submodule(reader.path)
             )
             with torch.no_grad():
-                weight[reader.offset(shape) + row] += torch.randn(
+                weight[row] += torch.randn(
                     shape.d_model, generator=torch.Generator().manual_seed(row)
                 )
             change = (writer_inputs(perturbed, token_ids, layer)[kind] - before).abs().amax((0, 1))
@@ -170,10 +191,10 @@ def test_a_reader_row_reaches_only_the_channels_that_map_to_it(any_model, token_
 
 def test_readers_of_fused_matrices_end_where_the_matrix_ends(any_model):
     shape = models.shape_of(any_model)
-    for kind, readers in models.architecture_of(any_model).readers.items():
-        last = max(readers, key=lambda reader: reader.offset(shape))
+    for readers in models.architecture_of(any_model).readers.values():
+        last = max(readers, key=lambda reader: int(reader.rows(shape).max()))
         matrix = models.column_weight(models.blocks_of(any_model)[0].get_submodule(last.path))
-        assert last.offset(shape) + int(models.reader_rows(shape, kind).max()) + 1 == len(matrix)
+        assert int(last.rows(shape).max()) + 1 == len(matrix)
 
 
 # -------------------------------------------------------------------------------------- fingerprint

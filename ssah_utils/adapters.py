@@ -10,11 +10,12 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from ssah_utils import extras, models, wrappers
+from ssah_utils.architectures import ARCHITECTURES
 
 PEFT_METHODS = {
-    "lora": tuple(models.ARCHITECTURES),
+    "lora": tuple(ARCHITECTURES),
     "llama-adapter": ("llama", "mistral", "gpt2"),
-    "prefix": tuple(models.ARCHITECTURES),
+    "prefix": tuple(ARCHITECTURES),
 }
 PREFIX_TOKENS = 20
 PREFIX_TEXT = (

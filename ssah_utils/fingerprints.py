@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ssah_utils.files import sha256_of
 from ssah_utils.models import architecture_of
 from ssah_utils.weights import gathered
-from ssah_utils.wrappers import WRAPPERS
+from ssah_utils.wrappers import plain_name
 
 # What of a configuration does not change what a model computes or learns, given its weights.
 COSMETIC = set(
@@ -42,7 +42,7 @@ def fingerprint(model: nn.Module) -> str:
     tables = (plain.get_input_embeddings(), plain.get_output_embeddings())
     vocabulary = {table.weight.data_ptr() for table in tables}
     state = plain.state_dict().items()
-    tensors = {_without_wrappers(name): tensor.detach() for name, tensor in state}
+    tensors = {plain_name(name): tensor.detach() for name, tensor in state}
     # tied tensors are hashed once
     places = {
         name: (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
@@ -57,7 +57,7 @@ def fingerprint(model: nn.Module) -> str:
     with ThreadPoolExecutor() as pool:  # neither rounding nor hashing needs the interpreter
         hashes = dict(zip(distinct, pool.map(hash_of, distinct.values()), strict=True))
     held = [
-        [_without_wrappers(name), _hash_of_values(hook.channels), _hash_of_values(hook.fill)]
+        [plain_name(name), _hash_of_values(hook.channels), _hash_of_values(hook.fill)]
         for name, module in plain.named_modules()
         for hook in module._forward_pre_hooks.values()
         if hasattr(hook, "fill")
@@ -74,10 +74,6 @@ def _hash_of_values(tensor: Tensor) -> str:
     digest = hashlib.sha256(repr(tuple(tensor.shape)).encode())
     digest.update(values.cpu().numpy().data)
     return digest.hexdigest()
-
-
-def _without_wrappers(name: str) -> str:
-    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
 def trained_rows(table: Tensor) -> Tensor:

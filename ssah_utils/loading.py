@@ -20,7 +20,8 @@ from transformers import (
 )
 
 from ssah_utils import assets, embedded
-from ssah_utils.models import ARCHITECTURES, DEQUANTISE
+from ssah_utils.architectures import ARCHITECTURES
+from ssah_utils.models import DEQUANTISE
 from ssah_utils.prompts.chat import template_tokens
 
 # Constants that older versions of transformers saved with the weights; it knows the others itself.

@@ -250,6 +250,16 @@ class PartialLinear(nn.Module):
             yield self.linear[0].bias, self.bias_block
 
     @property
+    def out_features(self) -> int:
+        """Rows of the whole weight as ``nn.Linear`` has it."""
+        return self.whole.shape[self.dimension]
+
+    @property
+    def in_features(self) -> int:
+        """Columns of the whole weight as ``nn.Linear`` has it."""
+        return self.whole.shape[1 - self.dimension]
+
+    @property
     def weight(self) -> Tensor:
         """The weight as it stands, (out, in)."""
         whole = self._current(self.whole.dtype)

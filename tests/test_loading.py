@@ -16,7 +16,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from ssah_utils import fingerprints, loading, models
-from ssah_utils.models import ModelShape
+from ssah_utils.architectures import ModelShape
 from ssah_utils.pipeline import parameters
 from tests.conftest import VOCABULARY, parameters_of, same_parameters, tiny_model
 

@@ -10,10 +10,19 @@ from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from transformers import AutoModelForCausalLM
 
-from ssah_utils import fingerprints, interventions, models, unit_training, weights, wrappers
-from ssah_utils.models import ModelShape
+from ssah_utils import (
+    architectures,
+    fingerprints,
+    interventions,
+    models,
+    unit_training,
+    weights,
+    wrappers,
+)
+from ssah_utils.architectures import ModelShape
 from ssah_utils.per_unit import KINDS, PerUnit
-from tests.conftest import COMPILED, CONFIGS, VOCABULARY, writers_by_name
+from tests.conftest import COMPILED, LAYOUTS, VOCABULARY, writers_by_name
+from tests.families import CONFIGS
 
 SIZES_OF_LLAMA = {"attention": 60, "mlp": 70}
 
@@ -21,20 +30,25 @@ GROUPED = ModelShape("", n_layers=3, d_model=42, n_heads=6, n_kv_heads=2, head_d
 
 
 def test_every_supported_architecture_is_tested():
-    assert CONFIGS.keys() == models.ARCHITECTURES.keys()
+    types = [made().get_text_config(decoder=True).model_type for made in CONFIGS.values()]
+    assert types == list(CONFIGS)
+    assert set(types) == architectures.ARCHITECTURES.keys()
 
 
 # ---------------------------------------------------------------------------------------- structure
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", LAYOUTS)
 def test_shape(tiny_models, name):
     shape = models.shape_of(tiny_models(name))
     d_attention = 42 if name == "gpt2" else 60
     sizes = (
         {"n_kv_heads": 6, "head_dim": 7} if name == "gpt2" else {"n_kv_heads": 2, "head_dim": 10}
     )
-    assert shape == ModelShape(name, n_layers=3, d_model=42, n_heads=6, d_ff=70, **sizes)
+    blocks = "transformer.h" if name == "gpt2" else "model.layers"
+    assert shape == ModelShape(
+        name, n_layers=3, d_model=42, n_heads=6, d_ff=70, blocks=blocks, **sizes
+    )
     assert {kind: shape.n_channels(kind) for kind in KINDS} == {"attention": d_attention, "mlp": 70}
     assert shape.n_units == 3 * (d_attention + 70)
 
@@ -64,12 +78,8 @@ def test_weights_that_the_configuration_does_not_explain_are_an_error(llama, wro
 
 
 def test_unknown_architecture_is_an_error_that_names_the_known_ones():
-    config = transformers.GPTNeoXConfig(
-        vocab_size=5,
-        hidden_size=12,
-        intermediate_size=7,
-        num_hidden_layers=1,
-        num_attention_heads=3,
+    config = transformers.OpenAIGPTConfig(
+        vocab_size=5, n_embd=12, n_layer=2, n_head=3, n_positions=4
     )
     model = AutoModelForCausalLM.from_config(config)
     for question in (
@@ -78,8 +88,10 @@ def test_unknown_architecture_is_an_error_that_names_the_known_ones():
         models.blocks_of,
         fingerprints.fingerprint,
     ):
-        with pytest.raises(ValueError, match=r"'gpt_neox' is not in ARCHITECTURES .*llama.*gpt2"):
+        with pytest.raises(ValueError, match=r"'openai-gpt' is not in .*llama.*gpt2") as raised:
             question(model)
+        assert str(raised.value).endswith("attn.c_attn, attn.c_proj, mlp.c_fc, mlp.c_proj")
+        assert "\n" not in str(raised.value)
 
 
 def test_writers_are_found_block_by_block(any_model):
@@ -129,18 +141,18 @@ def test_squared_column_norms_equal_brute_force(any_model):
 def test_value_rows_by_hand():
     """Six query heads of ten channels share two heads of keys and values."""
     first, second = list(range(10)), list(range(10, 20))
-    assert models.values_alone(GROUPED).tolist() == first * 3 + second * 3
+    assert architectures.values_alone(GROUPED).tolist() == first * 3 + second * 3
     # 60 rows of queries, 20 of keys, 20 of values
     last = [[row + 80 for row in rows] for rows in (first, second)]
-    assert models.values_last(GROUPED).tolist() == last[0] * 3 + last[1] * 3
+    assert architectures.values_last(GROUPED).tolist() == last[0] * 3 + last[1] * 3
     # 30 rows of queries, 10 of a key, 10 of a value, and the same again
     by_group = [list(range(40, 50)), list(range(90, 100))]
-    assert models.values_by_group(GROUPED).tolist() == by_group[0] * 3 + by_group[1] * 3
+    assert architectures.values_by_group(GROUPED).tolist() == by_group[0] * 3 + by_group[1] * 3
 
 
 def test_feed_forward_rows_by_hand():
-    assert models.in_order(GROUPED).tolist() == list(range(70))
-    assert models.second_half(GROUPED).tolist() == list(range(70, 140))
+    assert architectures.in_order(GROUPED).tolist() == list(range(70))
+    assert architectures.second_half(GROUPED).tolist() == list(range(70, 140))
 
 
 def test_a_row_is_owned_by_a_set_that_holds_all_its_channels():
@@ -508,9 +520,8 @@ def test_what_is_no_module_any_more_is_refused_in_one_line(llama):
 def test_columns_of_codes_are_refused(llama, dtype):
     for writer in writers_by_name(llama, "mlp"):
         writer.weight = nn.Parameter(writer.weight.detach().to(dtype), requires_grad=False)
-    for question in (models.shape_of, weights.squared_column_norms):
-        with pytest.raises(ValueError, match="quantised weights"):
-            question(llama)
+    with pytest.raises(ValueError, match="quantised weights"):
+        weights.squared_column_norms(llama)
 
 
 def test_a_model_in_training_by_units_is_known_by_its_weights(llama, token_ids):
@@ -546,4 +557,4 @@ def test_a_model_with_units_held_is_another_one(llama):
 
 def test_fingerprints_of_different_architectures_differ(tiny_models):
     # mistral has llama's weights
-    assert len({fingerprints.fingerprint(tiny_models(name)) for name in CONFIGS}) == len(CONFIGS)
+    assert len({fingerprints.fingerprint(tiny_models(name)) for name in LAYOUTS}) == len(LAYOUTS)

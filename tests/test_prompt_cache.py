@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from ssah_utils import evaluation, prompt_cache
-from tests.conftest import CONFIGS, SIZES, SPECIAL, tiny_model
+from tests.conftest import tiny_model
+from tests.families import CONFIGS, SIZES, SPECIAL
 
 PROMPTS = [[5, 6, 7, 8], [9], [4, 11, 3]]
 CONTINUATIONS = [[3, 4, 5], [6], [3, 9], [7, 8, 3, 4]]
@@ -171,7 +172,7 @@ SMALL = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2}
 UNREADABLE = {
     "mamba": lambda: transformers.MambaConfig(**SMALL, state_size=4),
     "rwkv": lambda: transformers.RwkvConfig(**SMALL),
-    "lfm2": lambda: transformers.Lfm2Config(**SIZES, **SPECIAL, full_attn_idxs=[1]),
+    "lfm2": lambda: transformers.Lfm2Config(**SIZES, full_attn_idxs=[1]),
     "bloom": lambda: transformers.BloomConfig(vocab_size=97, hidden_size=32, n_layer=2, n_head=4),
     "falcon": lambda: transformers.FalconConfig(**SMALL, num_attention_heads=4, alibi=True),
     "gpt_neo": lambda: transformers.GPTNeoConfig(

@@ -1,7 +1,7 @@
 """Get a model by its name: one that comes with the project, a folder, or a hub id.
 
 Only here it is decided what may be loaded. Knows files and how transformers reads them. Does not
-know architectures or units.
+know where units are; ``models`` is asked whether it does.
 """
 
 import json
@@ -12,16 +12,17 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedTokenizerBase,
 )
 
 from ssah_utils import assets, embedded
-from ssah_utils.architectures import ARCHITECTURES
-from ssah_utils.models import DEQUANTISE
+from ssah_utils.models import DEQUANTISE, shape_of
 from ssah_utils.prompts.chat import template_tokens
 
 # Constants that older versions of transformers saved with the weights; it knows the others itself.
@@ -50,8 +51,9 @@ def load(
         check_folder(Path(folder))
     tokenizer = load_tokenizer(name)
     try:
-        refuse_quantised(AutoConfig.from_pretrained(folder, trust_remote_code=False), name)
-        model, found = AutoModelForCausalLM.from_pretrained(
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        refuse_quantised(config, name)
+        model, found = auto_class(config).from_pretrained(
             folder,
             dtype=dtype,
             use_safetensors=True,
@@ -76,7 +78,20 @@ def load(
             f"'{name}' has {len(unused)} weights that its config.json does not use,"
             f" such as {unused[0]}: give it the config.json that it was saved with"
         )
+    shape_of(model)  # raises for a block in which something writes that has no entry
     return model.to(device).eval(), tokenizer
+
+
+def auto_class(config: PretrainedConfig) -> type:
+    """The class of transformers that loads a model which writes text, whatever else it reads."""
+    is_known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    return AutoModelForCausalLM if is_known else AutoModelForImageTextToText
+
+
+def without_weights(config: PretrainedConfig) -> nn.Module:
+    """The model of a configuration, of which no weight has a value: made in no time and memory."""
+    with torch.device("meta"):
+        return auto_class(config).from_config(config)
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
@@ -279,8 +294,7 @@ def check_reachable(name: str) -> None:
             embedded.check_terms(name)
         return
     config = checked_config(name)
-    if config.model_type not in ARCHITECTURES:
-        raise ValueError(
-            f"architecture '{config.model_type}' of '{name}' is not supported"
-            f" (there: {', '.join(ARCHITECTURES)})"
-        )
+    try:
+        shape_of(without_weights(config))
+    except (AttributeError, ImportError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"model '{name}' is not supported: {_reason(error)}") from error

@@ -11,10 +11,11 @@ import torch
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers import models as token_models
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from ssah_utils.files import cache_dir
-from tests.families import CONFIGS, VOCABULARY
+from ssah_utils.loading import auto_class
+from tests.families import CONFIGS, VARIANTS, VOCABULARY
 
 # Families of which each lays its matrices out in another way; of the others, test_families.py.
 LAYOUTS = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "phi3", "gpt2")
@@ -26,7 +27,8 @@ def tiny_model(name: str) -> nn.Module:
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
-        model = AutoModelForCausalLM.from_config(CONFIGS[name](), dtype=torch.float32)
+        config = (CONFIGS | VARIANTS)[name]()
+        model = auto_class(config).from_config(config, dtype=torch.float32)
         with torch.no_grad():
             for parameter in model.parameters():
                 noise = torch.randn_like(parameter)

@@ -60,11 +60,11 @@ def test_resolve_refuses_a_folder_without_a_model(tmp_path):
 def test_unsupported_architecture_is_refused_before_it_is_loaded(saved_llama):
     loading.check_reachable(str(saved_llama))
     config = json.loads((saved_llama / "config.json").read_text()) | {
-        "model_type": "gpt_neox",
+        "model_type": "openai-gpt",
         "architectures": ["X"],
     }
     (saved_llama / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=r"'gpt_neox' of .* is not supported .*llama"):
+    with pytest.raises(ValueError, match=r"not supported: architecture 'openai-gpt' .*c_proj"):
         loading.check_reachable(str(saved_llama))
 
 

@@ -21,6 +21,7 @@ from ssah_utils.architectures import Architecture, ModelShape, architecture
 from ssah_utils.per_unit import KINDS, PerUnit
 from ssah_utils.wrappers import plain_name, unwrapped
 
+FALCON_LINEAR = "transformers.models.falcon.modeling_falcon.FalconLinear"
 DEQUANTISE = "give the model as it was before it was quantised, or dequantise and save it"
 
 
@@ -222,6 +223,13 @@ def writers(model: nn.Module, kind: str) -> list[nn.Module]:
     """The ``o_proj`` or ``down_proj`` of every block, first block first."""
     path = architecture_of(model).writers[kind]
     return [block.get_submodule(path) for block in blocks_of(model)]
+
+
+def is_linear_map(module: nn.Module) -> bool:
+    """Whether a module computes x W^T + b of weights that it holds, and nothing else."""
+    own = type(module)
+    is_falcons = f"{own.__module__}.{own.__name__}" == FALCON_LINEAR
+    return own in (nn.Linear, transformers.pytorch_utils.Conv1D) or is_falcons
 
 
 def is_transposed(module: nn.Module) -> bool:

@@ -15,7 +15,6 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from transformers.pytorch_utils import Conv1D
 
 from ssah_utils import guards, models, per_unit, wrappers
 from ssah_utils.per_unit import PerUnit
@@ -154,7 +153,7 @@ def _check_matrix(linear: nn.Module, name: str, uses: dict[int, int]) -> None:
             f"the weights of '{name}' are shared with another module,"
             " which would be trained along: untie them"
         )
-    is_plain = type(linear) in (nn.Linear, Conv1D) and "forward" not in vars(linear)
+    is_plain = models.is_linear_map(linear) and "forward" not in vars(linear)
     if not is_plain or not all(isinstance(parameter, nn.Parameter) for parameter in parameters):
         raise ValueError(
             f"'{name}' is a {type(linear).__name__} that computes its output or its weights"

@@ -110,18 +110,13 @@ def _configured_shape(model: nn.Module) -> ModelShape:
         head_dim=first("head_dim") or config.hidden_size // n_heads,
         d_ff=first("intermediate_size", "ffn_dim", "ffn_hidden_size", "n_inner")
         or times_d_model * config.hidden_size,
-        blocks=f"{_name_of(model, backbone_of(model))}.{architecture_of(model).blocks}",
+        blocks=f"{backbone_path(model)}.{architecture_of(model).blocks}",
     )
 
 
 def _first_of(config: PretrainedConfig, *names: str) -> int | None:
     """The first of some fields that is there and neither zero nor None."""
     return next(filter(None, (getattr(config, name, None) for name in names)), None)
-
-
-def _name_of(model: nn.Module, part: nn.Module) -> str:
-    named = unwrapped(model).named_modules()
-    return plain_name(next(name for name, module in named if module is part))
 
 
 def _check_covered(block: nn.Module, family: Architecture, d_model: int, where: str) -> None:
@@ -182,6 +177,12 @@ def backbone_of(model: nn.Module) -> nn.Module:
     return unwrapped(unwrapped(model).get_decoder())
 
 
+def backbone_path(model: nn.Module) -> str:
+    """Where ``backbone_of`` is in the model: ``model``, or ``model.language_model``."""
+    backbone, named = backbone_of(model), unwrapped(model).named_modules()
+    return plain_name(next(name for name, module in named if module is backbone))
+
+
 def logits_of(model: nn.Module, hidden: Tensor) -> Tensor:
     """Next-token logits of backbone states: (..., d_model) -> (..., vocabulary).
 
@@ -189,7 +190,7 @@ def logits_of(model: nn.Module, hidden: Tensor) -> Tensor:
     that what a family does to logits after its head (scales, soft caps) is done here, too.
     """
     plain = unwrapped(model)
-    top = _name_of(plain, backbone_of(plain)).partition(".")[0]
+    top = backbone_path(plain).partition(".")[0]
     head = copy.copy(plain)  # with the same modules in a dictionary of its own
     head._modules = plain._modules | {top: GivenStates(hidden.reshape(1, -1, hidden.shape[-1]))}
     # of the class, as accelerate binds the forward of a model that it prepares to that model

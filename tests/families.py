@@ -52,7 +52,7 @@ CONFIGS: dict[str, Callable[[], Config]] = {
     },
     # low enough to matter
     "gemma2": _sized("gemma2", final_logit_softcapping=2.0),
-    "gemma3_text": _sized("gemma3_text", final_logit_softcapping=2.0, sliding_window=8),
+    "gemma3_text": _sized("gemma3_text", final_logit_softcapping=2.0, sliding_window=24),
     "olmo": _sized("olmo", clip_qkv=0.5),
     "granite": _sized("granite", logits_scaling=3.0, residual_multiplier=0.7),
     "granite_swa": _sized("granite_swa", logits_scaling=3.0),

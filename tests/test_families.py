@@ -8,7 +8,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ssah_utils import activations, interventions, loading, models, prompt_cache
+from ssah_utils import (
+    activations,
+    adapters,
+    evaluation,
+    interventions,
+    loading,
+    models,
+    prompt_cache,
+)
 from ssah_utils.architectures import ModelShape
 from ssah_utils.per_unit import KINDS, PerUnit
 from ssah_utils.unit_training import freezing, training_only
@@ -266,6 +274,14 @@ def test_frozen_entries_stay_bit_for_bit_and_trained_ones_move(fresh, rest):
 
 # ------------------------------------------------------------------------------------------ margins
 
+
+def log_p_of(model: nn.Module, text: list[int], after: list[int]) -> Tensor:
+    """Log-probability of each token after a text, in one pass of the model alone."""
+    ids = torch.tensor([text + after])
+    logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0]
+    return logits[len(text) - 1 : -1].log_softmax(-1)[range(len(after)), after]
+
+
 # They count distances or positions in the memory itself.
 READ_ANEW = {"bloom", "mpt", "gpt_neo", "falcon without groups"}
 
@@ -277,3 +293,61 @@ def test_openings_are_as_probable_as_in_whole_passes(family):
     is_anew = type(cache) is prompt_cache.WholePasses
     assert is_anew == (name in READ_ANEW)
     assert_read_as_whole(model, cache)
+
+
+@torch.inference_mode()
+def test_surprise_at_a_response_is_that_of_the_whole_text(model, tokenizer):
+    """By padded batches, of which only the last logits are computed."""
+    found = evaluation.response_nll(model, tokenizer, ["w5 w6 w7", "w9"], ["w8", "w3 w4 w5"])
+    expected = [
+        -float(log_p_of(model, text, after).mean())
+        for text, after in (([5, 6, 7], [8]), ([9], [3, 4, 5]))
+    ]
+    assert found == pytest.approx(expected, abs=1e-5)
+
+
+# --------------------------------------------------------------------------------------- gradients
+
+
+def test_gradients_by_activations_are_those_of_the_whole_model(model, token_ids):
+    """The sum over texts of |activation * gradient|, from one backward pass of the whole model."""
+    mask = torch.ones_like(token_ids)
+    positions = mask.bool()
+    positions[:, -1] = False
+    batch = {"input_ids": token_ids, "attention_mask": mask, "positions": positions}
+    found, seen = activations.gradient_activation(model, [batch]), {}
+    handles = []
+    for kind in KINDS:
+        writer = models.writers(model, kind)[LAYER]
+
+        def keep(module: nn.Module, args: tuple[Tensor], kind: str = kind) -> None:
+            args[0].retain_grad()
+            seen[kind] = args[0]
+
+        handles.append(writer.register_forward_pre_hook(keep))
+    loss = model(input_ids=token_ids).logits[:, :-1].flatten(0, 1)
+    nn.functional.cross_entropy(loss, token_ids[:, 1:].flatten(), reduction="sum").backward()
+    for handle in handles:
+        handle.remove()
+    for kind, values in seen.items():
+        products = (values * values.grad).detach().reshape(*token_ids.shape, -1)
+        expected = products[positions].abs().mean(0).double()
+        close = {"rtol": 1e-3, "atol": 1e-5 * float(expected.max())}
+        torch.testing.assert_close(found[kind][LAYER], expected, **close)
+    model.zero_grad()
+
+
+@pytest.mark.parametrize("method", ["lora", "prefix"])
+def test_an_adapter_has_parameters_that_all_learn(fresh, tokenizer, token_ids, method):
+    wrapped = adapters.with_adapter(fresh, method, tokenizer)
+    mask = torch.ones_like(token_ids)
+    wrapped(input_ids=token_ids, attention_mask=mask, labels=token_ids).loss.backward()
+    added = [one for one in wrapped.parameters() if one.requires_grad]
+    assert added and all(one.grad is not None for one in added)
+    with torch.inference_mode():
+        cache, openings = prompt_cache.read_prompts(wrapped, PROMPTS[:2]), [[3, 4], [6]]
+        found = cache.log_probabilities(openings, cache.next_logits)
+        expected = [
+            [log_p_of(wrapped, text, ids).sum() for ids in openings] for text in PROMPTS[:2]
+        ]
+    torch.testing.assert_close(found.float(), torch.tensor(expected), atol=2e-5, rtol=0)

@@ -42,15 +42,15 @@ def assert_read_as_whole(
     """Continuations are as probable as after whole texts, also after tokens, and without them
     again; and answers are those of whole texts.
     """
-    close = {"atol": atol, "rtol": 0}
+    close, at_once = {"atol": atol, "rtol": 0}, [expected(model), expected(model, APPENDED)]
     torch.testing.assert_close(
-        cache.log_probabilities(CONTINUATIONS, cache.next_logits), expected(model), **close
+        cache.log_probabilities(CONTINUATIONS, cache.next_logits), at_once[0], **close
     )
     said = cache.extend(APPENDED)[:, -1]
     assert cache.n_after == 2
     for _ in range(2):  # the second time what the first one read must be forgotten
         torch.testing.assert_close(
-            cache.log_probabilities(CONTINUATIONS, said), expected(model, APPENDED), **close
+            cache.log_probabilities(CONTINUATIONS, said), at_once[1], **close
         )
     torch.testing.assert_close(
         cache.extend(APPENDED[:, :1])[:, -1],
@@ -59,7 +59,7 @@ def assert_read_as_whole(
     )
     cache.truncate(0)
     torch.testing.assert_close(
-        cache.log_probabilities(CONTINUATIONS, cache.next_logits), expected(model), **close
+        cache.log_probabilities(CONTINUATIONS, cache.next_logits), at_once[0], **close
     )
     found, columns = cache.answer(3, []), []
     for _ in range(3):

@@ -80,16 +80,23 @@ def shape_of(model: nn.Module) -> ModelShape:
     ``ValueError`` where they disagree, or where a block has a matrix that the architecture's entry
     does not name, so that neither a wrong entry nor a block of another kind can go unnoticed.
     """
-    shape, family, blocks = _configured_shape(model), architecture_of(model), blocks_of(model)
+    family, config = architecture_of(model), text_config(model)
+    where = f"architecture '{config.model_type}'"
+    blocks = {f"{where}: block {number}": block for number, block in enumerate(blocks_of(model))}
+    for name, block in blocks.items():
+        _check_covered(block, family, config.hidden_size, name)
+    try:
+        shape = _configured_shape(model)
+    except (AttributeError, RuntimeError, TypeError) as error:  # absent, or one for each block
+        why = str(error).splitlines()[0]
+        raise ValueError(f"{where}: its configuration does not say its sizes: {why}") from error
     if len(blocks) != shape.n_layers:
         raise ValueError(
             f"the model has {len(blocks)} blocks, its configuration says {shape.n_layers}"
         )
-    for number, block in enumerate(blocks):
-        where = f"architecture '{shape.model_type}': block {number}"
-        _check_covered(block, family, shape.d_model, where)
+    for name, block in blocks.items():
         for kind in KINDS:
-            _check_sizes(block, family, shape, kind, where)
+            _check_sizes(block, family, shape, kind, name)
     return shape
 
 
@@ -217,7 +224,14 @@ class GivenStates:
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
     """The transformer blocks, first block first."""
-    return list(backbone_of(model).get_submodule(architecture_of(model).blocks))
+    path = architecture_of(model).blocks
+    try:
+        return list(backbone_of(model).get_submodule(path))
+    except AttributeError:
+        raise ValueError(
+            f"architecture '{text_config(model).model_type}': its backbone,"
+            f" '{backbone_path(model)}', has no '{path}', which its entry in ARCHITECTURES names"
+        ) from None
 
 
 def writers(model: nn.Module, kind: str) -> list[nn.Module]:

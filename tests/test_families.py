@@ -3,21 +3,25 @@ down about it, held against what the model computes.
 """
 
 import copy
+import re
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 
 from ssah_utils import (
     activations,
     adapters,
+    architectures,
     evaluation,
+    fingerprints,
     interventions,
     loading,
     models,
     prompt_cache,
 )
-from ssah_utils.architectures import ModelShape
+from ssah_utils.architectures import Architecture, ModelShape
 from ssah_utils.per_unit import KINDS, PerUnit
 from ssah_utils.unit_training import freezing, training_only
 from tests.conftest import VOCABULARY, parameters_of, tiny_model
@@ -181,6 +185,113 @@ def test_logits_of_states_are_those_of_the_model(model, token_ids):
         assert torch.equal(models.logits_of(model, hidden), expected)
         some = models.logits_of(model, hidden[1, 3:5])
         torch.testing.assert_close(some, expected[1, 3:5], rtol=1e-4, atol=1e-4)
+
+
+# ----------------------------------------------------------------------------- what no entry covers
+
+# Families whose blocks are not all alike, or write in a third way, and what has to be named then.
+HYBRIDS = {
+    "olmo_hybrid": "block 0 has 'linear_attn.o_proj'",
+    "gemma4_text": "block 0 has 'per_layer_projection'",
+    "ernie4_5_moe": "block 1 has 'mlp.experts.down_proj'",
+    "flint": "block 2 has 'mlp.experts.down_proj'",
+    "zamba2": "block 0 has 'mamba.out_proj'",
+    "mllama": "block 0 has 'cross_attn.",
+}
+
+
+def hybrid(name: str) -> nn.Module:
+    """A model of five blocks without weights."""
+    config = transformers.AutoConfig.for_model(name)
+    text = config.get_text_config(decoder=True)
+    if name == "mllama":
+        text.cross_attention_layers = [0]
+    text.num_hidden_layers = 5
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:5]
+    return loading.without_weights(config)
+
+
+@pytest.mark.parametrize("name", HYBRIDS)
+def test_what_writes_and_is_covered_by_no_entry_is_named_in_one_line(name, monkeypatch):
+    model = hybrid(name)
+    with pytest.raises(ValueError, match=r"is not in ARCHITECTURES") as raised:
+        models.shape_of(model)
+    assert "\n" not in str(raised.value)
+    model_type = models.text_config(model).model_type
+    # the backbone of this one is a whole language model
+    entry = Architecture(blocks="model.layers" if name == "mllama" else "layers")
+    monkeypatch.setitem(architectures.ARCHITECTURES, model_type, entry)
+    with pytest.raises(ValueError, match=HYBRIDS[name]) as raised:
+        models.shape_of(model)
+    assert re.fullmatch(
+        rf"architecture '{model_type}': .*, which may write to the residual stream and is covered"
+        r" by no entry of ARCHITECTURES in ssah_utils/architectures.py",
+        str(raised.value),
+    )
+
+
+def with_a_wider_block(model: nn.Module) -> None:
+    model.model.layers[2].mlp.down_proj = nn.Linear(71, 42)
+
+
+def with_a_narrower_reader(model: nn.Module) -> None:
+    model.model.layers[2].self_attn.v_proj = nn.Linear(42, 19)
+
+
+def without_a_reader(model: nn.Module) -> None:
+    del model.model.layers[1].mlp.up_proj
+
+
+def with_a_third_writer(model: nn.Module) -> None:
+    model.model.layers[1].adapter = nn.Linear(7, 42)
+
+
+def with_a_block_less(model: nn.Module) -> None:
+    del model.model.layers[2]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (with_a_wider_block, r"block 2 has 'mlp.down_proj' of shape \(42, 71\), .* explain"),
+        (with_a_narrower_reader, r"block 2 has 'self_attn.v_proj' of .*: it asks for 20 rows"),
+        (without_a_reader, "block 1 has no 'mlp.up_proj'"),
+        (with_a_third_writer, "block 1 has 'adapter', which may write"),
+        (with_a_block_less, "the model has 2 blocks, its configuration says 3"),
+    ],
+)
+def test_a_block_that_is_not_as_its_entry_says_is_an_error(llama, change, message):
+    change(llama)
+    with pytest.raises(ValueError, match=message):
+        models.shape_of(llama)
+
+
+def test_blocks_whose_sizes_differ_are_an_error_in_one_line(monkeypatch):
+    entry = Architecture()
+    monkeypatch.setitem(architectures.ARCHITECTURES, "gemma4_unified_text", entry)
+    config = transformers.AutoConfig.for_model("gemma4_unified_text")
+    with pytest.raises(ValueError, match=r"does not say its sizes: .* is a per-layer") as raised:
+        models.shape_of(loading.without_weights(config))
+    assert "\n" not in str(raised.value)
+
+
+def test_an_entry_that_names_no_blocks_is_an_error(llama, monkeypatch):
+    monkeypatch.setitem(architectures.ARCHITECTURES, "llama", Architecture(blocks="h"))
+    with pytest.raises(ValueError, match="its backbone, 'model', has no 'h', which its entry"):
+        models.shape_of(llama)
+
+
+@pytest.mark.parametrize("name", ["gemma3 that sees", "llama that sees", "qwen2_5_vl_text", "opt"])
+def test_a_saved_model_is_loaded_with_its_text_part_in_sight(tmp_path, tokenizer, name):
+    model = tiny_model(name)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    loading.check_reachable(str(tmp_path))
+    loaded, _ = loading.load(str(tmp_path))
+    assert type(loaded) is type(model)
+    assert models.shape_of(loaded) == models.shape_of(model)
+    assert fingerprints.fingerprint(loaded) == fingerprints.fingerprint(model)
 
 
 # ----------------------------------------------------------------------------------------- ablation

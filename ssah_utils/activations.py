@@ -120,7 +120,7 @@ def channel_moments(model: nn.Module, batches: Iterable[Batch]) -> ChannelMoment
 
     def observe(stream: StreamingMoments):
         def hook(module: nn.Module, args: tuple[Tensor]) -> None:
-            stream.update(args[0].flatten(0, 1).index_select(0, selected.to(args[0].device)))
+            stream.update(args[0].flatten(0, -2).index_select(0, selected.to(args[0].device)))
 
         return hook
 
@@ -156,7 +156,8 @@ def unit_values(model: nn.Module, batch: Batch, kind: str, layer: int, channel: 
     seen: list[Tensor] = []
 
     def keep(module: nn.Module, args: tuple[Tensor]) -> None:
-        seen.append(args[0][..., channel].float().cpu())
+        own = args[0][..., channel].reshape(batch["input_ids"].shape)  # OPT's has no (B, T)
+        seen.append(own.float().cpu())
 
     with wrappers.evaluating(model), models.hooking() as handles:
         writer = models.writers(model, kind)[layer]
@@ -184,11 +185,11 @@ def gradient_activation(model: nn.Module, batches: Iterable[Batch]) -> PerUnit:
 
     def observe(kind: str, layer: int):
         def hook(module: nn.Module, args: tuple[Tensor]) -> None:
-            values = args[0].detach().flatten(0, 1)
+            values = args[0].detach().flatten(0, -2)
 
             def add(gradient: Tensor) -> None:
                 rows = selected.to(values.device)
-                marked_gradient = gradient.flatten(0, 1).index_select(0, rows).float()
+                marked_gradient = gradient.flatten(0, -2).index_select(0, rows).float()
                 product = marked_gradient * values.index_select(0, rows).float()
                 total = totals[kind][layer].to(values.device)
                 totals[kind][layer] = total + product.abs_().sum(0).double()

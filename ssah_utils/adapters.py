@@ -4,17 +4,19 @@ Does not know how they are trained.
 """
 
 import copy
+import re
 
 import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from ssah_utils import extras, models, wrappers
+from ssah_utils.architectures import ARCHITECTURES
 
 PEFT_METHODS = {
-    "lora": tuple(models.ARCHITECTURES),
+    "lora": tuple(ARCHITECTURES),
     "llama-adapter": ("llama", "mistral", "gpt2"),
-    "prefix": tuple(models.ARCHITECTURES),
+    "prefix": tuple(ARCHITECTURES),
 }
 PREFIX_TOKENS = 20
 PREFIX_TEXT = (
@@ -77,7 +79,6 @@ LEFT_TO_PEFT = {
         "peft_version",
         "base_model_name_or_path",
     ),
-    "read from the model's configuration": ("token_dim", "num_attention_heads", "num_layers"),
     "where computations run, or of what is off": ("runtime_config", "megatron_core"),
 }
 
@@ -100,23 +101,27 @@ def with_adapter(
     shape = models.shape_of(model)
     model_type = shape.model_type
     supported = [name for name, types in PEFT_METHODS.items() if model_type in types]
+    sees_too = model.config.get_text_config(decoder=True) is not model.config
     # PEFT computes the number of key heads of an adapter from the hidden size
-    if shape.d_model != shape.n_heads * shape.head_dim and "llama-adapter" in supported:
+    is_square = shape.d_model == shape.n_heads * shape.head_dim
+    if (sees_too or not is_square) and "llama-adapter" in supported:
         supported.remove("llama-adapter")
     if method not in supported:
         raise ValueError(
             f"PEFT method '{method}' is not available for architecture '{model_type}'"
             f" (there: {', '.join(supported)})"
         )
-    writer = models.architecture_of(model).writers["attention"]
-    of_model = {
-        "lora": {"fan_in_fan_out": models.is_transposed(models.writers(model, "attention")[0])},
-        "llama-adapter": {
-            "target_modules": writer.split(".")[0],
+    if method == "lora":
+        of_model = {"fan_in_fan_out": models.is_transposed(models.writers(model, "attention")[0])}
+        if sees_too:  # nothing is learned there from text
+            of_model["exclude_modules"] = rf"(?!{re.escape(models.backbone_path(model))}\.).*"
+    elif method == "llama-adapter":
+        of_model = {
+            "target_modules": models.architecture_of(model).attention.split(".")[0],
             "adapter_layers": max(1, shape.n_layers - 2),
-        },
-        "prefix": {},
-    }[method]
+        }
+    else:
+        of_model = _sizes_in_cache(model)
     configurations = {
         "lora": peft.LoraConfig,
         "llama-adapter": peft.AdaptionPromptConfig,
@@ -139,3 +144,19 @@ def with_adapter(
             max_length=None,
         )
     return wrapped
+
+
+@torch.no_grad()
+def _sizes_in_cache(model: nn.Module) -> dict[str, int]:
+    """What PEFT has to know of keys and values, from a cache: some models hold other numbers of
+    heads there than their configuration says.
+    """
+    ids = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+    with wrappers.evaluating(model):
+        layers = model(input_ids=ids, use_cache=True).past_key_values.layers
+    n_heads, head_dim = layers[0].keys.shape[1], layers[0].keys.shape[3]
+    return {
+        "num_layers": len(layers),
+        "num_attention_heads": n_heads,
+        "token_dim": n_heads * head_dim,
+    }

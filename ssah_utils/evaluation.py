@@ -50,7 +50,7 @@ def generate(
     sequences, ends = prompt_cache.token_ids(tokenizer, prompts), end_tokens(model, tokenizer)
     texts = [""] * len(prompts)
     for rows in progress(prompt_cache.length_sorted(sequences, batch_size), "answers"):
-        cache = prompt_cache.PromptCache(model, [sequences[row] for row in rows])
+        cache = prompt_cache.read_prompts(model, [sequences[row] for row in rows])
         for row, ids in zip(rows, cache.answer(max_new_tokens, ends), strict=True):
             texts[row] = prompt_cache.decoded(tokenizer, ids).strip()
     return texts
@@ -172,7 +172,7 @@ def opening_log_probabilities(
     prompt_cache.check_lengths(tokenizer, model.config, prompts, max(map(len, opening_ids)))
     scores = np.zeros((len(prompts), len(openings)))
     for rows in prompt_cache.length_sorted(prompt_ids, batch_size):
-        cache = prompt_cache.PromptCache(model, [prompt_ids[row] for row in rows])
+        cache = prompt_cache.read_prompts(model, [prompt_ids[row] for row in rows])
         scores[rows] = cache.log_probabilities(opening_ids, cache.next_logits).cpu().numpy()
     return scores
 

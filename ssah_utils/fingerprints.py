@@ -13,7 +13,7 @@ from ssah_utils import quantised
 from ssah_utils.files import sha256_of
 from ssah_utils.models import architecture_of
 from ssah_utils.weights import gathered
-from ssah_utils.wrappers import WRAPPERS
+from ssah_utils.wrappers import plain_name
 
 # What of a configuration does not change what a model computes or learns, given its weights.
 COSMETIC = set(
@@ -49,7 +49,7 @@ def fingerprint(model: nn.Module) -> str:
         if not quantised.codes_stay(module)
     }
     tensors = {
-        _without_wrappers(part): value
+        plain_name(part): value
         for name, tensor in plain.state_dict().items()
         if name.rpartition(".")[0] not in repacked or name.endswith(".bias")
         for part, value in quantised.plain_tensors(name, tensor.detach())
@@ -68,7 +68,7 @@ def fingerprint(model: nn.Module) -> str:
     with ThreadPoolExecutor() as pool:  # neither rounding nor hashing needs the interpreter
         hashes = dict(zip(distinct, pool.map(hash_of, distinct.values()), strict=True))
     held = [
-        [_without_wrappers(name), _hash_of_values(hook.channels), _hash_of_values(hook.fill)]
+        [plain_name(name), _hash_of_values(hook.channels), _hash_of_values(hook.fill)]
         for name, module in plain.named_modules()
         for hook in module._forward_pre_hooks.values()
         if hasattr(hook, "fill")
@@ -76,7 +76,7 @@ def fingerprint(model: nn.Module) -> str:
     by_name = {name: hashes[place] for name, place in places.items()}
     for name, module in repacked.items():  # one at a time: as numbers they may not all fit
         weight = quantised.weight_of(module, plain.dtype)
-        by_name[f"{_without_wrappers(name)}.weight"] = _hash_of_values(weight)
+        by_name[f"{plain_name(name)}.weight"] = _hash_of_values(weight)
     return sha256_of([plain.config.model_type, config, by_name, held])[:16]
 
 
@@ -88,10 +88,6 @@ def _hash_of_values(tensor: Tensor) -> str:
     digest = hashlib.sha256(repr(tuple(tensor.shape)).encode())
     digest.update(values.cpu().numpy().data)
     return digest.hexdigest()
-
-
-def _without_wrappers(name: str) -> str:
-    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
 def trained_rows(table: Tensor) -> Tensor:

@@ -85,19 +85,19 @@ def without_units(
     small = copy.deepcopy(model)
     architecture = models.architecture_of(model)
     for kind in per_unit.KINDS:
-        rows = models.reader_rows(shape, kind)
         blocks = models.blocks_of(small)
         for block, dropped, mean in zip(blocks, units[kind], means[kind], strict=True):
             if not dropped.any():
                 continue
-            kept = ~dropped
-            needed = torch.zeros(int(rows.max()) + 1, dtype=torch.bool)
-            needed[rows[kept]] = True
             path = architecture.writers[kind]
-            _replace(block, path, SmallWriter(block.get_submodule(path), kept, mean))
-            for path in {reader.path for reader in architecture.readers[kind]}:
-                offsets = [r.offset(shape) for r in architecture.readers[kind] if r.path == path]
-                _replace(block, path, SmallReader(block.get_submodule(path), needed, offsets))
+            _replace(block, path, SmallWriter(block.get_submodule(path), ~dropped, mean))
+            rows_of: dict[str, Tensor] = {}  # that are not needed any more, by the matrix
+            for reader in architecture.readers[kind]:
+                n_rows = len(models.column_weight(block.get_submodule(reader.path)))
+                unneeded = models.owned_rows(reader.rows(shape), dropped.cpu(), n_rows)
+                rows_of[reader.path] = rows_of.get(reader.path, False) | unneeded
+            for path, unneeded in rows_of.items():
+                _replace(block, path, SmallReader(block.get_submodule(path), ~unneeded))
     return small
 
 
@@ -131,12 +131,9 @@ class SmallReader(nn.Module):
 
     kept: Tensor
 
-    def __init__(self, old: nn.Module, needed: Tensor, offsets: list[int]) -> None:
+    def __init__(self, old: nn.Module, kept: Tensor) -> None:
         super().__init__()
         weight = models.column_weight(old).detach()
-        kept = torch.ones(len(weight), dtype=torch.bool)
-        for offset in offsets:
-            kept[offset : offset + len(needed)] = needed
         self.n_rows = len(weight)
         self.weight = nn.Parameter(weight[kept].clone())
         bias = getattr(old, "bias", None)

@@ -1,7 +1,7 @@
 """Get a model by its name: one that comes with the project, a folder, or a hub id.
 
 Only here it is decided what may be loaded. Knows files and how transformers reads them. Does not
-know architectures or units.
+know where units are; ``models`` is asked whether it does.
 """
 
 import json
@@ -13,15 +13,17 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedTokenizerBase,
 )
 
 from ssah_utils import embedded, hub, quantisers, room, wrappers
-from ssah_utils.models import ARCHITECTURES
+from ssah_utils.models import shape_of
 from ssah_utils.precision import Precision, Quantised, computed_in, to_dtype
 from ssah_utils.prompts.chat import template_tokens
 
@@ -62,7 +64,7 @@ def load(
     check_numbers(config, name, dtype)
     try:
         check_room(name, dtype, device)
-        model, found = AutoModelForCausalLM.from_pretrained(
+        model, found = auto_class(config).from_pretrained(
             folder,
             **quantisers.loading_arguments(config, dtype, device),
             use_safetensors=True,
@@ -89,6 +91,7 @@ def load(
             f"'{name}' has {len(unused)} weights that its config.json does not use,"
             f" such as {unused[0]}: give it the config.json that it was saved with"
         )
+    shape_of(model)  # raises for a block in which something writes that has no entry
     if hub.is_name(name):  # not the folder in the cache
         model.name_or_path = model.config.name_or_path = hub.split_name(name)[0]
         model.config._commit_hash = hub.commit_of(name)
@@ -97,6 +100,18 @@ def load(
             model = to_dtype(model, computed_in(dtype))
         model = model.to(device)
     return model.eval(), tokenizer
+
+
+def auto_class(config: PretrainedConfig) -> type:
+    """The class of transformers that loads a model which writes text, whatever else it reads."""
+    is_known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    return AutoModelForCausalLM if is_known else AutoModelForImageTextToText
+
+
+def without_weights(config: PretrainedConfig) -> nn.Module:
+    """The model of a configuration, of which no weight has a value: made in no time and memory."""
+    with torch.device("meta"):
+        return auto_class(config).from_config(config)
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
@@ -313,8 +328,7 @@ def check_reachable(name: str) -> None:
             embedded.check_terms(name)
         return
     config = checked_config(name)
-    if config.model_type not in ARCHITECTURES:
-        raise ValueError(
-            f"architecture '{config.model_type}' of '{name}' is not supported"
-            f" (there: {', '.join(ARCHITECTURES)})"
-        )
+    try:
+        shape_of(without_weights(config))
+    except (AttributeError, ImportError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"model '{name}' is not supported: {_reason(error)}") from error

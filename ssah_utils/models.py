@@ -1,94 +1,29 @@
-"""Where the units of causal language models live. The only file that knows module names.
+"""The units of causal language models: where they are, how many, and what writes them.
 
 A *unit* is one input channel of the matrix through which a sub-layer writes to the residual stream,
 its *writer*: ``o_proj`` (kind ``attention``) or ``down_proj`` (kind ``mlp``). The matrices whose
-output rows feed a unit are its *readers*. Another architecture is one entry in ``ARCHITECTURES``.
-Does not know prompts, scores or sets of units.
+output rows feed a unit are its *readers*. Where they are, ``architectures`` says; that is held
+against a model wherever its shape is asked for. Of a model that also sees or hears, the part that
+reads and writes text is looked at. Does not know prompts, scores or sets of units.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+import copy
+import functools
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import cast
 
 import torch
 import transformers
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 
 from ssah_utils import quantised
+from ssah_utils.architectures import Architecture, ModelShape, architecture
 from ssah_utils.per_unit import KINDS, PerUnit
-from ssah_utils.wrappers import unwrapped
+from ssah_utils.wrappers import plain_name, unwrapped
 
-
-@dataclass(frozen=True)
-class ModelShape:
-    """Sizes of a decoder-only transformer, all read from its configuration."""
-
-    model_type: str
-    n_layers: int
-    d_model: int
-    n_heads: int
-    n_kv_heads: int
-    head_dim: int
-    d_ff: int
-
-    def n_channels(self, kind: str) -> int:
-        """Units of one kind in one block."""
-        return self.n_heads * self.head_dim if kind == "attention" else self.d_ff
-
-    @property
-    def n_units(self) -> int:
-        """Units of the whole model."""
-        return self.n_layers * sum(self.n_channels(kind) for kind in KINDS)
-
-
-@dataclass(frozen=True)
-class InputProjection:
-    """A matrix whose output rows feed a kind of unit.
-
-    ``offset`` is where those rows begin in a matrix that is fused of several.
-    """
-
-    path: str
-    offset: Callable[[ModelShape], int] = lambda shape: 0
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """Where the units of a model family live; paths of writers and readers start at a block."""
-
-    backbone: str = "model"
-    blocks: str = "model.layers"
-    writers: dict[str, str] = field(
-        default_factory=lambda: {"attention": "self_attn.o_proj", "mlp": "mlp.down_proj"}
-    )
-    readers: dict[str, tuple[InputProjection, ...]] = field(
-        default_factory=lambda: {
-            "attention": (InputProjection("self_attn.v_proj"),),
-            "mlp": (InputProjection("mlp.gate_proj"), InputProjection("mlp.up_proj")),
-        }
-    )
-
-
-LLAMA_LIKE = Architecture()
-_PHI3_VALUE = InputProjection(
-    "self_attn.qkv_proj", lambda shape: (shape.n_heads + shape.n_kv_heads) * shape.head_dim
-)
-_PHI3_GATE = InputProjection("mlp.gate_up_proj")
-_PHI3_UP = InputProjection("mlp.gate_up_proj", lambda shape: shape.d_ff)
-PHI3 = Architecture(readers={"attention": (_PHI3_VALUE,), "mlp": (_PHI3_GATE, _PHI3_UP)})
-_GPT2_VALUE = InputProjection("attn.c_attn", lambda shape: 2 * shape.d_model)
-GPT2 = Architecture(
-    backbone="transformer",
-    blocks="transformer.h",
-    writers={"attention": "attn.c_proj", "mlp": "mlp.c_proj"},
-    readers={"attention": (_GPT2_VALUE,), "mlp": (InputProjection("mlp.c_fc"),)},
-)
-ARCHITECTURES = {
-    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2"), LLAMA_LIKE),
-    "phi3": PHI3,
-    "gpt2": GPT2,
-}
+FALCON_LINEAR = "transformers.models.falcon.modeling_falcon.FalconLinear"
 
 
 @contextmanager
@@ -110,81 +45,209 @@ def hooking() -> Iterator[list]:
 # ---------------------------------------------------------------------------------------- structure
 
 
-def architecture(model_type: str) -> Architecture:
-    """Entry of ``ARCHITECTURES`` for a model type; ``ValueError`` names the supported ones."""
-    if model_type not in ARCHITECTURES:
-        raise ValueError(
-            f"architecture '{model_type}' is not in ARCHITECTURES of ssah_utils/models.py "
-            f"(there: {', '.join(ARCHITECTURES)}): add one entry with its module names"
-        )
-    return ARCHITECTURES[model_type]
-
-
 def architecture_of(model: nn.Module) -> Architecture:
-    """``architecture`` of a model."""
-    return architecture(unwrapped(model).config.model_type)
+    """Entry of ``ARCHITECTURES`` for a model.
+
+    ``ValueError`` where there is none says which matrices it would have to name.
+    """
+    model_type = text_config(model).model_type
+    try:
+        return architecture(model_type)
+    except ValueError as error:
+        lists = [part for part in backbone_of(model).modules() if isinstance(part, nn.ModuleList)]
+        blocks = max(lists, key=len, default=None)
+        if not blocks:
+            raise
+        matrices = [name for name, one in blocks[0].named_parameters() if one.ndim > 1]
+        named = ", ".join(name.removesuffix(".weight") for name in matrices)
+        raise ValueError(f"{error}: {named}") from None
 
 
-def writer_path(model_type: str, kind: str) -> str:
+def text_config(model: nn.Module) -> PretrainedConfig:
+    """Configuration of the part of a model that reads and writes text."""
+    return unwrapped(model).config.get_text_config(decoder=True)
+
+
+def writer_path(shape: ModelShape, kind: str) -> str:
     """Where a kind's writer is in the model, with ``{layer}`` for the number of the block:
     ``model.layers.{layer}.mlp.down_proj``.
     """
-    family = architecture(model_type)
-    return f"{family.blocks}.{{layer}}.{family.writers[kind]}"
+    return f"{shape.blocks}.{{layer}}.{architecture(shape.model_type).writers[kind]}"
 
 
 def shape_of(model: nn.Module) -> ModelShape:
-    """Sizes from ``model.config``, checked against the weights.
+    """Sizes from ``model.config``, checked against the model.
 
-    ``ValueError`` where they disagree, so that a wrong table entry cannot go unnoticed.
+    ``ValueError`` where they disagree, or where a block has a matrix that the architecture's entry
+    does not name, so that neither a wrong entry nor a block of another kind can go unnoticed.
     """
-    config = unwrapped(model).config
-    n_heads = config.num_attention_heads
-    shape = ModelShape(
+    family, config = architecture_of(model), text_config(model)
+    where = f"architecture '{config.model_type}'"
+    blocks = {f"{where}: block {number}": block for number, block in enumerate(blocks_of(model))}
+    for name, block in blocks.items():
+        _check_covered(block, family, config.hidden_size, name)
+    try:
+        shape = _configured_shape(model)
+    except (AttributeError, RuntimeError, TypeError) as error:  # absent, or one for each block
+        why = str(error).splitlines()[0]
+        raise ValueError(f"{where}: its configuration does not say its sizes: {why}") from error
+    if len(blocks) != shape.n_layers:
+        raise ValueError(
+            f"the model has {len(blocks)} blocks, its configuration says {shape.n_layers}"
+        )
+    for name, block in blocks.items():
+        for kind in KINDS:
+            _check_sizes(block, family, shape, kind, name)
+    return shape
+
+
+def _configured_shape(model: nn.Module) -> ModelShape:
+    """Sizes from ``model.config`` alone, and where the blocks are."""
+    config = text_config(model)
+    n_heads, first = config.num_attention_heads, functools.partial(_first_of, config)
+    # of Falcon, whose newer layout has groups whatever the first of them says
+    is_one_group = first("multi_query") and not first("new_decoder_architecture")
+    n_groups = first("num_key_value_heads", "num_kv_heads") or n_heads
+    times_d_model = first("expansion_ratio") or 4  # where no width is given
+    return ModelShape(
         model_type=config.model_type,
         n_layers=config.num_hidden_layers,
         d_model=config.hidden_size,
         n_heads=n_heads,
-        n_kv_heads=getattr(config, "num_key_value_heads", None) or n_heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // n_heads,
-        d_ff=getattr(config, "intermediate_size", None)
-        or getattr(config, "n_inner", None)
-        or 4 * config.hidden_size,
+        n_kv_heads=1 if is_one_group else n_groups,
+        head_dim=first("head_dim") or config.hidden_size // n_heads,
+        d_ff=first("intermediate_size", "ffn_dim", "ffn_hidden_size", "n_inner")
+        or times_d_model * config.hidden_size,
+        blocks=f"{backbone_path(model)}.{architecture_of(model).blocks}",
     )
-    for kind in KINDS:
-        found = matrix_size(writers(model, kind)[0])
-        if found != (shape.d_model, shape.n_channels(kind)):
+
+
+def _first_of(config: PretrainedConfig, *names: str) -> int | None:
+    """The first of some fields that is there and neither zero nor None."""
+    return next(filter(None, (getattr(config, name, None) for name in names)), None)
+
+
+def _check_covered(block: nn.Module, family: Architecture, d_model: int, where: str) -> None:
+    """``ValueError`` for a block with a matrix that no part of the entry names."""
+    sizes = {plain_name(name): one.shape for name, one in block.named_parameters()}
+    matrices = [name for name, size in sizes.items() if len(size) > 1]
+    # quantised ones may hold no parameter
+    maps = [name for name, module in block.named_modules() if hasattr(module, "out_features")]
+    left_out = [name for name in (*matrices, *map(plain_name, maps)) if not family.covers(name)]
+    if left_out:
+        # rather one that can write to the residual stream
+        writing = [name for name in left_out if d_model in sizes.get(name, ())[:-1]]
+        name = (writing or left_out)[0].removesuffix(".weight")
+        raise ValueError(
+            f"{where} has '{name}', which may write to the residual stream and is covered by no"
+            " entry of ARCHITECTURES in ssah_utils/architectures.py"
+        )
+
+
+def _check_sizes(
+    block: nn.Module, family: Architecture, shape: ModelShape, kind: str, where: str
+) -> None:
+    """``ValueError`` unless a block's writer and readers have the sizes of the configuration."""
+    expected = (shape.d_model, shape.n_channels(kind))
+    needed: dict[str, int] = {}  # rows of each reader
+    for reader in family.readers[kind]:
+        n_rows = int(reader.rows(shape).max()) + 1
+        needed[reader.path] = max(n_rows, needed.get(reader.path, 0))
+    for path in (family.writers[kind], *needed):
+        try:
+            found = matrix_size(block.get_submodule(path))
+        except AttributeError:
             raise ValueError(
-                f"{kind} writer has shape {found}, which the configuration does not explain"
+                f"{where} has no '{path}', which its entry in ARCHITECTURES names"
+            ) from None
+        if (found[0] < needed[path]) if path in needed else (found != expected):
+            wanted = f"{needed[path]} rows" if path in needed else f"the shape {expected}"
+            raise ValueError(
+                f"{where} has '{path}' of shape {found}, which the configuration does not explain:"
+                f" it asks for {wanted}"
             )
-    return shape
+
+
+def matrix_size(module: nn.Module) -> tuple[int, int]:
+    """Outputs and inputs of a linear map, whatever its storage; reads no weight."""
+    if quantised.is_quantised(module):
+        return quantised.outputs_and_inputs(module)
+    if isinstance(getattr(module, "out_features", None), int):
+        return module.out_features, module.in_features
+    n_outputs, n_inputs = column_weight(module).shape
+    return n_outputs, n_inputs
 
 
 def backbone_of(model: nn.Module) -> nn.Module:
-    """The model without its language-model head; unwrapped, as it may be compiled on its own."""
-    return unwrapped(unwrapped(model).get_submodule(architecture_of(model).backbone))
+    """The part that turns tokens into states, without the language-model head.
+
+    Unwrapped, as it may be compiled on its own; of a model that also sees or hears, the part that
+    reads text.
+    """
+    return unwrapped(unwrapped(model).get_decoder())
+
+
+def backbone_path(model: nn.Module) -> str:
+    """Where ``backbone_of`` is in the model: ``model``, or ``model.language_model``."""
+    backbone, named = backbone_of(model), unwrapped(model).named_modules()
+    return plain_name(next(name for name, module in named if module is backbone))
 
 
 def logits_of(model: nn.Module, hidden: Tensor) -> Tensor:
     """Next-token logits of backbone states: (..., d_model) -> (..., vocabulary).
 
-    With the soft-capping that Gemma 2 applies after its head.
+    By the model's own forward pass, in which the backbone is replaced by what it would return, so
+    that what a family does to logits after its head (scales, soft caps) is done here, too.
     """
     plain = unwrapped(model)
-    logits = plain.get_output_embeddings()(hidden)
-    cap = getattr(plain.config, "final_logit_softcapping", None)
-    return logits if cap is None else cap * torch.tanh(logits / cap)
+    top = backbone_path(plain).partition(".")[0]
+    head = copy.copy(plain)  # with the same modules in a dictionary of its own
+    head._modules = plain._modules | {top: GivenStates(hidden.reshape(1, -1, hidden.shape[-1]))}
+    # of the class, as accelerate binds the forward of a model that it prepares to that model
+    logits = type(plain).forward(head).logits
+    return logits.reshape(*hidden.shape[:-1], -1)
+
+
+class GivenStates:
+    """Stands in for a backbone, and for its output, of which only the states are known."""
+
+    def __init__(self, states: Tensor) -> None:
+        self.states = states
+
+    def __call__(self, *args, **kwargs) -> "GivenStates":
+        return self
+
+    def __getitem__(self, place: int) -> Tensor:
+        return (self.states,)[place]
+
+    def __getattr__(self, name: str) -> "Tensor | GivenStates | None":
+        # OPT asks its backbone for the decoder inside; caches and attentions are nobody's business
+        return {"last_hidden_state": self.states, "decoder": self}.get(name)
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
     """The transformer blocks, first block first."""
-    return list(unwrapped(model).get_submodule(architecture_of(model).blocks))
+    path = architecture_of(model).blocks
+    try:
+        return list(backbone_of(model).get_submodule(path))
+    except AttributeError:
+        raise ValueError(
+            f"architecture '{text_config(model).model_type}': its backbone,"
+            f" '{backbone_path(model)}', has no '{path}', which its entry in ARCHITECTURES names"
+        ) from None
 
 
 def writers(model: nn.Module, kind: str) -> list[nn.Module]:
     """The ``o_proj`` or ``down_proj`` of every block, first block first."""
     path = architecture_of(model).writers[kind]
     return [block.get_submodule(path) for block in blocks_of(model)]
+
+
+def is_linear_map(module: nn.Module) -> bool:
+    """Whether a module computes x W^T + b of weights that it holds, and nothing else."""
+    own = type(module)
+    is_falcons = f"{own.__module__}.{own.__name__}" == FALCON_LINEAR
+    return own in (nn.Linear, transformers.pytorch_utils.Conv1D) or is_falcons
 
 
 def is_transposed(module: nn.Module) -> bool:
@@ -204,14 +267,6 @@ def column_weight(module: nn.Module, dtype: torch.dtype = torch.float32) -> Tens
     return weight.T if is_transposed(module) else weight
 
 
-def matrix_size(module: nn.Module) -> tuple[int, int]:
-    """Outputs and inputs of a linear map, whatever its storage; reads no weight."""
-    if quantised.is_quantised(module):
-        return quantised.outputs_and_inputs(module)
-    n_outputs, n_inputs = column_weight(module).shape
-    return n_outputs, n_inputs
-
-
 def check_per_unit(model: nn.Module, values: Mapping[str, Tensor]) -> PerUnit:
     """The values, also those of a plain dict, as ``PerUnit``.
 
@@ -229,14 +284,11 @@ def check_per_unit(model: nn.Module, values: Mapping[str, Tensor]) -> PerUnit:
     return PerUnit(values)
 
 
-def reader_rows(shape: ModelShape, kind: str) -> Tensor:
-    """Row of the reader matrix (before its offset) that feeds each channel: (n_channels,) int64.
+def owned_rows(rows: Tensor, units: Tensor, n_rows: int) -> Tensor:
+    """Rows of a reader that feed units of a set and no others: (n_rows,) bool.
 
-    The identity for ``mlp``. For ``attention``, n_heads / n_kv_heads channels share a value row
-    under grouped-query attention.
+    ``rows``: of ``InputProjection``, (n_channels,); ``units``: the set, (n_channels,) bool;
+    ``n_rows``: of the whole matrix.
     """
-    channel = torch.arange(shape.n_channels(kind))
-    if kind == "mlp":
-        return channel
-    head, within = channel // shape.head_dim, channel % shape.head_dim
-    return head // (shape.n_heads // shape.n_kv_heads) * shape.head_dim + within
+    n_inside = torch.bincount(rows[units], minlength=n_rows)
+    return (n_inside > 0) & (n_inside == torch.bincount(rows, minlength=n_rows))

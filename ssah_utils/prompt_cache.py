@@ -6,6 +6,7 @@ text cut between two tokens need not be read back as the same tokens.
 - Knows language models through their Hugging Face interface only: no requests, no verdicts.
 - Asks no tokenizer to pad: padding is on the left, masked, and ours.
 - Keeps all keys and values of a prompt, also those outside of a sliding window.
+- Models of which that cannot be asked read whole texts anew: slower, with the same results.
 """
 
 import inspect
@@ -146,26 +147,29 @@ def check_lengths(
 # -------------------------------------------------------------------------------------------- cache
 
 
+def read_prompts(model: nn.Module, prompts: list[Ids]) -> "PromptCache":
+    """A batch of prompts, read: a ``PromptCache``, or ``WholePasses`` where a model takes none.
+
+    cache = read_prompts(model, token_ids(tokenizer, rendered))
+    log_p = cache.log_probabilities(openings, cache.next_logits)  # (B, n_openings)
+    """
+    return (PromptCache if is_cacheable(model) else WholePasses)(model, prompts)
+
+
 class PromptCache:
     """The KV cache of a batch of prompts, which tokens extend and ``truncate`` restores.
 
     ``next_logits``: (B, vocabulary) float32, after the prompts. ``n_after``: tokens appended so
     far. ``attention_mask``: (B, n_prefix + T), of the prompts alone. Raises ``ValueError`` in one
-    line for a model that remembers more than keys and values, for texts longer than its positions,
-    and for an empty prompt.
-
-        cache = PromptCache(model, token_ids(tokenizer, rendered))
-        log_p = cache.log_probabilities(openings, cache.next_logits)  # (B, n_openings)
+    line for texts longer than the model's positions, and for an empty prompt. For models that
+    ``is_cacheable``.
     """
 
     def __init__(self, model: nn.Module, prompts: list[Ids]) -> None:
-        if not all(prompts):
-            raise ValueError(
-                "a prompt has no token: a model says nothing before it has read something"
-            )
+        _require_tokens(prompts)
         self.model, prefix, n_prefix = _learned_prefix(without_wrappers(model), len(prompts))
         self.config = model.config.get_text_config(decoder=True)
-        self.cache = _cache_that_keeps_all(self.model, self.config)
+        self.cache = _cache_that_keeps_all(self.config)
         for layer, kept in enumerate(prefix.layers if prefix is not None else ()):
             self.cache.update(kept.keys, kept.values, layer)
         width = max(map(len, prompts))
@@ -221,12 +225,7 @@ class PromptCache:
         side in one pass, none seeing another, and forgotten again. ``ValueError`` for an empty one:
         it is certain, and would outweigh all others.
         """
-        for number, ids in enumerate(continuations, 1):
-            if not ids:
-                raise ValueError(
-                    f"continuation {number} of {len(continuations)} has no token, so it has no"
-                    " probability to compare: leave the empty opening out"
-                )
+        _require_openings(continuations)
         read_ids, sequence, place = _side_by_side(continuations, logits.device)
         parts = [logits[:, None]]  # (B, 1, vocabulary): for every first token
         if len(read_ids):
@@ -273,7 +272,7 @@ class PromptCache:
         key_positions = torch.cat([past.cumsum(1) - 1, query_positions], 1)  # (B, all keys)
         distance = query_positions[:, :, None] - key_positions[:, None]
         masks = {}
-        for kind, window in _windows(self.config).items():
+        for kind, window in sorted(_layers(self.config)):
             near = visible if window is None else visible & (distance < window)
             blocked = torch.zeros(near.shape, dtype=self.model.dtype, device=near.device)
             masks[kind] = blocked.masked_fill(~near, torch.finfo(self.model.dtype).min)[:, None]
@@ -296,22 +295,104 @@ class PromptCache:
             self.cache.crop(-n_tokens)  # a negative number is what goes
 
 
-def _cache_that_keeps_all(model: nn.Module, config: PreTrainedConfig) -> DynamicCache:
+class WholePasses(PromptCache):
+    """As ``PromptCache``, without a cache: each question is answered by reading whole texts anew.
+
+    Texts of one length are read together, so that none is padded: what a model remembers and how
+    it counts positions does not matter. Slow: every token of an answer costs a pass over all before
+    it, and every opening one over the prompt.
+    """
+
+    def __init__(self, model: nn.Module, prompts: list[Ids]) -> None:
+        _require_tokens(prompts)
+        self.model, self.texts, self.n_after = without_wrappers(model), prompts, 0
+        self.config = self.model.config.get_text_config(decoder=True)
+        self.lengths = torch.tensor([len(ids) for ids in prompts], device=self.model.device)
+        self.longest = max(map(len, prompts))
+        self._check_room(0)
+        self.next_logits = torch.stack(self._read(prompts, [1] * len(prompts)))[:, -1]
+
+    def extend(self, ids: Tensor) -> Tensor:
+        n_new = ids.shape[1]
+        self._check_room(n_new)
+        self.texts = [text + new for text, new in zip(self.texts, ids.tolist(), strict=True)]
+        self.n_after += n_new
+        return torch.stack(self._read(self.texts, [n_new] * len(ids)))
+
+    @torch.inference_mode()
+    def log_probabilities(self, continuations: list[Ids], logits: Tensor) -> Tensor:
+        _require_openings(continuations)
+        self._check_room(max(map(len, continuations)) - 1)
+        # the last token is predicted, not read; the first is predicted by what has been read
+        texts = [text + ids[:-1] for text in self.texts for ids in continuations]
+        after = iter(self._read(texts, [len(ids) for ids in continuations] * len(self.texts)))
+        shape = (len(self.texts), len(continuations))
+        scores = torch.zeros(shape, dtype=torch.float64, device=logits.device)
+        for row in range(len(self.texts)):
+            for column, ids in enumerate(continuations):
+                said = torch.cat([logits[row, None].float(), next(after)[1:]]).log_softmax(-1)
+                scores[row, column] = said[range(len(ids)), ids].sum()
+        return scores
+
+    def _read(self, texts: list[Ids], n_last: list[int]) -> list[Tensor]:
+        """Logits after the last tokens of each text: (n_last, vocabulary) float32."""
+        found: dict[int, Tensor] = {}
+        for length in sorted(set(map(len, texts))):
+            alike = [number for number, ids in enumerate(texts) if len(ids) == length]
+            for start in range(0, len(alike), len(self.texts)):  # as many as there are prompts
+                rows = alike[start : start + len(self.texts)]
+                ids = torch.tensor([texts[row] for row in rows], device=self.lengths.device)
+                with evaluating(self.model):
+                    logits = self.model(input_ids=ids, use_cache=False).logits
+                found |= {
+                    row: own[length - n_last[row] :].float()
+                    for row, own in zip(rows, logits, strict=True)
+                }
+        return [found[number] for number in range(len(texts))]
+
+    def _forget(self, n_tokens: int) -> None:
+        if n_tokens > 0:
+            self.texts = [ids[:-n_tokens] for ids in self.texts]
+
+
+def _require_tokens(prompts: list[Ids]) -> None:
+    if not all(prompts):
+        raise ValueError("a prompt has no token: a model says nothing before it has read something")
+
+
+def _require_openings(continuations: list[Ids]) -> None:
+    for number, ids in enumerate(continuations, 1):
+        if not ids:
+            raise ValueError(
+                f"continuation {number} of {len(continuations)} has no token, so it has no"
+                " probability to compare: leave the empty opening out"
+            )
+
+
+def is_cacheable(model: nn.Module) -> bool:
+    """Whether a model remembers keys and values alone, which it finds by masks and positions.
+
+    Then what it has read can be taken back, and texts can be read side by side. Not so where there
+    are states, or where attention counts distances in the memory itself (ALiBi, local layers).
+    """
+    plain = without_wrappers(model)
+    inner = without_wrappers(plain.get_base_model()) if hasattr(plain, "get_base_model") else plain
+    config = inner.config.get_text_config(decoder=True)
+    takes = set(inspect.signature(inner.forward).parameters)
+    is_local = "local" in getattr(config, "attention_layers", ())
+    by_distance = is_local or getattr(config, "alibi", False)
+    if by_distance or not {"past_key_values", "position_ids"} <= takes:
+        return False
+    layers = _layers(config)
+    kinds = {kind for kind, _ in layers}
+    return kinds <= set(LAYER_TYPES) and len(kinds) == len(layers)  # a type has one window
+
+
+def _cache_that_keeps_all(config: PreTrainedConfig) -> DynamicCache:
     """An empty cache of plain keys and values, from which tokens can be taken back.
 
     transformers' own forgets what leaves a sliding window; here a mask hides it.
     """
-    inner = without_wrappers(model.get_base_model()) if hasattr(model, "get_base_model") else model
-    takes = set(inspect.signature(inner.forward).parameters)
-    # distances and local layers of which our masks and positions know nothing
-    is_local = "local" in getattr(config, "attention_layers", ())
-    by_distance = getattr(config, "alibi", False) or is_local
-    is_fit = {"past_key_values", "position_ids"} <= takes
-    if by_distance or not is_fit or not set(_windows(config)) <= set(LAYER_TYPES):
-        raise ValueError(
-            f"architecture '{config.model_type}' cannot be read step by step: needed are layers"
-            f" of {' or '.join(LAYER_TYPES)}, which take positions and masks"
-        )
     cache = DynamicCache(config=config)
     cache.layers = [
         DynamicLayer() if isinstance(layer, DynamicSlidingWindowLayer) else layer
@@ -320,18 +401,11 @@ def _cache_that_keeps_all(model: nn.Module, config: PreTrainedConfig) -> Dynamic
     return cache
 
 
-def _windows(config: PreTrainedConfig) -> dict[str, int | None]:
-    """How far back the layers of each type see, in tokens; None: to the beginning."""
+def _layers(config: PreTrainedConfig) -> set[tuple[str, int | None]]:
+    """The types of layers, and how far back those see, in tokens; None: to the beginning."""
     layers = zip(*get_layer_types_and_kwargs(config), strict=True)
     found = {(kind, more.get("sliding_window")) for kind, more in layers}
-    windows = dict(sorted(found, key=str))
-    if len(windows) < len(found):
-        raise ValueError(
-            f"architecture '{config.model_type}' has layers of one type with different windows:"
-            " not supported"
-        )
-    windows.pop("dummy", None)  # layers that remember nothing of their own
-    return windows
+    return {(kind, window) for kind, window in found if kind != "dummy"}  # which remembers nothing
 
 
 def _before_end(ids: Ids, ends: Ids) -> Ids:

@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainerCallback
 
 from ssah_utils import extras, guards, loading, models, precision, weights, wrappers
+from ssah_utils.activations import inputs_of
 from ssah_utils.cache import cache_key
 from ssah_utils.files import cache_dir, complete_only, require_space, write_json
 from ssah_utils.locks import Lock, locked
@@ -409,14 +410,10 @@ def _norms_of_units(model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> P
     model.zero_grad()
     n_labels = 0
     for batch in batches:
-        names = ("input_ids", "attention_mask", "labels")
-        ids, mask, labels = (batch[name].to(model.device) for name in names)
-        labels = labels[:, 1:]
+        labels = batch["labels"][:, 1:].to(model.device)
         marked = labels != IGNORED
-        # learned positions would count padding on the left
-        positions = (mask.cumsum(1) - 1).clamp(min=0)
-        read = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
-        states = models.backbone_of(model)(**read, use_cache=False).last_hidden_state
+        backbone = models.backbone_of(model)
+        states = backbone(**inputs_of(backbone, batch, model.device)).last_hidden_state
         n_labels += int(marked.sum())
         if marked.any():
             logits = models.logits_of(model, states[:, :-1][marked])

@@ -30,8 +30,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ssah_utils import fingerprints, models
+from ssah_utils.architectures import ModelShape
 from ssah_utils.files import complete_only
-from ssah_utils.models import ModelShape
 from ssah_utils.per_unit import KINDS, PerUnit
 from ssah_utils.units import GROUPS, UnitPartition
 from ssah_utils.wrappers import unwrapped
@@ -266,7 +266,8 @@ def _metadata(about: UnitFileInfo) -> dict[str, str]:
     """The header of a file: the format as plain text, everything else as JSON."""
     model = asdict(about.model)
     shape = model.pop("shape")
-    modules = {kind: models.writer_path(shape["model_type"], kind) for kind in KINDS}
+    del shape["blocks"]  # it is in the paths of the modules
+    modules = {kind: models.writer_path(about.model.shape, kind) for kind in KINDS}
     content = {
         "model": model | shape | {"modules": modules},
         "sets": {name: asdict(info) for name, info in about.sets.items()},
@@ -370,7 +371,8 @@ def _current(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> Unit
     content = {
         key: json.loads(metadata[key]) for key in ("model", "sets", "scores", "ssah_utils", "date")
     }
-    shape = _made(ModelShape, content["model"])
+    blocks = content["model"]["modules"]["attention"].partition(".{layer}.")[0]
+    shape = _made(ModelShape, content["model"] | {"blocks": blocks})
     info = UnitFileInfo(
         _made(ModelInfo, content["model"] | {"shape": shape}),
         {name: _made(SetInfo, said) for name, said in content["sets"].items()},

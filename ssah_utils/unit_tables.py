@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ssah_utils import models
+from ssah_utils.architectures import ModelShape
 from ssah_utils.files import complete_only
-from ssah_utils.models import ModelShape
 from ssah_utils.per_unit import KINDS, PerUnit
 from ssah_utils.unit_files import COLUMNS, UnitFile, check_shape, load_units
 
@@ -46,7 +46,7 @@ def unit_table(file: UnitFile, shape: ModelShape | None = None) -> pd.DataFrame:
         in_heads = frame["channel"].astype("Int64").where(frame["kind"] == "attention")
         frame["head"] = in_heads // shape.head_dim
         frame["index_in_head"] = in_heads % shape.head_dim
-        module = models.writer_path(shape.model_type, kind)
+        module = models.writer_path(shape, kind)
         frame["module"] = frame["layer"].map(lambda layer, path=module: path.format(layer=layer))
         frame["hook"] = frame["layer"].map(lambda layer, hook=HOOKS[kind]: hook.format(layer=layer))
         columns = {name: values[kind].flatten().numpy() for name, values in named.items()}

@@ -15,7 +15,6 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from transformers.pytorch_utils import Conv1D
 
 from ssah_utils import guards, models, per_unit, wrappers
 from ssah_utils.per_unit import PerUnit
@@ -156,7 +155,7 @@ def _check_matrix(linear: nn.Module, name: str, uses: dict[int, int]) -> None:
             f"the weights of '{name}' are shared with another module,"
             " which would be trained along: untie them"
         )
-    is_plain = type(linear) in (nn.Linear, Conv1D) and "forward" not in vars(linear)
+    is_plain = models.is_linear_map(linear) and "forward" not in vars(linear)
     if not is_plain or not all(isinstance(parameter, nn.Parameter) for parameter in parameters):
         raise ValueError(
             f"'{name}' is a {type(linear).__name__} that computes its output or its weights"
@@ -175,14 +174,6 @@ def count_trainable(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
-def owned_rows(shape: models.ModelShape, kind: str, units: Tensor) -> Tensor:
-    """Reader rows all of whose channels are in the set: (n_channels,) -> (n_rows,) bool."""
-    rows = models.reader_rows(shape, kind)
-    n_missing = torch.zeros(int(rows.max()) + 1, dtype=torch.int64)
-    n_missing.index_add_(0, rows, (~units).long())
-    return n_missing == 0
-
-
 def _parts(
     model: nn.Module, trainable: PerUnit, train_rest: bool
 ) -> Iterator[tuple[nn.Module, str, Tensor, int]]:
@@ -197,11 +188,11 @@ def _parts(
             chosen = trainable[kind][layer].cpu()
             parent, _, name = architecture.writers[kind].rpartition(".")
             yield block.get_submodule(parent), name, chosen, 1
-            owned = owned_rows(shape, kind, chosen)
             for reader in architecture.readers[kind]:
-                n_rows = models.column_weight(block.get_submodule(reader.path)).shape[0]
+                n_rows = len(models.column_weight(block.get_submodule(reader.path)))
                 trained = rows_of.setdefault(reader.path, torch.full((n_rows,), train_rest))
-                trained[reader.offset(shape) : reader.offset(shape) + len(owned)] = owned
+                rows = reader.rows(shape)
+                trained[rows] = models.owned_rows(rows, chosen, n_rows)[rows]
         for path, trained in rows_of.items():
             parent, _, name = path.rpartition(".")
             yield block.get_submodule(parent), name, trained, 0
@@ -258,6 +249,16 @@ class PartialLinear(nn.Module):
         yield self.linear[0].weight, self.block
         if self.bias_block is not None:
             yield self.linear[0].bias, self.bias_block
+
+    @property
+    def out_features(self) -> int:
+        """Rows of the whole weight as ``nn.Linear`` has it."""
+        return self.whole.shape[self.dimension]
+
+    @property
+    def in_features(self) -> int:
+        """Columns of the whole weight as ``nn.Linear`` has it."""
+        return self.whole.shape[1 - self.dimension]
 
     @property
     def weight(self) -> Tensor:

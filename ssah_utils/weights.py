@@ -16,7 +16,6 @@ from ssah_utils.models import (
     blocks_of,
     column_weight,
     is_transposed,
-    reader_rows,
     shape_of,
     writers,
 )
@@ -72,7 +71,6 @@ def squared_gradients(model: nn.Module) -> PerUnit:
     shape, architecture = shape_of(model), architecture_of(model)
     squared: dict[str, list[Tensor]] = {kind: [] for kind in KINDS}
     for kind in KINDS:
-        rows = reader_rows(shape, kind)
         for block in blocks_of(model):
             total = _gradient(block.get_submodule(architecture.writers[kind])).square().sum(0)
             for reader in architecture.readers[kind]:
@@ -80,7 +78,7 @@ def squared_gradients(model: nn.Module) -> PerUnit:
                 of_rows = _gradient(module).square().sum(1)
                 if (bias := getattr(module, "bias", None)) is not None:
                     of_rows = of_rows + bias.grad.double().square()
-                total = total + of_rows[reader.offset(shape) + rows.to(of_rows.device)]
+                total = total + of_rows[reader.rows(shape).to(of_rows.device)]
             squared[kind].append(total)
     return PerUnit.of_layers(squared)
 

@@ -58,6 +58,11 @@ def over_same_weights(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo={id(tensor): tensor for tensor in tensors})
 
 
+def plain_name(name: str) -> str:
+    """Name of a parameter or a module as it would be without wrappers on the way to it."""
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Inside the block nothing is dropped out, whatever mode the model or its parts are in.

@@ -42,6 +42,7 @@ from ssah_utils import (
     training,
     unit_training,
 )
+from ssah_utils.architectures import ModelShape
 from ssah_utils.files import REFERENCE, ROOT, write_json
 from ssah_utils.per_unit import PerUnit
 from ssah_utils.pipeline.runs import peak_memory_gib, versions
@@ -198,7 +199,7 @@ def training_examples(tokenizer, n: int = 160) -> list[dict[str, list[int]]]:
     return tokens.encode(tokenizer, chat.render(tokenizer, requests), responses, 16)
 
 
-def random_share(shape: models.ModelShape, share: float) -> PerUnit:
+def random_share(shape: ModelShape, share: float) -> PerUnit:
     generator = torch.Generator().manual_seed(0)
     sizes = {kind: (shape.n_layers, shape.n_channels(kind)) for kind in per_unit.KINDS}
     return (

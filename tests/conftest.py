@@ -8,39 +8,17 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers import models as token_models
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from ssah_utils.files import cache_dir
+from ssah_utils.loading import auto_class
+from tests.families import CONFIGS, VARIANTS, VOCABULARY
 
-VOCABULARY = 97
-SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-SIZES = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 42,
-    "intermediate_size": 70,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "head_dim": 10,
-    "max_position_embeddings": 64,
-}
-CONFIGS: dict[str, Callable[[], transformers.PretrainedConfig]] = {
-    "llama": lambda: transformers.LlamaConfig(**SIZES, **SPECIAL),
-    "mistral": lambda: transformers.MistralConfig(**SIZES, **SPECIAL),
-    "qwen2": lambda: transformers.Qwen2Config(**SIZES, **SPECIAL),
-    "qwen3": lambda: transformers.Qwen3Config(**SIZES, **SPECIAL),
-    "gemma": lambda: transformers.GemmaConfig(**SIZES, **SPECIAL),
-    # low enough to matter
-    "gemma2": lambda: transformers.Gemma2Config(**SIZES, **SPECIAL, final_logit_softcapping=2.0),
-    "phi3": lambda: transformers.Phi3Config(**SIZES, **SPECIAL),
-    "gpt2": lambda: transformers.GPT2Config(
-        vocab_size=VOCABULARY, n_embd=42, n_inner=70, n_layer=3, n_head=6, n_positions=64, **SPECIAL
-    ),
-}
+# Families of which each lays its matrices out in another way; of the others, test_families.py.
+LAYOUTS = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "phi3", "gpt2")
 
 
 def tiny_model(name: str) -> nn.Module:
@@ -49,7 +27,8 @@ def tiny_model(name: str) -> nn.Module:
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
-        model = AutoModelForCausalLM.from_config(CONFIGS[name](), dtype=torch.float32)
+        config = (CONFIGS | VARIANTS)[name]()
+        model = auto_class(config).from_config(config, dtype=torch.float32)
         with torch.no_grad():
             for parameter in model.parameters():
                 noise = torch.randn_like(parameter)
@@ -139,7 +118,7 @@ def shallow_llama() -> nn.Module:
     return model
 
 
-@pytest.fixture(params=CONFIGS)
+@pytest.fixture(params=LAYOUTS)
 def any_model(request: pytest.FixtureRequest) -> nn.Module:
     return tiny_model(request.param)
 

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from ssah_utils import files, unit_files, units
+from ssah_utils.architectures import ModelShape
 from ssah_utils.figures import style
-from ssah_utils.models import ModelShape
 from ssah_utils.per_unit import PerUnit
 from ssah_utils.pipeline import cli, redraw, runs
 from ssah_utils.unit_files import ModelInfo, ScoreInfo

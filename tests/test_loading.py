@@ -16,7 +16,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from ssah_utils import embedded, fingerprints, loading, models
-from ssah_utils.models import ModelShape
+from ssah_utils.architectures import ModelShape
 from ssah_utils.pipeline import parameters
 from tests.conftest import VOCABULARY, parameters_of, same_parameters, tiny_model
 
@@ -85,11 +85,11 @@ def test_resolve_refuses_a_folder_without_a_model(tmp_path):
 def test_unsupported_architecture_is_refused_before_it_is_loaded(saved_llama):
     loading.check_reachable(str(saved_llama))
     config = json.loads((saved_llama / "config.json").read_text()) | {
-        "model_type": "gpt_neox",
+        "model_type": "openai-gpt",
         "architectures": ["X"],
     }
     (saved_llama / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=r"'gpt_neox' of .* is not supported .*llama"):
+    with pytest.raises(ValueError, match=r"not supported: architecture 'openai-gpt' .*c_proj"):
         loading.check_reachable(str(saved_llama))
 
 

@@ -10,10 +10,19 @@ from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from transformers import AutoModelForCausalLM
 
-from ssah_utils import fingerprints, interventions, models, unit_training, weights, wrappers
-from ssah_utils.models import ModelShape
+from ssah_utils import (
+    architectures,
+    fingerprints,
+    interventions,
+    models,
+    unit_training,
+    weights,
+    wrappers,
+)
+from ssah_utils.architectures import ModelShape
 from ssah_utils.per_unit import KINDS, PerUnit
-from tests.conftest import COMPILED, CONFIGS, VOCABULARY, writers_by_name
+from tests.conftest import COMPILED, LAYOUTS, VOCABULARY, writers_by_name
+from tests.families import CONFIGS
 
 SIZES_OF_LLAMA = {"attention": 60, "mlp": 70}
 
@@ -21,20 +30,25 @@ GROUPED = ModelShape("", n_layers=3, d_model=42, n_heads=6, n_kv_heads=2, head_d
 
 
 def test_every_supported_architecture_is_tested():
-    assert CONFIGS.keys() == models.ARCHITECTURES.keys()
+    types = [made().get_text_config(decoder=True).model_type for made in CONFIGS.values()]
+    assert types == list(CONFIGS)
+    assert set(types) == architectures.ARCHITECTURES.keys()
 
 
 # ---------------------------------------------------------------------------------------- structure
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", LAYOUTS)
 def test_shape(tiny_models, name):
     shape = models.shape_of(tiny_models(name))
     d_attention = 42 if name == "gpt2" else 60
     sizes = (
         {"n_kv_heads": 6, "head_dim": 7} if name == "gpt2" else {"n_kv_heads": 2, "head_dim": 10}
     )
-    assert shape == ModelShape(name, n_layers=3, d_model=42, n_heads=6, d_ff=70, **sizes)
+    blocks = "transformer.h" if name == "gpt2" else "model.layers"
+    assert shape == ModelShape(
+        name, n_layers=3, d_model=42, n_heads=6, d_ff=70, blocks=blocks, **sizes
+    )
     assert {kind: shape.n_channels(kind) for kind in KINDS} == {"attention": d_attention, "mlp": 70}
     assert shape.n_units == 3 * (d_attention + 70)
 
@@ -64,12 +78,8 @@ def test_weights_that_the_configuration_does_not_explain_are_an_error(llama, wro
 
 
 def test_unknown_architecture_is_an_error_that_names_the_known_ones():
-    config = transformers.GPTNeoXConfig(
-        vocab_size=5,
-        hidden_size=12,
-        intermediate_size=7,
-        num_hidden_layers=1,
-        num_attention_heads=3,
+    config = transformers.OpenAIGPTConfig(
+        vocab_size=5, n_embd=12, n_layer=2, n_head=3, n_positions=4
     )
     model = AutoModelForCausalLM.from_config(config)
     for question in (
@@ -78,8 +88,10 @@ def test_unknown_architecture_is_an_error_that_names_the_known_ones():
         models.blocks_of,
         fingerprints.fingerprint,
     ):
-        with pytest.raises(ValueError, match=r"'gpt_neox' is not in ARCHITECTURES .*llama.*gpt2"):
+        with pytest.raises(ValueError, match=r"'openai-gpt' is not in .*llama.*gpt2") as raised:
             question(model)
+        assert str(raised.value).endswith("attn.c_attn, attn.c_proj, mlp.c_fc, mlp.c_proj")
+        assert "\n" not in str(raised.value)
 
 
 def test_writers_are_found_block_by_block(any_model):
@@ -126,10 +138,29 @@ def test_squared_column_norms_equal_brute_force(any_model):
 # -------------------------------------------------------------------------------------- reader rows
 
 
-def test_reader_rows_by_hand():
-    rows = models.reader_rows(GROUPED, "attention")
-    assert rows.tolist() == [*range(10)] * 3 + [*range(10, 20)] * 3
-    assert models.reader_rows(GROUPED, "mlp").tolist() == list(range(70))
+def test_value_rows_by_hand():
+    """Six query heads of ten channels share two heads of keys and values."""
+    first, second = list(range(10)), list(range(10, 20))
+    assert architectures.values_alone(GROUPED).tolist() == first * 3 + second * 3
+    # 60 rows of queries, 20 of keys, 20 of values
+    last = [[row + 80 for row in rows] for rows in (first, second)]
+    assert architectures.values_last(GROUPED).tolist() == last[0] * 3 + last[1] * 3
+    # 30 rows of queries, 10 of a key, 10 of a value, and the same again
+    by_group = [list(range(40, 50)), list(range(90, 100))]
+    assert architectures.values_by_group(GROUPED).tolist() == by_group[0] * 3 + by_group[1] * 3
+
+
+def test_feed_forward_rows_by_hand():
+    assert architectures.in_order(GROUPED).tolist() == list(range(70))
+    assert architectures.second_half(GROUPED).tolist() == list(range(70, 140))
+
+
+def test_a_row_is_owned_by_a_set_that_holds_all_its_channels():
+    rows = torch.tensor([1, 1, 2, 4])  # rows 0, 3 and 5 feed nothing
+    for units, owned in {(0, 1): [1], (0,): [], (0, 2): [2], (0, 1, 2, 3): [1, 2, 4]}.items():
+        chosen = torch.zeros(4, dtype=torch.bool)
+        chosen[list(units)] = True
+        assert models.owned_rows(rows, chosen, 6).nonzero().flatten().tolist() == owned
 
 
 def writer_inputs(model: nn.Module, ids: Tensor, layer: int) -> dict[str, Tensor]:
@@ -152,16 +183,18 @@ def writer_inputs(model: nn.Module, ids: Tensor, layer: int) -> dict[str, Tensor
 def test_a_reader_row_reaches_only_the_channels_that_map_to_it(any_model, token_ids, kind):
     layer = 1
     shape = models.shape_of(any_model)
-    rows = models.reader_rows(shape, kind)
     before = writer_inputs(any_model, token_ids, layer)[kind]
     for reader in models.architecture_of(any_model).readers[kind]:
-        for row in (0, shape.head_dim - 1, shape.head_dim, int(rows.max()) // 2, int(rows.max())):
+        rows = reader.rows(shape)
+        distinct = rows.unique()
+        places = (0, shape.head_dim - 1, shape.head_dim, len(distinct) // 2, -1)
+        for row in distinct[list(places)].tolist():
             perturbed = copy.deepcopy(any_model)
             weight = models.column_weight(
                 models.blocks_of(perturbed)[layer].get_submodule(reader.path)
             )
             with torch.no_grad():
-                weight[reader.offset(shape) + row] += torch.randn(
+                weight[row] += torch.randn(
                     shape.d_model, generator=torch.Generator().manual_seed(row)
                 )
             change = (writer_inputs(perturbed, token_ids, layer)[kind] - before).abs().amax((0, 1))
@@ -170,10 +203,10 @@ def test_a_reader_row_reaches_only_the_channels_that_map_to_it(any_model, token_
 
 def test_readers_of_fused_matrices_end_where_the_matrix_ends(any_model):
     shape = models.shape_of(any_model)
-    for kind, readers in models.architecture_of(any_model).readers.items():
-        last = max(readers, key=lambda reader: reader.offset(shape))
+    for readers in models.architecture_of(any_model).readers.values():
+        last = max(readers, key=lambda reader: int(reader.rows(shape).max()))
         matrix = models.column_weight(models.blocks_of(any_model)[0].get_submodule(last.path))
-        assert last.offset(shape) + int(models.reader_rows(shape, kind).max()) + 1 == len(matrix)
+        assert int(last.rows(shape).max()) + 1 == len(matrix)
 
 
 # -------------------------------------------------------------------------------------- fingerprint
@@ -525,4 +558,4 @@ def test_a_model_with_units_held_is_another_one(llama):
 
 def test_fingerprints_of_different_architectures_differ(tiny_models):
     # mistral has llama's weights
-    assert len({fingerprints.fingerprint(tiny_models(name)) for name in CONFIGS}) == len(CONFIGS)
+    assert len({fingerprints.fingerprint(tiny_models(name)) for name in LAYOUTS}) == len(LAYOUTS)

@@ -42,6 +42,7 @@ PEFT = {
 }
 # set by ``with_adapter`` from the model
 OF_MODEL = {"task_type", "fan_in_fan_out", "target_modules", "adapter_layers"}
+OF_MODEL |= {"num_layers", "num_attention_heads", "token_dim"}
 TABLES = {
     "supervised": (
         transformers.TrainingArguments,

@@ -17,11 +17,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ssah_utils import files, fingerprints, interventions, models, scoring, unit_files
-from ssah_utils.models import ModelShape
+from ssah_utils.architectures import ModelShape
 from ssah_utils.per_unit import KINDS, PerUnit
 from ssah_utils.unit_files import ModelInfo, ScoreInfo, SetInfo, UnitFileInfo
 from ssah_utils.units import GROUPS, UnitPartition, partition
-from tests.conftest import CONFIGS
+from tests.conftest import LAYOUTS
 
 SHAPE = ModelShape("llama", n_layers=3, d_model=12, n_heads=3, n_kv_heads=1, head_dim=2, d_ff=10)
 MODEL = ModelInfo("org/tiny", "a1b2c3", "0123456789abcdef", SHAPE)
@@ -480,7 +480,7 @@ def test_the_document_shows_every_way_of_applying_a_set():
 
 
 @pytest.mark.parametrize("library", APPLYING)
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", LAYOUTS)
 def test_the_documents_code_ablates_the_same_units(
     tmp_path, tiny_models, tokenizer, token_ids, monkeypatch, library, name
 ):
@@ -561,7 +561,7 @@ def test_a_channel_is_a_column_of_a_linear_map_and_a_row_of_a_transposed_one(any
         with interventions.ablated(any_model, chosen):
             expected = any_model(token_ids).logits
         for kind in KINDS:
-            path = models.writer_path(any_model.config.model_type, kind)
+            path = models.writer_path(models.shape_of(any_model), kind)
             for layer, channels in enumerate(chosen[kind]):
                 module = any_model.get_submodule(path.format(layer=layer))
                 if isinstance(module, nn.Linear):

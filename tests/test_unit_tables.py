@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ssah_utils import models, unit_files, unit_tables
+from ssah_utils.architectures import ModelShape
 from ssah_utils.per_unit import KINDS, PerUnit
 from ssah_utils.pipeline import cli
 from ssah_utils.unit_files import ModelInfo, ScoreInfo, SetInfo, UnitFileInfo
@@ -114,7 +115,7 @@ def test_a_file_of_version_1_is_exported_once_its_shape_is_given(tmp_path):
             unit_tables.export_units(path, tmp_path / "units.csv")
         with pytest.raises(ValueError, match=r"'set' has \(30, 576\) attention units"):
             unit_tables.export_units(path, tmp_path / "units.csv", SHAPE)
-    shape = models.ModelShape("llama", 30, 576, 9, 3, 64, 1536)
+    shape = ModelShape("llama", 30, 576, 9, 3, 64, 1536)
     unit_tables.export_units(path, tmp_path / "units.csv", shape)
     (found,) = unit_tables.read_table(tmp_path / "units.csv")[0].values()
     assert found.equals(chosen)

@@ -15,7 +15,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
-from ssah_utils import models, precision, training, unit_training
+from ssah_utils import models, precision, training
 from ssah_utils.activations import channel_moments
 from ssah_utils.interventions import ablated, without_units
 from ssah_utils.per_unit import KINDS, PerUnit
@@ -266,11 +266,11 @@ def test_the_check_notices_one_changed_entry(llama, perturb):
     [lambda owned, units: torch.ones_like(owned), lambda owned, units: torch.zeros_like(owned)],
 )
 def test_the_check_notices_wrong_rows(any_model, monkeypatch, wrong):
-    owned_rows = unit_training.owned_rows
+    owned_rows = models.owned_rows
     monkeypatch.setattr(
-        unit_training,
+        models,
         "owned_rows",
-        lambda shape, kind, units: wrong(owned_rows(shape, kind, units), units),
+        lambda rows, units, n_rows: wrong(owned_rows(rows, units, n_rows), units),
     )
     chosen, before = scattered(any_model), parameters_of(any_model)
     with training_only(any_model, chosen):
@@ -861,9 +861,9 @@ def test_nothing_to_train_and_nothing_frozen_are_errors(llama, context, all_unit
 
 def test_other_architectures_are_refused(llama):
     chosen = scattered(llama)
-    llama.config.model_type = "gpt_neox"
+    llama.config.model_type = "mamba"
     with (
-        pytest.raises(ValueError, match="'gpt_neox' is not in ARCHITECTURES"),
+        pytest.raises(ValueError, match="'mamba' is not in ARCHITECTURES"),
         training_only(llama, chosen),
     ):
         pass

@@ -24,6 +24,7 @@ from ssah_utils.prompt_cache import (
     length_sorted,
     log_mean_probability,
     opening_ids,
+    read_prompts,
     token_ids,
 )
 from ssah_utils.prompts.chat import end_tokens
@@ -72,7 +73,7 @@ def prefills(
     ends = end_tokens(model, tokenizer)
     starts = [ids + opening for ids, opening in zip(sequences, forced, strict=True)]
     for rows in length_sorted(starts, batch_size):
-        cache = PromptCache(model, [starts[row] for row in rows])
+        cache = read_prompts(model, [starts[row] for row in rows])
         chosen, logits = [], cache.next_logits
         for _ in range(n_tokens - min(len(forced[row]) for row in rows)):
             logits[:, [end for end in ends if end < logits.shape[1]]] = -torch.inf
@@ -130,7 +131,7 @@ def generate_and_probe(
         name: [{step: blank.copy() for step in at[name]} for _ in openings] for name in variants
     }
     for rows in progress(length_sorted(sequences, batch_size), "steps"):
-        cache = PromptCache(model, [sequences[row] for row in rows])
+        cache = read_prompts(model, [sequences[row] for row in rows])
         for name, forced in variants.items():
             given = torch.tensor([forced[row] for row in rows], device=model.device)
             given = given.reshape(len(rows), -1).long()  # (B, n_forced), also where it is 0
@@ -190,7 +191,7 @@ def continuation_nll(
     base, prompts = without_wrappers(base), next(iter(trajectories.values())).prompts
     nll = {name: np.full(len(prompts), np.nan) for name in trajectories}
     for rows in length_sorted(prompts, batch_size):
-        cache = PromptCache(base, [prompts[row] for row in rows])
+        cache = read_prompts(base, [prompts[row] for row in rows])
         first_logits = cache.next_logits[:, None]
         for name, trajectory in trajectories.items():
             answers = [trajectory.tokens[row] for row in rows]

@@ -35,7 +35,8 @@ from ssah_utils.per_unit import KINDS, PerUnit
 from ssah_utils.pipeline import parameters
 from ssah_utils.precision import Quantised
 from ssah_utils.settings import SFTConfig
-from tests.conftest import SPECIAL, VOCABULARY, n_hooks, tiny_model
+from tests.conftest import VOCABULARY, n_hooks, tiny_model
+from tests.families import SPECIAL
 from tests.test_loading import change_json, one_line
 
 GROUP = 32  # inputs that share a scale in GPTQ and AWQ

@@ -114,8 +114,8 @@ def channel_moments(model: nn.Module, batches: Iterable[Batch]) -> ChannelMoment
     model = weights.gathered(model)
     backbone = models.backbone_of(model)
     device = next(model.parameters()).device
-    layers = models.blocks_of(model)
-    streams = {kind: [StreamingMoments() for _ in layers] for kind in per_unit.KINDS}
+    writers = [writer for kind in per_unit.KINDS for writer in models.writers(model, kind)]
+    streams = [StreamingMoments() for _ in writers]
     selected: Tensor  # flat indices of the marked positions of the batch at hand
 
     def observe(stream: StreamingMoments):
@@ -125,9 +125,8 @@ def channel_moments(model: nn.Module, batches: Iterable[Batch]) -> ChannelMoment
         return hook
 
     with wrappers.evaluating(model), models.hooking() as handles:
-        for kind in per_unit.KINDS:
-            for module, stream in zip(models.writers(model, kind), streams[kind], strict=True):
-                handles.append(module.register_forward_pre_hook(observe(stream)))
+        for writer, stream in zip(writers, streams, strict=True):
+            handles.append(writer.module.register_forward_pre_hook(observe(stream)))
         for batch in batches:
             columns = batch["positions"].any(0).nonzero()
             if not len(columns):
@@ -137,12 +136,20 @@ def channel_moments(model: nn.Module, batches: Iterable[Batch]) -> ChannelMoment
             batch = {name: batch[name][:, :width] for name in names}
             selected = _marked(batch, device)
             backbone(**inputs_of(backbone, batch, device))
-    count = streams["mlp"][0].count
+    count = streams[0].count
     if count < 2:
         raise ValueError(f"a variance needs at least 2 positions; the batches mark {count}")
-    means = {kind: [stream.mean for stream in own] for kind, own in streams.items()}
-    variances = {kind: [stream.variance for stream in own] for kind, own in streams.items()}
-    return ChannelMoments(count, PerUnit.of_layers(means), PerUnit.of_layers(variances))
+    for writer, stream in zip(writers, streams, strict=True):
+        if stream.count != count:
+            raise ValueError(
+                f"of {count} positions, {stream.count} were seen at the {writer.kind} units of"
+                f" block {writer.layer}: something computes them by another way, such as a kernel"
+                " from the hub; load the model without it"
+            )
+    means = [stream.mean for stream in streams]
+    variances = [stream.variance for stream in streams]
+    of_units = lambda rows: models.per_unit_of(zip(writers, rows, strict=True))  # noqa: E731
+    return ChannelMoments(count, of_units(means), of_units(variances))
 
 
 @torch.inference_mode()
@@ -156,12 +163,12 @@ def unit_values(model: nn.Module, batch: Batch, kind: str, layer: int, channel: 
     seen: list[Tensor] = []
 
     def keep(module: nn.Module, args: tuple[Tensor]) -> None:
-        own = args[0][..., channel].reshape(batch["input_ids"].shape)  # OPT's has no (B, T)
-        seen.append(own.float().cpu())
+        own = args[0][..., channel - writer.channels.start]
+        seen.append(own.reshape(batch["input_ids"].shape).float().cpu())  # OPT's has no (B, T)
 
     with wrappers.evaluating(model), models.hooking() as handles:
-        writer = models.writers(model, kind)[layer]
-        handles.append(writer.register_forward_pre_hook(keep))
+        writer = models.writer_of(model, kind, layer, channel)
+        handles.append(writer.module.register_forward_pre_hook(keep))
         backbone(**inputs_of(backbone, batch, device))
     return seen[0]
 
@@ -178,12 +185,12 @@ def gradient_activation(model: nn.Module, batches: Iterable[Batch]) -> PerUnit:
     plain = weights.gathered(model)
     backbone = models.backbone_of(plain)
     device = next(plain.parameters()).device
-    n_layers = len(models.blocks_of(plain))
-    totals = {kind: [torch.zeros((), dtype=torch.float64)] * n_layers for kind in per_unit.KINDS}
+    writers = [writer for kind in per_unit.KINDS for writer in models.writers(plain, kind)]
+    totals = [torch.zeros((), dtype=torch.float64)] * len(writers)
     count = 0
     selected: Tensor  # flat indices of the marked positions of the batch at hand
 
-    def observe(kind: str, layer: int):
+    def observe(number: int):
         def hook(module: nn.Module, args: tuple[Tensor]) -> None:
             values = args[0].detach().flatten(0, -2)
 
@@ -191,8 +198,8 @@ def gradient_activation(model: nn.Module, batches: Iterable[Batch]) -> PerUnit:
                 rows = selected.to(values.device)
                 marked_gradient = gradient.flatten(0, -2).index_select(0, rows).float()
                 product = marked_gradient * values.index_select(0, rows).float()
-                total = totals[kind][layer].to(values.device)
-                totals[kind][layer] = total + product.abs_().sum(0).double()
+                total = totals[number].to(values.device)
+                totals[number] = total + product.abs_().sum(0).double()
 
             args[0].register_hook(add)
 
@@ -200,9 +207,8 @@ def gradient_activation(model: nn.Module, batches: Iterable[Batch]) -> PerUnit:
 
     trained = [parameter for parameter in plain.parameters() if parameter.requires_grad]
     with wrappers.evaluating(plain), models.hooking() as handles:
-        for kind in per_unit.KINDS:
-            for layer, module in enumerate(models.writers(plain, kind)):
-                handles.append(module.register_forward_pre_hook(observe(kind, layer)))
+        for number, writer in enumerate(writers):
+            handles.append(writer.module.register_forward_pre_hook(observe(number)))
         embedding = plain.get_input_embeddings()
         track = lambda module, args, output: output.requires_grad_()  # noqa: E731
         handles.append(embedding.register_forward_hook(track))
@@ -227,7 +233,7 @@ def gradient_activation(model: nn.Module, batches: Iterable[Batch]) -> PerUnit:
                 parameter.requires_grad_(True)
     if not count:
         raise ValueError("the batches mark no position, so there is nothing to take a gradient of")
-    return PerUnit.of_layers(totals) / count
+    return models.per_unit_of(zip(writers, totals, strict=True)) / count
 
 
 def last_token_states(model: nn.Module, batches: Iterable[Batch]) -> Tensor:

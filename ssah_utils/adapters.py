@@ -11,10 +11,11 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from ssah_utils import extras, models, wrappers
-from ssah_utils.architectures import ARCHITECTURES
+from ssah_utils.architectures import ARCHITECTURES, MIXTURES
 
 PEFT_METHODS = {
-    "lora": tuple(ARCHITECTURES),
+    # experts are no linear maps, so it would leave out most of a mixture
+    "lora": tuple(name for name in ARCHITECTURES if name not in MIXTURES),
     "llama-adapter": ("llama", "mistral", "gpt2"),
     "prefix": tuple(ARCHITECTURES),
 }
@@ -112,7 +113,8 @@ def with_adapter(
             f" (there: {', '.join(supported)})"
         )
     if method == "lora":
-        of_model = {"fan_in_fan_out": models.is_transposed(models.writers(model, "attention")[0])}
+        writer = models.writers(model, "attention")[0].module
+        of_model = {"fan_in_fan_out": models.is_transposed(writer)}
         if sees_too:  # nothing is learned there from text
             of_model["exclude_modules"] = rf"(?!{re.escape(models.backbone_path(model))}\.).*"
     elif method == "llama-adapter":

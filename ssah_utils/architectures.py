@@ -2,11 +2,15 @@
 
 A family is one entry of ``ARCHITECTURES``: where the *writers* of its units are, the matrices
 through which a sub-layer writes to the residual stream, and which rows of which other matrices,
-the *readers*, feed them. Does not know models: ``models`` holds the entries against them.
+the *readers*, feed them. In a mixture of experts, the ``mlp`` units of a block are those of its
+experts, one expert after the other, then those of the shared expert, if there is one. Does not know
+models: ``models`` holds the entries against them.
 """
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +22,9 @@ from ssah_utils.per_unit import KINDS
 class ModelShape:
     """Sizes of a decoder-only transformer, all read from its configuration.
 
-    ``blocks``: where its blocks are in the model.
+    ``d_ff``: feed-forward units of a block outside of its experts; in a mixture, those of the
+    shared expert, or 0. ``blocks``: where the blocks are in the model. ``n_experts``, ``d_expert``:
+    0 where there is no mixture.
     """
 
     model_type: str
@@ -29,10 +35,23 @@ class ModelShape:
     head_dim: int
     d_ff: int
     blocks: str = "model.layers"
+    n_experts: int = 0
+    d_expert: int = 0
 
     def n_channels(self, kind: str) -> int:
         """Units of one kind in one block."""
-        return self.n_heads * self.head_dim if kind == "attention" else self.d_ff
+        if kind == "attention":
+            return self.n_heads * self.head_dim
+        return self.n_routed + self.d_ff
+
+    @property
+    def n_routed(self) -> int:
+        """Units of all experts of a block: the first of its ``mlp`` channels."""
+        return self.n_experts * self.d_expert
+
+    def expert_of(self, channel: int) -> tuple[int, int] | None:
+        """Of an ``mlp`` channel, its expert and its number there; None outside of the experts."""
+        return divmod(channel, self.d_expert) if channel < self.n_routed else None
 
     @property
     def n_units(self) -> int:
@@ -110,12 +129,29 @@ FUSED_GATE_AND_UP = (
 
 
 @dataclass(frozen=True)
+class Mixture:
+    """Where the experts of a block are, and how wide they are by the configuration.
+
+    ``experts``, ``router``, ``gate``: paths that start at a block. The gate's sigmoid multiplies
+    what the shared expert gives. ``d_expert``: a field of the configuration; ``d_shared``: width of
+    the shared expert, 0 without one.
+    """
+
+    experts: str = "mlp.experts"
+    router: str = "mlp.gate"
+    gate: str | None = None
+    d_expert: str = "moe_intermediate_size"
+    d_shared: Callable[[Any], int] = lambda config: 0
+
+
+@dataclass(frozen=True)
 class Architecture:
     """Where the units of a model family live.
 
     ``blocks`` starts at the decoder, the part that ``get_decoder`` of transformers returns; the
     paths of matrices start at a block. ``attention`` and ``mlp`` are the writers of these kinds,
-    ``values`` and ``feed_forward`` their readers. ``others``: the matrices that are neither.
+    ``values`` and ``feed_forward`` their readers. ``others``: the matrices that are neither. In a
+    ``mixture``, ``mlp`` and ``feed_forward`` are those of the shared expert.
     """
 
     attention: str = "self_attn.o_proj"
@@ -124,6 +160,7 @@ class Architecture:
     feed_forward: tuple[InputProjection, ...] = GATE_AND_UP
     others: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj")
     blocks: str = "layers"
+    mixture: Mixture | None = None
 
     @property
     def writers(self) -> dict[str, str]:
@@ -138,7 +175,9 @@ class Architecture:
     def covers(self, name: str) -> bool:
         """Whether a matrix of a block, or the module that it is a part of, is named here."""
         readers = [reader.path for reader in (*self.values, *self.feed_forward)]
-        named = (self.attention, self.mlp, *readers, *self.others)
+        named = [self.attention, self.mlp, *readers, *self.others]
+        if self.mixture:
+            named += [self.mixture.experts, self.mixture.router, self.mixture.gate or "-"]
         return any(f"{name}.".startswith(f"{path}.") for path in named)
 
 
@@ -164,6 +203,20 @@ def _like_gpt2(values: Callable[[ModelShape], Tensor]) -> Architecture:
     )
 
 
+def _experts_alone(experts: str = "mlp.experts", **more: str) -> Architecture:
+    """A mixture without a shared expert."""
+    return Architecture(mlp="", feed_forward=(), mixture=Mixture(experts, **more))
+
+
+def _sharing(path: str, d_shared: Callable[[Any], int], **more: str) -> Architecture:
+    """A mixture whose shared expert is at a path and like the feed-forward part of Llama."""
+    return Architecture(
+        mlp=f"{path}.down_proj",
+        feed_forward=_feed_forward(f"{path}.gate_proj", f"{path}.up_proj"),
+        mixture=Mixture(d_shared=d_shared, **more),
+    )
+
+
 LLAMA_LIKE = Architecture()
 WITH_NORMS_OF_HEADS = Architecture(
     others=(*LLAMA_LIKE.others, "self_attn.q_norm", "self_attn.k_norm")
@@ -173,7 +226,47 @@ LIKE_GLM = Architecture(feed_forward=FUSED_GATE_AND_UP)
 LIKE_OPT = Architecture(
     attention="self_attn.out_proj", mlp="fc2", feed_forward=_feed_forward("fc1")
 )
-ARCHITECTURES = {
+# Experts are as wide as in dense models the whole block.
+LIKE_MIXTRAL = _experts_alone(d_expert="intermediate_size")
+WITH_ROUTER = _experts_alone(router="mlp.router", d_expert="intermediate_size")
+GRANITE_MOE = _experts_alone(
+    "block_sparse_moe.experts", router="block_sparse_moe.router", d_expert="intermediate_size"
+)
+GRANITE_MOE_SHARED = Architecture(
+    mlp="shared_mlp.output_linear",
+    feed_forward=(
+        InputProjection("shared_mlp.input_linear", in_order),
+        InputProjection("shared_mlp.input_linear", second_half),
+    ),
+    mixture=dataclasses.replace(
+        GRANITE_MOE.mixture, d_shared=lambda config: config.shared_intermediate_size
+    ),
+)
+# Several shared experts are one that is as much wider.
+LIKE_GLM_MOE = _sharing(
+    "mlp.shared_experts", lambda config: config.n_shared_experts * config.moe_intermediate_size
+)
+MIXTURES = {
+    **dict.fromkeys(("mixtral", "olmoe", "flex_olmo", "minimax_m2"), LIKE_MIXTRAL),
+    **dict.fromkeys(("gpt_oss", "phimoe"), WITH_ROUTER),
+    "qwen3_moe": _experts_alone(),
+    "qwen2_moe": _sharing(
+        "mlp.shared_expert",
+        lambda config: config.shared_expert_intermediate_size,
+        gate="mlp.shared_expert_gate",
+    ),
+    "granitemoe": GRANITE_MOE,
+    "granitemoeshared": GRANITE_MOE_SHARED,
+    **dict.fromkeys(("glm4_moe", "dots1", "solar_open"), LIKE_GLM_MOE),
+    "ernie4_5_moe": _sharing(
+        "mlp.shared_experts",
+        lambda config: config.moe_num_shared_experts * config.moe_intermediate_size,
+    ),
+    "hunyuan_v1_moe": _sharing(
+        "mlp.shared_mlp", lambda config: config.intermediate_size, d_expert="intermediate_size"
+    ),
+}
+ARCHITECTURES = MIXTURES | {
     **dict.fromkeys(
         (
             "llama mistral ministral ministral3 qwen2 qwen3 gemma gemma2 gemma3_text vaultgemma"

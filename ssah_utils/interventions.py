@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from ssah_utils import models, per_unit, quantised, wrappers
+from ssah_utils import experts, models, per_unit, quantised, wrappers
 
 
 @contextmanager
@@ -31,16 +31,18 @@ def ablated(
     units = models.check_per_unit(model, units).as_set()
     if means is not None:
         means = models.check_per_unit(model, means)
-    n_touched = sum(int(chosen.any(1).sum()) for chosen in units.values())
+    n_held = 0
     with models.hooking() as handles:
         for kind in per_unit.KINDS:
-            for layer, module in enumerate(models.writers(model, kind)):
-                channels = units[kind][layer].nonzero().squeeze(1).cpu()
+            for writer in models.writers(model, kind):
+                where = (writer.layer, writer.channels)
+                channels = units[kind][where].nonzero().squeeze(1).cpu()
                 if not len(channels):
                     continue
-                fill = means[kind][layer].cpu()[channels] if means else torch.zeros(len(channels))
-                handles.append(module.register_forward_pre_hook(Held(channels, fill)))
-        assert len(handles) == n_touched, f"{len(handles)} modules hooked, {n_touched} expected"
+                fill = means[kind][where].cpu()[channels] if means else torch.zeros(len(channels))
+                handles.append(writer.module.register_forward_pre_hook(Held(channels, fill)))
+                n_held += len(channels)
+        assert n_held == units.count(), f"{n_held} units held, {units.count()} expected"
         yield model
 
 
@@ -70,7 +72,8 @@ def without_units(
     """A smaller copy of the model, without the units' weights, that computes what ``ablated`` does.
 
     Writer columns are dropped, and reader rows whose channels are all dropped. A mean becomes a
-    bias of the writer. ``ValueError`` for a quantised model, whose columns share codes and scales.
+    bias of the writer, or of the experts. ``ValueError`` for a quantised model, whose columns share
+    codes and scales.
     """
     model = wrappers.unwrapped(model)
     for name, module in quantised.quantised_modules(model):
@@ -84,20 +87,31 @@ def without_units(
     means = models.check_per_unit(model, means)
     small = copy.deepcopy(model)
     architecture = models.architecture_of(model)
-    for kind in per_unit.KINDS:
-        blocks = models.blocks_of(small)
-        for block, dropped, mean in zip(blocks, units[kind], means[kind], strict=True):
-            if not dropped.any():
-                continue
-            path = architecture.writers[kind]
-            _replace(block, path, SmallWriter(block.get_submodule(path), ~dropped, mean))
-            rows_of: dict[str, Tensor] = {}  # that are not needed any more, by the matrix
-            for reader in architecture.readers[kind]:
-                n_rows = len(models.column_weight(block.get_submodule(reader.path)))
-                unneeded = models.owned_rows(reader.rows(shape), dropped.cpu(), n_rows)
-                rows_of[reader.path] = rows_of.get(reader.path, False) | unneeded
-            for path, unneeded in rows_of.items():
-                _replace(block, path, SmallReader(block.get_submodule(path), ~unneeded))
+    # all of them first: a smaller model has no shape that its configuration explains
+    writers = [writer for kind in per_unit.KINDS for writer in models.writers(small, kind)]
+    for number, writer in enumerate(writers):
+        where = (writer.layer, writer.channels)
+        dropped, mean = (values[writer.kind][where].cpu() for values in (units, means))
+        if not dropped.any():
+            continue
+        if isinstance(writer.module, experts.ExpertsWriter):
+            experts.remove_units(writer.module.experts, dropped, mean)
+            continue
+        if isinstance(writer.module, experts.GatedWriter):
+            # a bias would be gated, too
+            columns = writer.module.weight.detach()[:, dropped]
+            others = writers[number - 1].module.experts
+            experts.add_constant(others, columns @ mean[dropped].to(columns))
+            mean = torch.zeros_like(mean)
+        block, path = models.blocks_of(small)[writer.layer], architecture.writers[writer.kind]
+        _replace(block, path, SmallWriter(block.get_submodule(path), ~dropped, mean))
+        rows_of: dict[str, Tensor] = {}  # that are not needed any more, by the matrix
+        for reader in architecture.readers[writer.kind]:
+            n_rows = len(models.column_weight(block.get_submodule(reader.path)))
+            unneeded = models.owned_rows(reader.rows(shape), dropped, n_rows)
+            rows_of[reader.path] = rows_of.get(reader.path, False) | unneeded
+        for path, unneeded in rows_of.items():
+            _replace(block, path, SmallReader(block.get_submodule(path), ~unneeded))
     return small
 
 

@@ -9,8 +9,9 @@ reads and writes text is looked at. Does not know prompts, scores or sets of uni
 
 import copy
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -20,6 +21,7 @@ from transformers import PretrainedConfig
 
 from ssah_utils import quantised
 from ssah_utils.architectures import Architecture, ModelShape, architecture
+from ssah_utils.experts import ExpertsWriter, GatedWriter, HookedWriter, layout
 from ssah_utils.per_unit import KINDS, PerUnit
 from ssah_utils.wrappers import plain_name, unwrapped
 
@@ -68,11 +70,14 @@ def text_config(model: nn.Module) -> PretrainedConfig:
     return unwrapped(model).config.get_text_config(decoder=True)
 
 
-def writer_path(shape: ModelShape, kind: str) -> str:
-    """Where a kind's writer is in the model, with ``{layer}`` for the number of the block:
-    ``model.layers.{layer}.mlp.down_proj``.
+def writer_path(shape: ModelShape, kind: str, channel: int = 0) -> str:
+    """Where a channel is written from, with ``{layer}`` for the number of the block:
+    ``model.layers.{layer}.mlp.down_proj``; for those of experts, the module of all experts.
     """
-    return f"{shape.blocks}.{{layer}}.{architecture(shape.model_type).writers[kind]}"
+    family = architecture(shape.model_type)
+    is_routed = kind == "mlp" and channel < shape.n_routed
+    path = family.mixture.experts if is_routed else family.writers[kind]
+    return f"{shape.blocks}.{{layer}}.{path}"
 
 
 def shape_of(model: nn.Module) -> ModelShape:
@@ -85,6 +90,11 @@ def shape_of(model: nn.Module) -> ModelShape:
     where = f"architecture '{config.model_type}'"
     blocks = {f"{where}: block {number}": block for number, block in enumerate(blocks_of(model))}
     for name, block in blocks.items():
+        if family.mixture and not _is_there(block, family.mixture.experts):
+            raise ValueError(
+                f"{name} has no '{family.mixture.experts}': blocks with experts and blocks without"
+                " have different numbers of units, and a model of both is not supported"
+            )
         _check_covered(block, family, config.hidden_size, name)
     try:
         shape = _configured_shape(model)
@@ -96,6 +106,8 @@ def shape_of(model: nn.Module) -> ModelShape:
             f"the model has {len(blocks)} blocks, its configuration says {shape.n_layers}"
         )
     for name, block in blocks.items():
+        if family.mixture:
+            _check_experts(block, family.mixture.experts, shape, name)
         for kind in KINDS:
             _check_sizes(block, family, shape, kind, name)
     return shape
@@ -109,6 +121,8 @@ def _configured_shape(model: nn.Module) -> ModelShape:
     is_one_group = first("multi_query") and not first("new_decoder_architecture")
     n_groups = first("num_key_value_heads", "num_kv_heads") or n_heads
     times_d_model = first("expansion_ratio") or 4  # where no width is given
+    dense = first("intermediate_size", "ffn_dim", "ffn_hidden_size", "n_inner")
+    mixture = architecture_of(model).mixture
     return ModelShape(
         model_type=config.model_type,
         n_layers=config.num_hidden_layers,
@@ -116,9 +130,10 @@ def _configured_shape(model: nn.Module) -> ModelShape:
         n_heads=n_heads,
         n_kv_heads=1 if is_one_group else n_groups,
         head_dim=first("head_dim") or config.hidden_size // n_heads,
-        d_ff=first("intermediate_size", "ffn_dim", "ffn_hidden_size", "n_inner")
-        or times_d_model * config.hidden_size,
+        d_ff=mixture.d_shared(config) if mixture else dense or times_d_model * config.hidden_size,
         blocks=f"{backbone_path(model)}.{architecture_of(model).blocks}",
+        n_experts=first("num_local_experts", "num_experts") if mixture else 0,
+        d_expert=first(mixture.d_expert) if mixture else 0,
     )
 
 
@@ -148,7 +163,9 @@ def _check_sizes(
     block: nn.Module, family: Architecture, shape: ModelShape, kind: str, where: str
 ) -> None:
     """``ValueError`` unless a block's writer and readers have the sizes of the configuration."""
-    expected = (shape.d_model, shape.n_channels(kind))
+    expected = (shape.d_model, shape.n_channels(kind) if kind == "attention" else shape.d_ff)
+    if not expected[1]:  # a mixture without a shared expert
+        return
     needed: dict[str, int] = {}  # rows of each reader
     for reader in family.readers[kind]:
         n_rows = int(reader.rows(shape).max()) + 1
@@ -166,6 +183,24 @@ def _check_sizes(
                 f"{where} has '{path}' of shape {found}, which the configuration does not explain:"
                 f" it asks for {wanted}"
             )
+
+
+def _check_experts(block: nn.Module, path: str, shape: ModelShape, where: str) -> None:
+    """``ValueError`` unless a block of a mixture has experts of the configuration's sizes."""
+    found = matrix_size(ExpertsWriter(block.get_submodule(path), f"{where}: {path}"))
+    if found != (shape.d_model, shape.n_routed):
+        raise ValueError(
+            f"{where} has '{path}' of shape {found}, which the configuration does not explain:"
+            f" it asks for the shape {(shape.d_model, shape.n_routed)}"
+        )
+
+
+def _is_there(module: nn.Module, path: str) -> bool:
+    try:
+        module.get_submodule(path)
+    except AttributeError:
+        return False
+    return True
 
 
 def matrix_size(module: nn.Module) -> tuple[int, int]:
@@ -237,10 +272,86 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
         ) from None
 
 
-def writers(model: nn.Module, kind: str) -> list[nn.Module]:
-    """The ``o_proj`` or ``down_proj`` of every block, first block first."""
-    path = architecture_of(model).writers[kind]
-    return [block.get_submodule(path) for block in blocks_of(model)]
+@dataclass(frozen=True)
+class Writer:
+    """What writes channels of one block to the residual stream.
+
+    ``channels``: which of the block's channels of this kind are the inputs of ``module``, a linear
+    map, or what can be hooked like one.
+    """
+
+    kind: str
+    layer: int
+    channels: slice
+    module: nn.Module | HookedWriter
+
+
+def writers(model: nn.Module, kind: str) -> list[Writer]:
+    """The ``o_proj`` or ``down_proj`` of every block, first block first.
+
+    In a mixture, experts and shared expert of a block one after the other. Raises what ``shape_of``
+    raises.
+    """
+    shape, family = shape_of(model), architecture_of(model)
+    n_routed = shape.n_routed if kind == "mlp" else 0
+    found = []
+    for layer, block in enumerate(blocks_of(model)):
+        if n_routed:
+            path = family.mixture.experts
+            module = ExpertsWriter(block.get_submodule(path), path)
+            found.append(Writer(kind, layer, slice(0, n_routed), module))
+        if n_routed < shape.n_channels(kind):
+            module = block.get_submodule(family.writers[kind])
+            if n_routed and family.mixture.gate:
+                shared = block.get_submodule(family.writers[kind].rpartition(".")[0])
+                module = GatedWriter(module, shared, block.get_submodule(family.mixture.gate))
+            found.append(Writer(kind, layer, slice(n_routed, shape.n_channels(kind)), module))
+    return found
+
+
+def writer_of(model: nn.Module, kind: str, layer: int, channel: int) -> Writer:
+    """What writes one unit; ``ValueError`` where there is none of that number."""
+    for writer in writers(model, kind):
+        if writer.layer == layer and writer.channels.start <= channel < writer.channels.stop:
+            return writer
+    raise ValueError(f"the model has no unit {kind}/{layer}/{channel}")
+
+
+def owned_entries(
+    model: nn.Module, writer: Writer
+) -> Iterator[tuple[Tensor, tuple[int, ...], Tensor]]:
+    """What the channels of a writer own: parameter, dimensions, places.
+
+    Of a parameter, its dimensions that count rows or columns, and which of these, counted through,
+    each channel owns: (n_channels,) int64. A parameter comes as often as a channel owns something
+    of it.
+    """
+    module = writer.module
+    if isinstance(module, ExpertsWriter):
+        for name, dimension, rows in layout(module.experts):
+            parameter = getattr(module.experts, name)
+            first = torch.arange(module.n_experts)[:, None] * parameter.shape[dimension]
+            yield from ((parameter, (0, dimension), (first + own).flatten()) for own in rows)
+        return
+    linear = module.linear if isinstance(module, GatedWriter) else module
+    columns = torch.arange(matrix_size(linear)[1])
+    yield linear.weight, (0 if is_transposed(linear) else 1,), columns
+    shape, block = _configured_shape(model), blocks_of(model)[writer.layer]
+    for reader in architecture_of(model).readers[writer.kind]:
+        linear, rows = block.get_submodule(reader.path), reader.rows(shape)
+        yield linear.weight, (1 if is_transposed(linear) else 0,), rows
+        if getattr(linear, "bias", None) is not None:
+            yield linear.bias, (0,), rows
+
+
+def per_unit_of(values: Iterable[tuple[Writer, Tensor]]) -> PerUnit:
+    """Values of every writer's channels, (n_channels,) each, in the order of ``writers``."""
+    rows: dict[str, dict[int, list[Tensor]]] = {kind: {} for kind in KINDS}
+    for writer, own in values:
+        rows[writer.kind].setdefault(writer.layer, []).append(own.cpu())
+    return PerUnit.of_layers(
+        {kind: [torch.cat(parts) for parts in own.values()] for kind, own in rows.items()}
+    )
 
 
 def is_linear_map(module: nn.Module) -> bool:

@@ -268,6 +268,9 @@ def _metadata(about: UnitFileInfo) -> dict[str, str]:
     shape = model.pop("shape")
     del shape["blocks"]  # it is in the paths of the modules
     modules = {kind: models.writer_path(about.model.shape, kind) for kind in KINDS}
+    if shape["n_experts"] and shape["d_ff"]:
+        n_routed = about.model.shape.n_routed
+        modules["shared"] = models.writer_path(about.model.shape, "mlp", n_routed)
     content = {
         "model": model | shape | {"modules": modules},
         "sets": {name: asdict(info) for name, info in about.sets.items()},

@@ -25,7 +25,8 @@ HOOKS = {  # of TransformerLens
 def unit_table(file: UnitFile, shape: ModelShape | None = None) -> pd.DataFrame:
     """One row per unit: where it is (``COLUMNS``), a bool column per set, a float32 one per score.
 
-    ``head`` and ``index_in_head`` are missing for kind ``mlp``. ``shape`` is needed for a file of
+    ``head`` and ``index_in_head`` are missing for kind ``mlp``, ``hook`` for that of a mixture of
+    experts, where TransformerLens hooks something else. ``shape`` is needed for a file of
     version 1, which does not say it (``models.shape_of``); ``ValueError`` without.
     """
     shape = shape or file.info.model.shape
@@ -46,9 +47,12 @@ def unit_table(file: UnitFile, shape: ModelShape | None = None) -> pd.DataFrame:
         in_heads = frame["channel"].astype("Int64").where(frame["kind"] == "attention")
         frame["head"] = in_heads // shape.head_dim
         frame["index_in_head"] = in_heads % shape.head_dim
-        module = models.writer_path(shape, kind)
-        frame["module"] = frame["layer"].map(lambda layer, path=module: path.format(layer=layer))
+        paths = [models.writer_path(shape, kind, number) for number in range(n_channels)]
+        places = zip(frame["layer"], frame["channel"], strict=True)
+        frame["module"] = [paths[channel].format(layer=layer) for layer, channel in places]
         frame["hook"] = frame["layer"].map(lambda layer, hook=HOOKS[kind]: hook.format(layer=layer))
+        if kind == "mlp" and shape.n_experts:
+            frame["hook"] = pd.NA
         columns = {name: values[kind].flatten().numpy() for name, values in named.items()}
         frames.append(frame.assign(**columns))
     return pd.concat(frames, ignore_index=True)

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ssah_utils import guards, models, per_unit, wrappers
+from ssah_utils import guards, models, partial_experts, per_unit, wrappers
+from ssah_utils.experts import ExpertsWriter
 from ssah_utils.per_unit import PerUnit
 
 PADDING = 64  # sizes of blocks are rounded up to a multiple of it
@@ -69,12 +70,18 @@ def training_only(
         raise ValueError("nothing is frozen: train the model as it is")
     required = {name: parameter.requires_grad for name, parameter in plain.named_parameters()}
     replaced: list[tuple[nn.Module, str, PartialLinear]] = []  # parent, name there, what is there
+    mixtures: list[nn.Module] = []
+    pairs: list[tuple[nn.Parameter, nn.Parameter]] = []  # replaced, and by which
     uses = Counter(id(parameter) for _, parameter in plain.named_parameters(remove_duplicate=False))
     watch = None
     try:
         for parameter in plain.parameters():
             parameter.requires_grad_(train_rest)
             parameter.grad = None  # an optimizer would follow it
+        for experts, chosen in _mixtures(plain, trainable):
+            partial_experts.check_parameters(experts, uses)
+            mixtures.append(experts)
+            pairs += partial_experts.train_part(experts, chosen)
         for parent, name, trained, dimension in _parts(plain, trainable, train_rest):
             linear = getattr(parent, name)
             _check_matrix(linear, name, uses)
@@ -89,7 +96,7 @@ def training_only(
                 replaced.append((parent, name, module))
                 setattr(parent, name, module)
         guards.follow_parameters(model)
-        pairs = [pair for _, _, module in replaced for pair in module.replaced()]
+        pairs += [pair for _, _, module in replaced for pair in module.replaced()]
         watch = guards.Watch(plain, dict(pairs))
         yield model
         sharded_inside = any(guards.is_sharded(module) for module in plain.modules())
@@ -98,6 +105,8 @@ def training_only(
             watch.close()
         for parent, name, module in replaced:
             setattr(parent, name, module.merged())
+        for experts in mixtures:
+            partial_experts.merge(experts)
         # by name: some parameters may have been exchanged inside
         for name, parameter in plain.named_parameters():
             parameter.requires_grad_(required.get(name, parameter.requires_grad))
@@ -166,7 +175,8 @@ def _check_matrix(linear: nn.Module, name: str, uses: dict[int, int]) -> None:
 
 def is_partial(model: nn.Module) -> bool:
     """Whether some units of the model are being trained, inside a block."""
-    return any(isinstance(module, PartialLinear) for module in model.modules())
+    kinds = (PartialLinear, partial_experts.PartialExperts)
+    return any(isinstance(module, kinds) for module in model.modules())
 
 
 def count_trainable(model: nn.Module) -> int:
@@ -182,20 +192,36 @@ def _parts(
     Rows are dimension 0, columns 1.
     """
     shape, architecture = models.shape_of(model), models.architecture_of(model)
-    for layer, block in enumerate(models.blocks_of(model)):
-        rows_of: dict[str, Tensor] = {}
-        for kind in per_unit.KINDS:
-            chosen = trainable[kind][layer].cpu()
+    rows_of: dict[tuple[int, str], Tensor] = {}  # trained rows, by block and path of the matrix
+    blocks = models.blocks_of(model)
+    for kind in per_unit.KINDS:
+        for writer in models.writers(model, kind):
+            if isinstance(writer.module, ExpertsWriter):
+                continue
+            block, chosen = blocks[writer.layer], _chosen(trainable, writer)
             parent, _, name = architecture.writers[kind].rpartition(".")
             yield block.get_submodule(parent), name, chosen, 1
             for reader in architecture.readers[kind]:
                 n_rows = len(models.column_weight(block.get_submodule(reader.path)))
-                trained = rows_of.setdefault(reader.path, torch.full((n_rows,), train_rest))
+                none = torch.full((n_rows,), train_rest)
+                trained = rows_of.setdefault((writer.layer, reader.path), none)
                 rows = reader.rows(shape)
                 trained[rows] = models.owned_rows(rows, chosen, n_rows)[rows]
-        for path, trained in rows_of.items():
-            parent, _, name = path.rpartition(".")
-            yield block.get_submodule(parent), name, trained, 0
+    for (layer, path), trained in rows_of.items():
+        parent, _, name = path.rpartition(".")
+        yield blocks[layer].get_submodule(parent), name, trained, 0
+
+
+def _mixtures(model: nn.Module, trainable: PerUnit) -> Iterator[tuple[nn.Module, Tensor]]:
+    """The fused experts of every block, and their trained units."""
+    for writer in models.writers(model, "mlp"):
+        if isinstance(writer.module, ExpertsWriter):
+            yield writer.module.experts, _chosen(trainable, writer)
+
+
+def _chosen(units: PerUnit, writer: models.Writer) -> Tensor:
+    """Which of a writer's channels are in a set: (n_channels,) bool."""
+    return units[writer.kind][writer.layer, writer.channels].cpu()
 
 
 class PartialLinear(nn.Module):

@@ -11,14 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ssah_utils import guards
-from ssah_utils.models import (
-    architecture_of,
-    blocks_of,
-    column_weight,
-    is_transposed,
-    shape_of,
-    writers,
-)
+from ssah_utils.models import Writer, column_weight, owned_entries, per_unit_of, writers
 from ssah_utils.per_unit import KINDS, PerUnit
 from ssah_utils.wrappers import unwrapped
 
@@ -54,11 +47,12 @@ def _of_columns(model: nn.Module, function: Callable[[Tensor], Tensor]) -> PerUn
     """``function`` of every writer's weight: (d_model, n_channels) float64 -> (n_channels,)."""
     model = gathered(model)
     dtype = cast("torch.dtype", model.dtype)
+    found = [writer for kind in KINDS for writer in writers(model, kind)]
 
     def of_module(module: nn.Module) -> Tensor:
         return function(column_weight(module, dtype).detach().double())
 
-    return PerUnit.of_layers({kind: list(map(of_module, writers(model, kind))) for kind in KINDS})
+    return per_unit_of((writer, of_module(writer.module)) for writer in found)
 
 
 def squared_gradients(model: nn.Module) -> PerUnit:
@@ -68,24 +62,18 @@ def squared_gradients(model: nn.Module) -> PerUnit:
     """
     model = gathered(model)
     guards.refuse_quantised(model)
-    shape, architecture = shape_of(model), architecture_of(model)
-    squared: dict[str, list[Tensor]] = {kind: [] for kind in KINDS}
-    for kind in KINDS:
-        for block in blocks_of(model):
-            total = _gradient(block.get_submodule(architecture.writers[kind])).square().sum(0)
-            for reader in architecture.readers[kind]:
-                module = block.get_submodule(reader.path)
-                of_rows = _gradient(module).square().sum(1)
-                if (bias := getattr(module, "bias", None)) is not None:
-                    of_rows = of_rows + bias.grad.double().square()
-                total = total + of_rows[reader.rows(shape).to(of_rows.device)]
-            squared[kind].append(total)
-    return PerUnit.of_layers(squared)
+    found = [writer for kind in KINDS for writer in writers(model, kind)]
+    return per_unit_of((writer, _squared_gradients(model, writer)) for writer in found)
 
 
-def _gradient(module: nn.Module) -> Tensor:
-    """Gradient of a linear map's weight as (out, in) float64."""
-    gradient = getattr(module.weight, "grad", None)
-    if gradient is None:
-        raise ValueError("a matrix has no gradient: call this after a backward pass")
-    return (gradient.T if is_transposed(module) else gradient).double()
+def _squared_gradients(model: nn.Module, writer: Writer) -> Tensor:
+    """Of one writer's channels: (n_channels,) float64."""
+    total = torch.zeros(writer.channels.stop - writer.channels.start, dtype=torch.float64)
+    for parameter, dimensions, places in owned_entries(model, writer):
+        if parameter.grad is None:
+            raise ValueError("a matrix has no gradient: call this after a backward pass")
+        squared = parameter.grad.double().square()
+        others = [one for one in range(squared.ndim) if one not in dimensions]
+        squared = squared.sum(others) if others else squared
+        total += squared.flatten().cpu()[places]
+    return total

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from ssah_utils.files import cache_dir
 from ssah_utils.loading import auto_class
+from tests import mixtures
 from tests.families import CONFIGS, VARIANTS, VOCABULARY
 
 # Families of which each lays its matrices out in another way; of the others, test_families.py.
@@ -27,7 +28,7 @@ def tiny_model(name: str) -> nn.Module:
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
-        config = (CONFIGS | VARIANTS)[name]()
+        config = (CONFIGS | VARIANTS | mixtures.CONFIGS)[name]()
         model = auto_class(config).from_config(config, dtype=torch.float32)
         with torch.no_grad():
             for parameter in model.parameters():

@@ -21,6 +21,7 @@ from ssah_utils.activations import (
 )
 from ssah_utils.models import blocks_of
 from ssah_utils.per_unit import KINDS, PerUnit
+from tests import mixtures
 from tests.conftest import COMPILED, VOCABULARY, n_hooks, writers_by_name
 
 LENGTHS = [5, 2, 9, 7, 1, 6, 9]
@@ -70,6 +71,7 @@ def writer_inputs(model: nn.Module, batches: list[dict[str, Tensor]]) -> dict[st
     """Everything the writers read at marked positions: {kind: one (n_positions, n_channels) float64
     per layer}.
     """
+    model = mixtures.plain(model)
     modules = [
         (kind, layer, module)
         for kind in KINDS
@@ -431,6 +433,7 @@ def gradients_alone(
 def gradient_activation_by_hand(
     model: nn.Module, sequences: list[tuple[Tensor, Tensor]]
 ) -> dict[str, Tensor]:
+    model = mixtures.plain(model)
     products = [
         gradients_alone(model, ids, rows)
         for ids, marked in sequences

@@ -10,6 +10,7 @@ from ssah_utils.files import REFERENCE, ROOT
 from ssah_utils.per_unit import KINDS, PerUnit
 from ssah_utils.pipeline import cli, publish, run, summary
 from ssah_utils.pipeline.runs import declared_parameters
+from tests.conftest import writers_by_name
 from tests.links import broken_in_markdown
 
 README = ROOT / "README.md"
@@ -135,7 +136,7 @@ def test_snippets_run_as_they_stand(code, own_files, llama):
     if "freezing(" in code:
         for kind in KINDS:
             writers = zip(
-                models.writers(llama, kind), models.writers(names["model"], kind), strict=True
+                writers_by_name(llama, kind), writers_by_name(names["model"], kind), strict=True
             )
             for layer, (old, new) in enumerate(writers):
                 frozen = own_files[kind][layer]

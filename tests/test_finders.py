@@ -5,10 +5,11 @@ import pandas as pd
 import pytest
 import torch
 
-from ssah_utils import activations, models, per_unit, scoring, units, weights
+from ssah_utils import activations, per_unit, scoring, units, weights
 from ssah_utils.experiments import finders
 from ssah_utils.per_unit import PerUnit
 from ssah_utils.prompts import tokens
+from tests.conftest import writers_by_name
 
 SIDES = ("harmful", "helpful")
 
@@ -35,7 +36,7 @@ def of_request(llama, examples):
 def collected(model, rows, kind: str, layer: int) -> torch.Tensor:
     """Every activation of one module where a response token is predicted: (n, n_channels)."""
     found = []
-    handle = models.writers(model, kind)[layer].register_forward_pre_hook(
+    handle = writers_by_name(model, kind)[layer].register_forward_pre_hook(
         lambda module, args: found.append(args[0][0, 1:-1].double())
     )
     with torch.no_grad():
@@ -50,7 +51,7 @@ def z(values: torch.Tensor) -> torch.Tensor:
 
 
 def weight_of(model, kind: str, layer: int) -> torch.Tensor:
-    return models.writers(model, kind)[layer].weight.detach().double()
+    return writers_by_name(model, kind)[layer].weight.detach().double()
 
 
 @pytest.mark.parametrize("name", ["variance", "weighted norm"])

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ssah_utils import models
 from ssah_utils.interventions import ablated, without_units
 from ssah_utils.per_unit import KINDS, PerUnit
+from tests import mixtures
 from tests.conftest import (
     COMPILED,
     VOCABULARY,
@@ -26,7 +26,8 @@ ROUNDINGS = 64  # of the largest logit, by which ways of computing the same may 
 
 def sizes_of(model: nn.Module) -> dict[str, tuple[int, int]]:
     """{kind: (n_layers, n_channels)}, from the weights."""
-    found = {kind: writers_by_name(model, kind) for kind in KINDS}
+    plain = mixtures.plain(model)
+    found = {kind: writers_by_name(plain, kind) for kind in KINDS}
     return {kind: (len(found[kind]), columns(found[kind][0]).shape[1]) for kind in KINDS}
 
 
@@ -87,7 +88,7 @@ def edited(model: nn.Module, chosen: PerUnit, means: PerUnit | None = None) -> n
     """A copy with the chosen columns at zero, and what they would write at their mean added to the
     writer's output.
     """
-    clone = copy.deepcopy(model)
+    clone = mixtures.plain(copy.deepcopy(model))
     for kind in KINDS:
         for layer, writer in enumerate(writers_by_name(clone, kind)):
             dropped = chosen[kind][layer]
@@ -121,9 +122,10 @@ def test_hooks_equal_zeroed_columns_equal_a_smaller_model(any_model, token_ids, 
     chosen = choose(any_model)
     expected = logits(edited(any_model, chosen), token_ids)
     with ablated(any_model, chosen):
-        assert_close(logits(any_model, token_ids), expected)
+        found = logits(any_model, token_ids)
+    assert_close(found, expected)
     assert_close(logits(without_units(any_model, chosen), token_ids), expected)
-    changed = (expected - logits(any_model, token_ids)).abs().max()
+    changed = (found - logits(any_model, token_ids)).abs().max()
     assert changed == 0 if choose is nothing else changed > 0.1
 
 
@@ -249,7 +251,7 @@ def test_leaving_the_block_restores_the_model_bit_for_bit(any_model, token_ids, 
     ) as inside:
         assert inside is any_model
         assert same_parameters(any_model, parameters)
-        assert n_hooks(any_model) == 6
+        assert n_hooks(any_model) >= 6  # a writer that cannot be hooked alone needs several
         assert not torch.equal(logits(any_model, token_ids), before)
     assert n_hooks(any_model) == 0
     assert same_parameters(any_model, parameters)
@@ -420,6 +422,6 @@ def test_gradients_flow_through_an_ablation_but_not_to_what_is_off(llama, token_
     with ablated(llama, chosen):
         llama(token_ids, labels=token_ids).loss.backward()
     for kind in KINDS:
-        for layer, writer in enumerate(models.writers(llama, kind)):
+        for layer, writer in enumerate(writers_by_name(llama, kind)):
             assert not writer.weight.grad[:, chosen[kind][layer]].any()
             assert writer.weight.grad[:, ~chosen[kind][layer]].any()

@@ -9,6 +9,7 @@ from ssah_utils import embedded, evaluation, interventions, loading, models
 from ssah_utils.judge import rules, validation
 from ssah_utils.per_unit import KINDS
 from ssah_utils.prompts import chat
+from tests.conftest import writers_by_name
 
 N_TOKENS = 6
 REAL = ["the tea is hot and the cup is old", "one two three four five six seven", "so it goes on"]
@@ -78,7 +79,7 @@ def test_ablated_answers_are_those_of_the_model_with_that_share_of_every_module_
             assert chosen[kind].sum(1).tolist() == [int(np.ceil(share * n))] * len(chosen[kind])
     zeroed, _ = loading.load(embedded.TINY_RANDOM)
     for kind in KINDS:  # zeroing a unit's column is ablating it
-        for layer, writer in enumerate(models.writers(zeroed, kind)):
+        for layer, writer in enumerate(writers_by_name(zeroed, kind)):
             with torch.no_grad():
                 models.column_weight(writer)[:, sets[-1][kind][layer]] = 0
     by_hand = evaluation.generate(zeroed, tokenizer, rendered[:2], N_TOKENS)

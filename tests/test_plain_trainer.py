@@ -12,7 +12,7 @@ from ssah_utils.files import ROOT
 from ssah_utils.per_unit import PerUnit
 from ssah_utils.unit_files import ModelInfo
 from tests import plain_trainer
-from tests.conftest import tiny_model
+from tests.conftest import tiny_model, writers_by_name
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def test_frozen_units_survive_a_plain_script(saved_llama, llama, data, tmp_path)
     tuned = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     for kind in per_unit.KINDS:
         for layer, (old, new) in enumerate(
-            zip(models.writers(llama, kind), models.writers(tuned, kind), strict=True)
+            zip(writers_by_name(llama, kind), writers_by_name(tuned, kind), strict=True)
         ):
             kept = frozen[kind][layer]
             assert torch.equal(old.weight[:, kept], new.weight[:, kept])
@@ -86,8 +86,8 @@ def test_the_lines_that_06_shows_run_as_they_stand(saved_llama, llama, tmp_path,
     data = [{"input_ids": [3, 4, 5 + row], "labels": [3, 4, 5 + row]} for row in range(6)]
     exec(lines, {"model": model, "args": args, "data": data})
     tuned = AutoModelForCausalLM.from_pretrained(tmp_path / "fine-tuned")
-    for old, new in zip(models.writers(llama, "mlp"), models.writers(tuned, "mlp"), strict=True):
+    for old, new in zip(writers_by_name(llama, "mlp"), writers_by_name(tuned, "mlp"), strict=True):
         kept = (old.weight == new.weight).all(0)
         assert kept.any() and not kept.all()
-    old, new = (models.writers(model, "mlp")[0].weight for model in (llama, tuned))
+    old, new = (writers_by_name(model, "mlp")[0].weight for model in (llama, tuned))
     assert torch.equal((old == new).all(0), frozen["mlp"][0])

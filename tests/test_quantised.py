@@ -303,7 +303,8 @@ def test_a_matrix_of_gpt2_is_read_as_it_stands_afterwards(tmp_path, tokenizer):
     original = tiny_model("gpt2")
     for kind in KINDS:
         pairs = zip(models.writers(model, kind), models.writers(original, kind), strict=True)
-        for module, before in pairs:
+        for writer, writer_before in pairs:
+            module, before = writer.module, writer_before.module
             found, expected = models.column_weight(module), models.column_weight(before)
             assert type(module) is not type(before)
             assert models.matrix_size(module) == tuple(found.shape) == tuple(expected.shape)

@@ -5,6 +5,7 @@ import torch
 
 from ssah_utils import activations, fingerprints, models, per_unit, scoring, units
 from ssah_utils.prompts import tokens
+from tests.conftest import writers_by_name
 
 FRACTIONS = {"safety_fraction": 0.1, "utility_fraction": 0.2, "redundant_fraction": 0.2}
 
@@ -21,7 +22,7 @@ def by_hand(model, batch) -> dict[str, torch.Tensor]:
     """Standardised variance times squared norm, from activations caught by plain hooks."""
     found = {kind: [] for kind in per_unit.KINDS}
     for kind in per_unit.KINDS:
-        for writer in models.writers(model, kind):
+        for writer in writers_by_name(model, kind):
             caught = []
             handle = writer.register_forward_pre_hook(
                 lambda module, args, caught=caught: caught.append(args[0].double())

@@ -21,6 +21,7 @@ from ssah_utils.interventions import ablated, without_units
 from ssah_utils.per_unit import KINDS, PerUnit
 from ssah_utils.training import SFTConfig, train_dpo, train_sft
 from ssah_utils.unit_training import PartialLinear, count_trainable, freezing, training_only
+from tests import mixtures
 from tests.conftest import VOCABULARY, n_hooks, parameters_of, same_parameters, tiny_model
 from tests.test_training import PAIRS, PlainTrainer, examples_of
 
@@ -35,9 +36,10 @@ def float32(monkeypatch):
 
 
 def sizes_of(model: nn.Module) -> dict[str, tuple[int, int]]:
+    model_type = model.config.model_type
     return {
-        "attention": (N_LAYERS, 42 if model.config.model_type == "gpt2" else 60),
-        "mlp": (N_LAYERS, 70),
+        "attention": (N_LAYERS, 42 if model_type == "gpt2" else 60),
+        "mlp": (N_LAYERS, mixtures.N_UNITS.get(model_type, 70)),
     }
 
 
@@ -72,12 +74,29 @@ def trainable_entries(model: nn.Module, chosen: PerUnit, rest: bool) -> dict[str
     """For every parameter of the plain model, which entries may change: written down per
     architecture, by hand.
     """
-    masks = {}
+    masks, is_gpt_oss = {}, model.config.model_type == "gpt_oss"
     for name, parameter in model.named_parameters():
         mask = masks[name] = torch.full(parameter.shape, rest)
         if not (found := re.fullmatch(r"(?:model\.layers|transformer\.h)\.(\d+)\.(.+)", name)):
             continue
         attention, mlp = chosen["attention"][int(found[1])], chosen["mlp"][int(found[1])]
+        n_experts = 4 if len(mlp) >= 96 else 0  # it is a mixture of experts of 24
+        routed, shared = mlp[: 24 * n_experts].reshape(n_experts, 1, 24), mlp[24 * n_experts :]
+        match found[2].removeprefix("block_sparse_moe.").removeprefix("mlp."):
+            case "experts.down_proj":
+                mask[:] = routed.mT if is_gpt_oss else routed
+            case "experts.gate_up_proj" if is_gpt_oss:  # gate and up by turns, (in, out)
+                mask[:, :, 0::2], mask[:, :, 1::2] = routed, routed
+            case "experts.gate_up_proj_bias":
+                mask[:, 0::2], mask[:, 1::2] = routed[:, 0], routed[:, 0]
+            case "experts.gate_up_proj":
+                mask[:, :24], mask[:, 24:] = routed.mT, routed.mT
+            case "shared_expert.down_proj.weight" | "shared_mlp.output_linear.weight":
+                mask[:] = shared
+            case "shared_expert.gate_proj.weight" | "shared_expert.up_proj.weight":
+                mask[:] = shared[:, None]
+            case "shared_mlp.input_linear.weight":
+                mask[:16], mask[16:] = shared[:, None], shared[:, None]
         match found[2]:
             case "self_attn.o_proj.weight":
                 mask[:] = attention  # columns
@@ -128,8 +147,8 @@ def assert_exactly_frozen(
         moved = (after[name] != before[name])[mask]
         if mask.all():  # embeddings of absent tokens have no gradient
             assert moved.any(), f"{name} is not trained"
-        elif mask.any():  # biases of keys have none, either
-            assert moved.float().mean() > (0.95 if mask.ndim == 2 else 0.5), (
+        elif mask.any():  # biases of keys have none, either; in bfloat16, some steps are too small
+            assert moved.float().mean() > (0.9 if mask.ndim > 1 else 0.5), (
                 f"{name} is hardly trained"
             )
 
@@ -515,7 +534,9 @@ def test_saved_inside_is_an_ordinary_folder(any_model, tmp_path, token_ids, dtyp
     assert same_parameters(loaded, parameters_of(any_model))
     assert type(loaded) is type(any_model)
     if dtype == torch.float32:  # else the rotary frequencies of the model are rounded, too
-        assert torch.equal(logits(loaded, token_ids), logits(any_model, token_ids))
+        # kernels may round otherwise where memory begins elsewhere
+        found, expected = logits(loaded, token_ids), logits(any_model, token_ids)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
 def perturbed(model: nn.Module) -> nn.Module:

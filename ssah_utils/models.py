@@ -205,7 +205,7 @@ def _is_there(module: nn.Module, path: str) -> bool:
 
 def matrix_size(module: nn.Module) -> tuple[int, int]:
     """Outputs and inputs of a linear map, whatever its storage; reads no weight."""
-    if quantised.is_quantised(module):
+    if _is_quantised(module):
         return quantised.outputs_and_inputs(module)
     if isinstance(getattr(module, "out_features", None), int):
         return module.out_features, module.in_features
@@ -372,10 +372,17 @@ def column_weight(module: nn.Module, dtype: torch.dtype = torch.float32) -> Tens
     Of a quantised one, the numbers that its codes stand for, for a model that computes in
     ``dtype``. ``ValueError`` where those cannot be read (``quantised.weight_of``).
     """
-    if quantised.is_quantised(module):
+    if isinstance(module, GatedWriter):
+        module = module.linear
+    if _is_quantised(module):
         return quantised.weight_of(module, dtype)
     weight = cast("Tensor", module.weight)
     return weight.T if is_transposed(module) else weight
+
+
+def _is_quantised(module: nn.Module | HookedWriter) -> bool:
+    """Of fused experts, those in floating point alone are looked at."""
+    return isinstance(module, nn.Module) and quantised.is_quantised(module)
 
 
 def check_per_unit(model: nn.Module, values: Mapping[str, Tensor]) -> PerUnit:

@@ -203,12 +203,12 @@ def _like_gpt2(values: Callable[[ModelShape], Tensor]) -> Architecture:
     )
 
 
-def _experts_alone(experts: str = "mlp.experts", **more: str) -> Architecture:
+def _experts_alone(experts: str = "mlp.experts", **more: Any) -> Architecture:
     """A mixture without a shared expert."""
     return Architecture(mlp="", feed_forward=(), mixture=Mixture(experts, **more))
 
 
-def _sharing(path: str, d_shared: Callable[[Any], int], **more: str) -> Architecture:
+def _sharing(path: str, d_shared: Callable[[Any], int], **more: Any) -> Architecture:
     """A mixture whose shared expert is at a path and like the feed-forward part of Llama."""
     return Architecture(
         mlp=f"{path}.down_proj",
@@ -229,9 +229,10 @@ LIKE_OPT = Architecture(
 # Experts are as wide as in dense models the whole block.
 LIKE_MIXTRAL = _experts_alone(d_expert="intermediate_size")
 WITH_ROUTER = _experts_alone(router="mlp.router", d_expert="intermediate_size")
-GRANITE_MOE = _experts_alone(
+_OF_GRANITE = Mixture(
     "block_sparse_moe.experts", router="block_sparse_moe.router", d_expert="intermediate_size"
 )
+GRANITE_MOE = Architecture(mlp="", feed_forward=(), mixture=_OF_GRANITE)
 GRANITE_MOE_SHARED = Architecture(
     mlp="shared_mlp.output_linear",
     feed_forward=(
@@ -239,7 +240,7 @@ GRANITE_MOE_SHARED = Architecture(
         InputProjection("shared_mlp.input_linear", second_half),
     ),
     mixture=dataclasses.replace(
-        GRANITE_MOE.mixture, d_shared=lambda config: config.shared_intermediate_size
+        _OF_GRANITE, d_shared=lambda config: config.shared_intermediate_size
     ),
 )
 # Several shared experts are one that is as much wider.

@@ -7,6 +7,7 @@ set comes from or what is measured under it.
 import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -100,8 +101,8 @@ def without_units(
         if isinstance(writer.module, experts.GatedWriter):
             # a bias would be gated, too
             columns = writer.module.weight.detach()[:, dropped]
-            others = writers[number - 1].module.experts
-            experts.add_constant(others, columns @ mean[dropped].to(columns))
+            others = cast("experts.ExpertsWriter", writers[number - 1].module)
+            experts.add_constant(others.experts, columns @ mean[dropped].to(columns))
             mean = torch.zeros_like(mean)
         block, path = models.blocks_of(small)[writer.layer], architecture.writers[writer.kind]
         _replace(block, path, SmallWriter(block.get_submodule(path), ~dropped, mean))

@@ -8,6 +8,7 @@ import json
 import re
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -54,10 +55,10 @@ def load(
         model = wrappers.unwrapped(embedded.tiny_random(tokenizer, computed_in(dtype)))
         if not isinstance(dtype, Quantised):
             return model.to(device).eval(), tokenizer
-        with tempfile.TemporaryDirectory() as folder:
-            model.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
-            return load(folder, dtype, device)
+        with tempfile.TemporaryDirectory() as saved:
+            model.save_pretrained(saved)
+            tokenizer.save_pretrained(saved)
+            return load(saved, dtype, device)
     folder = whole_folder(name)
     tokenizer = load_tokenizer(name)
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
@@ -102,7 +103,7 @@ def load(
     return model.eval(), tokenizer
 
 
-def auto_class(config: PretrainedConfig) -> type:
+def auto_class(config: PretrainedConfig) -> Any:
     """The class of transformers that loads a model which writes text, whatever else it reads."""
     is_known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
     return AutoModelForCausalLM if is_known else AutoModelForImageTextToText

@@ -25,6 +25,7 @@ from ssah_utils.experts import ExpertsWriter, GatedWriter, HookedWriter, layout
 from ssah_utils.per_unit import KINDS, PerUnit
 from ssah_utils.wrappers import plain_name, unwrapped
 
+Hookable = nn.Module | HookedWriter  # what takes hooks on its input, like a module
 FALCON_LINEAR = "transformers.models.falcon.modeling_falcon.FalconLinear"
 
 
@@ -75,8 +76,9 @@ def writer_path(shape: ModelShape, kind: str, channel: int = 0) -> str:
     ``model.layers.{layer}.mlp.down_proj``; for those of experts, the module of all experts.
     """
     family = architecture(shape.model_type)
-    is_routed = kind == "mlp" and channel < shape.n_routed
-    path = family.mixture.experts if is_routed else family.writers[kind]
+    path = family.writers[kind]
+    if family.mixture and kind == "mlp" and channel < shape.n_routed:
+        path = family.mixture.experts
     return f"{shape.blocks}.{{layer}}.{path}"
 
 
@@ -132,8 +134,8 @@ def _configured_shape(model: nn.Module) -> ModelShape:
         head_dim=first("head_dim") or config.hidden_size // n_heads,
         d_ff=mixture.d_shared(config) if mixture else dense or times_d_model * config.hidden_size,
         blocks=f"{backbone_path(model)}.{architecture_of(model).blocks}",
-        n_experts=first("num_local_experts", "num_experts") if mixture else 0,
-        d_expert=first(mixture.d_expert) if mixture else 0,
+        n_experts=first("num_local_experts", "num_experts") or 0 if mixture else 0,
+        d_expert=first(mixture.d_expert) or 0 if mixture else 0,
     )
 
 
@@ -203,12 +205,12 @@ def _is_there(module: nn.Module, path: str) -> bool:
     return True
 
 
-def matrix_size(module: nn.Module) -> tuple[int, int]:
+def matrix_size(module: Hookable) -> tuple[int, int]:
     """Outputs and inputs of a linear map, whatever its storage; reads no weight."""
-    if _is_quantised(module):
+    if isinstance(module, nn.Module) and quantised.is_quantised(module):
         return quantised.outputs_and_inputs(module)
-    if isinstance(getattr(module, "out_features", None), int):
-        return module.out_features, module.in_features
+    if isinstance(n_outputs := getattr(module, "out_features", None), int):
+        return n_outputs, cast("int", module.in_features)
     n_outputs, n_inputs = column_weight(module).shape
     return n_outputs, n_inputs
 
@@ -257,14 +259,15 @@ class GivenStates:
 
     def __getattr__(self, name: str) -> "Tensor | GivenStates | None":
         # OPT asks its backbone for the decoder inside; caches and attentions are nobody's business
-        return {"last_hidden_state": self.states, "decoder": self}.get(name)
+        known: dict[str, Tensor | GivenStates] = {"last_hidden_state": self.states, "decoder": self}
+        return known.get(name)
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
     """The transformer blocks, first block first."""
     path = architecture_of(model).blocks
     try:
-        return list(backbone_of(model).get_submodule(path))
+        return list(cast("nn.ModuleList", backbone_of(model).get_submodule(path)))
     except AttributeError:
         raise ValueError(
             f"architecture '{text_config(model).model_type}': its backbone,"
@@ -283,7 +286,7 @@ class Writer:
     kind: str
     layer: int
     channels: slice
-    module: nn.Module | HookedWriter
+    module: Hookable
 
 
 def writers(model: nn.Module, kind: str) -> list[Writer]:
@@ -293,19 +296,21 @@ def writers(model: nn.Module, kind: str) -> list[Writer]:
     raises.
     """
     shape, family = shape_of(model), architecture_of(model)
-    n_routed = shape.n_routed if kind == "mlp" else 0
+    mixture = family.mixture if kind == "mlp" else None
+    n_routed, n_channels = shape.n_routed if mixture else 0, shape.n_channels(kind)
     found = []
     for layer, block in enumerate(blocks_of(model)):
-        if n_routed:
-            path = family.mixture.experts
-            module = ExpertsWriter(block.get_submodule(path), path)
-            found.append(Writer(kind, layer, slice(0, n_routed), module))
-        if n_routed < shape.n_channels(kind):
-            module = block.get_submodule(family.writers[kind])
-            if n_routed and family.mixture.gate:
-                shared = block.get_submodule(family.writers[kind].rpartition(".")[0])
-                module = GatedWriter(module, shared, block.get_submodule(family.mixture.gate))
-            found.append(Writer(kind, layer, slice(n_routed, shape.n_channels(kind)), module))
+        if mixture:
+            experts = ExpertsWriter(block.get_submodule(mixture.experts), mixture.experts)
+            found.append(Writer(kind, layer, slice(0, n_routed), experts))
+        if n_routed < n_channels:
+            path = family.writers[kind]
+            module: Hookable = block.get_submodule(path)
+            if mixture and mixture.gate:
+                shared = block.get_submodule(path.rpartition(".")[0])
+                gate = block.get_submodule(mixture.gate)
+                module = GatedWriter(block.get_submodule(path), shared, gate)
+            found.append(Writer(kind, layer, slice(n_routed, n_channels), module))
     return found
 
 
@@ -333,15 +338,15 @@ def owned_entries(
             first = torch.arange(module.n_experts)[:, None] * parameter.shape[dimension]
             yield from ((parameter, (0, dimension), (first + own).flatten()) for own in rows)
         return
-    linear = module.linear if isinstance(module, GatedWriter) else module
-    columns = torch.arange(matrix_size(linear)[1])
-    yield linear.weight, (0 if is_transposed(linear) else 1,), columns
+    writing = module.linear if isinstance(module, GatedWriter) else module
+    columns = torch.arange(matrix_size(writing)[1])
+    yield cast("Tensor", writing.weight), (0 if is_transposed(writing) else 1,), columns
     shape, block = _configured_shape(model), blocks_of(model)[writer.layer]
     for reader in architecture_of(model).readers[writer.kind]:
-        linear, rows = block.get_submodule(reader.path), reader.rows(shape)
-        yield linear.weight, (1 if is_transposed(linear) else 0,), rows
-        if getattr(linear, "bias", None) is not None:
-            yield linear.bias, (0,), rows
+        reading, rows = block.get_submodule(reader.path), reader.rows(shape)
+        yield cast("Tensor", reading.weight), (1 if is_transposed(reading) else 0,), rows
+        if isinstance(bias := getattr(reading, "bias", None), Tensor):
+            yield bias, (0,), rows
 
 
 def per_unit_of(values: Iterable[tuple[Writer, Tensor]]) -> PerUnit:
@@ -361,12 +366,12 @@ def is_linear_map(module: nn.Module) -> bool:
     return own in (nn.Linear, transformers.pytorch_utils.Conv1D) or is_falcons
 
 
-def is_transposed(module: nn.Module) -> bool:
+def is_transposed(module: Hookable) -> bool:
     """Whether a linear map is GPT-2's ``Conv1D``, which stores (in, out), not (out, in)."""
     return isinstance(module, transformers.pytorch_utils.Conv1D)
 
 
-def column_weight(module: nn.Module, dtype: torch.dtype = torch.float32) -> Tensor:
+def column_weight(module: Hookable, dtype: torch.dtype = torch.float32) -> Tensor:
     """Weight of a linear map as (out, in), whatever its storage; a view.
 
     Of a quantised one, the numbers that its codes stand for, for a model that computes in
@@ -374,15 +379,11 @@ def column_weight(module: nn.Module, dtype: torch.dtype = torch.float32) -> Tens
     """
     if isinstance(module, GatedWriter):
         module = module.linear
-    if _is_quantised(module):
+    # fused experts are in floating point, or refused
+    if isinstance(module, nn.Module) and quantised.is_quantised(module):
         return quantised.weight_of(module, dtype)
     weight = cast("Tensor", module.weight)
     return weight.T if is_transposed(module) else weight
-
-
-def _is_quantised(module: nn.Module | HookedWriter) -> bool:
-    """Of fused experts, those in floating point alone are looked at."""
-    return isinstance(module, nn.Module) and quantised.is_quantised(module)
 
 
 def check_per_unit(model: nn.Module, values: Mapping[str, Tensor]) -> PerUnit:

@@ -22,7 +22,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -267,10 +267,10 @@ def _metadata(about: UnitFileInfo) -> dict[str, str]:
     model = asdict(about.model)
     shape = model.pop("shape")
     del shape["blocks"]  # it is in the paths of the modules
-    modules = {kind: models.writer_path(about.model.shape, kind) for kind in KINDS}
-    if shape["n_experts"] and shape["d_ff"]:
-        n_routed = about.model.shape.n_routed
-        modules["shared"] = models.writer_path(about.model.shape, "mlp", n_routed)
+    sizes = cast("ModelShape", about.model.shape)
+    modules = {kind: models.writer_path(sizes, kind) for kind in KINDS}
+    if sizes.n_experts and sizes.d_ff:
+        modules["shared"] = models.writer_path(sizes, "mlp", sizes.n_routed)
     content = {
         "model": model | shape | {"modules": modules},
         "sets": {name: asdict(info) for name, info in about.sets.items()},

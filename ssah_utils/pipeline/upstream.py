@@ -12,7 +12,17 @@ import pandas as pd
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from ssah_utils import embedded, fingerprints, hub, loading, precision, unit_files, units, wrappers
+from ssah_utils import (
+    embedded,
+    fingerprints,
+    hub,
+    loading,
+    precision,
+    quantised,
+    unit_files,
+    units,
+    wrappers,
+)
 from ssah_utils.files import DATA
 from ssah_utils.per_unit import PerUnit
 from ssah_utils.pipeline.runs import Run, load_result
@@ -44,7 +54,8 @@ def load_model(run: Run, name: str, dtype: precision.Precision | None = None) ->
         raise LookupError(f"01_alignment has no model '{name}'; nearest is '{near[0]}'")
     device = precision.preferred_device()
     key = (places[name], dtype or precision.preferred_dtype(device), device)
-    if (there := _in_use.get(key)) is not None:
+    there = _in_use.get(key)
+    if there is not None and next(quantised.quantised_modules(there), None) is None:
         return wrappers.over_same_weights(there)
     _in_use[key] = model = loading.load(*key)[0]
     return model

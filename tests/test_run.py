@@ -558,6 +558,31 @@ def test_changed_parameter_runs_what_it_belongs_to(quick):
     assert quick.run("n_items=4") == ["a", "b", "c"]
 
 
+def test_several_notebooks_are_run_alone_in_the_order_of_the_pipeline(quick):
+    assert quick.run(only="b,a") == ["a", "b"]
+    assert quick.run(only="a, b") == [], "they are up to date"
+    assert quick.run("n_items=4", only="a,b") == ["a", "b"]
+    assert (quick.stage_folder("a") / "result.json").read_text() == "4"
+    assert quick.run("n_items=4", only="c,b") == ["c"]
+
+
+def test_a_notebook_run_alone_needs_the_inputs_that_are_not_run_with_it(quick):
+    with pytest.raises(ValueError, match="b needs the results of a"):
+        quick.run(only="b,c")
+    with pytest.raises(ValueError, match="unknown notebook 'd'"):
+        quick.run(only="a,d")
+
+
+def test_what_notebooks_must_agree_on_is_set_where_their_inputs_run_with_them():
+    named = "01_alignment,03_units,04_ablation"
+    stages = run.plan("smoke", ["dtype=float32"], only=named)
+    asked = {stage.name: stage.parameters.get("dtype") for stage in stages}
+    assert {asked[name] for name in named.split(",")} == {"float32"}
+    with pytest.raises(ValueError, match="or name 01_alignment") as raised:
+        run.plan("smoke", ["dtype=float32"], only="03_units,04_ablation")
+    one_line(raised.value)
+
+
 def test_changed_upstream_parameter_runs_the_downstream_notebook(quick):
     quick.run()
     assert quick.run("n_items=4", only="a") == ["a"]

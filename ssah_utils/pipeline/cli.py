@@ -159,7 +159,10 @@ def parsers() -> tuple[Parser, dict[str, Parser]]:
     )
     profile_option(running)
     running.add_argument(
-        "--only", default="", metavar="NOTEBOOK", help="execute one notebook, e.g. 04_ablation"
+        "--only",
+        default="",
+        metavar="NOTEBOOK[,NOTEBOOK]",
+        help="execute these alone, e.g. 04_ablation; their inputs have to be there",
     )
     running.add_argument("--force", action="store_true", help="execute also what is up to date")
 

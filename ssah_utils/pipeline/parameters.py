@@ -264,8 +264,8 @@ def check_trainable(stage: str, values: dict) -> None:
     if values["dtype"] in CODES:
         raise ValueError(
             f"{stage} trains the model, but dtype is '{values['dtype']}', and codes cannot be"
-            " trained: take auto, float32 or bfloat16; notebooks that do not train run by --only"
-            " under a profile that sets dtype"
+            " trained: take auto, float32 or bfloat16, or name the notebooks that do not train by"
+            " --only NAME,NAME"
         )
     if trained not in embedded.NAMES and keeps_codes(checked_config(trained)):
         raise ValueError(

@@ -3,6 +3,7 @@
     ssah run --profile laptop
     ssah run --profile laptop --set safety_fraction=0.004
     ssah run --profile laptop --only 04_ablation --set n_random=10
+    ssah run --profile qwen-1.5b --only 01_alignment,03_units,04_ablation
 
 papermill alone would accept unknown parameters, leave half-executed notebooks behind and take
 ``sys.exit(0)`` for success. Here everything is checked before a kernel starts, and a stage is done
@@ -64,27 +65,29 @@ def plan(profile: str, assignments: list[str], only: str = "", checked: bool = T
     """All stages with their parameters.
 
     An assignment ``name=value`` comes before the profile, the profile before the notebook's
-    default. Assignments go to the notebook ``only`` when it is given. Raises ``ValueError`` for
-    anything unknown or ill-typed. Where ``checked``, also for what no notebook could work with:
-    then data sets and the configurations of models are read. A model on the hub is named with its
-    commit, so that all notebooks, keys and results mean the same one.
+    default. Assignments go to the notebooks ``only``, separated by commas, when they are given.
+    Raises ``ValueError`` for anything unknown or ill-typed. Where ``checked``, also for what no
+    notebook could work with: then data sets and the configurations of models are read. A model on
+    the hub is named with its commit, so that all notebooks, keys and results mean the same one.
     """
     pipeline = read_pipeline()["stages"]
     names = [stage["name"] for stage in pipeline]
-    if only:
-        known("notebook", only, names)
+    wanted = named(only)
+    for name in wanted:
+        known("notebook", name, names)
     declared = {name: declared_parameters(NOTEBOOKS / f"{name}.ipynb") for name in names}
     settings = read_profile(profile, declared)
     chosen = dict(split_assignment(text) for text in assignments)
-    check_assigned(list(chosen), only, declared, pipeline)
+    check_assigned(list(chosen), wanted, declared, pipeline)
     stages = []
     for entry in pipeline:
         name = entry["name"]
         defaults = declared[name] | {"profile": profile}
-        values = assigned(defaults, settings[name], chosen, only in ("", name))
+        is_wanted = not wanted or name in wanted
+        values = assigned(defaults, settings[name], chosen, is_wanted)
         if checked:
             parameters.check(values)
-            if only in ("", name):  # the others are not executed
+            if is_wanted:  # the others are not executed
                 parameters.check_trainable(name, values)
         pinned = hub.pinned if checked else hub.pinned_here
         values |= {one: pinned(value) for one, value in values.items() if on_hub(one, value)}
@@ -102,21 +105,31 @@ def plan(profile: str, assignments: list[str], only: str = "", checked: bool = T
     return stages
 
 
+def named(only: str) -> list[str]:
+    """The notebooks that ``--only`` names; none: all."""
+    return [name.strip() for name in only.split(",") if name.strip()]
+
+
 def check_assigned(
-    chosen: list[str], only: str, declared: dict[str, dict], pipeline: list[dict]
+    chosen: list[str], wanted: list[str], declared: dict[str, dict], pipeline: list[dict]
 ) -> None:
-    """``ValueError`` for the first parameter that may not be assigned, or not to ``only``."""
+    """``ValueError`` for the first parameter that may not be assigned, or not to these notebooks.
+
+    What notebooks must agree on is assigned to all of them: to the inputs of a notebook, too.
+    """
     if "profile" in chosen:
         raise ValueError("the profile is chosen by --profile, not by --set")
-    accepting = {only: declared[only]} if only else declared
+    accepting = {name: declared[name] for name in wanted} if wanted else declared
+    inputs = {name for one in wanted for name in upstream_of(one, pipeline)} - set(wanted)
+    asked = ", ".join(wanted)
     for name in chosen:
         owners = [stage for stage in declared if name in declared[stage]]
-        if only and owners and only not in owners:
-            what = f"parameter '{name}' is not one of {only}, but of {', '.join(owners)}"
+        if wanted and owners and not set(wanted) & set(owners):
+            what = f"parameter '{name}' is not one of {asked}, but of {', '.join(owners)}"
             raise ValueError(f"{what}: leave --only away")
-        if only and name in SHARED and upstream_of(only, pipeline):
-            what = f"'{name}' is what the inputs of {only} were made with, too"
-            raise ValueError(f"{what}: leave --only away")
+        if name in SHARED and inputs:
+            what = f"'{name}' is what the inputs of {asked} were made with, too"
+            raise ValueError(f"{what}: leave --only away, or name {', '.join(sorted(inputs))}")
         known("parameter", name, names_in(accepting))
 
 
@@ -331,11 +344,13 @@ def expected_seconds(stages: list[Stage]) -> dict[str, float]:
 def run(stages: list[Stage], only: str = "", force: bool = False) -> None:
     """Execute what is not up to date, in order.
 
-    With ``only``, that stage alone: its inputs have to be there. Without, all but those that run
-    only when they are named. Raises ``InUse`` when another run is at work in the same folder.
+    With ``only``, these stages alone: their inputs have to be there. Without, all but those that
+    run only when they are named. Raises ``InUse`` when another run is at work in the same folder.
     """
-    alone = bool(only)
-    selected = [stage for stage in stages if (stage.name == only if only else not stage.only_named)]
+    wanted, alone = named(only), bool(only)
+    selected = [
+        stage for stage in stages if (stage.name in wanted if alone else not stage.only_named)
+    ]
     if due(stages, selected, alone, force):  # a full disk could not even hold the lock
         require_space(selected[0].folder, SPACE)
     with locked(run_lock(selected[0].folder.parent)):
@@ -346,10 +361,11 @@ def run(stages: list[Stage], only: str = "", force: bool = False) -> None:
 def due(stages: list[Stage], selected: list[Stage], alone: bool, force: bool) -> list[Stage]:
     """Those of the selected stages that are to be executed.
 
-    ``ValueError`` when one that is run ``alone`` lacks its inputs, or when these were changed.
+    ``ValueError`` when some that are run ``alone`` lack their inputs, or when these were changed.
     """
     if alone:
-        check_inputs(selected[0], stages)
+        for stage in selected:
+            check_inputs(stage, [other for other in stages if other not in selected])
     keys = {stage.name: stage_key(stage, stages, as_made=alone) for stage in selected}
     return selected if force else outdated(selected, keys)
 

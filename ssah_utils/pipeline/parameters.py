@@ -244,11 +244,12 @@ def trained_model(values: dict) -> str:
     model = values.get("model", "")
     if "learning_rate" not in values:
         return ""
-    if "twin_steps" in values:  # 01 trains what it aligns, or an unaligned twin
+    if "alignment" in values:  # 01 trains what it aligns, or an unaligned twin
         is_ours = values["alignment"] == "auto" and model in embedded.UNALIGNED
-        trains = is_ours or values["alignment"] == "train" or values["twin_steps"]
+        trains = is_ours or values["alignment"] == "train" or values.get("twin_steps")
         return model if trains else ""
-    if "start_model" in values and model not in embedded.UNALIGNED:
+    came_aligned = model in embedded.NAMES and model not in embedded.UNALIGNED
+    if "start_model" in values and came_aligned:  # of others, 01 alone knows whether they did
         return values["start_model"] or embedded.DEFAULT
     return values.get("start_model") or model
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ssah_utils import models, per_unit, weights, wrappers
+from ssah_utils import models, weights, wrappers
 from ssah_utils.per_unit import PerUnit
 
 Batch = dict[str, Tensor]  # input_ids, attention_mask: (B, T) int64; positions: (B, T) bool
@@ -114,7 +114,7 @@ def channel_moments(model: nn.Module, batches: Iterable[Batch]) -> ChannelMoment
     model = weights.gathered(model)
     backbone = models.backbone_of(model)
     device = next(model.parameters()).device
-    writers = [writer for kind in per_unit.KINDS for writer in models.writers(model, kind)]
+    writers = models.writers(model)
     streams = [StreamingMoments() for _ in writers]
     selected: Tensor  # flat indices of the marked positions of the batch at hand
 
@@ -185,7 +185,7 @@ def gradient_activation(model: nn.Module, batches: Iterable[Batch]) -> PerUnit:
     plain = weights.gathered(model)
     backbone = models.backbone_of(plain)
     device = next(plain.parameters()).device
-    writers = [writer for kind in per_unit.KINDS for writer in models.writers(plain, kind)]
+    writers = models.writers(plain)
     totals = [torch.zeros((), dtype=torch.float64)] * len(writers)
     count = 0
     selected: Tensor  # flat indices of the marked positions of the batch at hand

@@ -12,7 +12,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from ssah_utils import experts, models, per_unit, quantised, wrappers
+from ssah_utils import experts, models, quantised, wrappers
 
 
 @contextmanager
@@ -34,15 +34,14 @@ def ablated(
         means = models.check_per_unit(model, means)
     n_held = 0
     with models.hooking() as handles:
-        for kind in per_unit.KINDS:
-            for writer in models.writers(model, kind):
-                where = (writer.layer, writer.channels)
-                channels = units[kind][where].nonzero().squeeze(1).cpu()
-                if not len(channels):
-                    continue
-                fill = means[kind][where].cpu()[channels] if means else torch.zeros(len(channels))
-                handles.append(writer.module.register_forward_pre_hook(Held(channels, fill)))
-                n_held += len(channels)
+        for writer in models.writers(model):
+            kind, where = writer.kind, (writer.layer, writer.channels)
+            channels = units[kind][where].nonzero().squeeze(1).cpu()
+            if not len(channels):
+                continue
+            fill = means[kind][where].cpu()[channels] if means else torch.zeros(len(channels))
+            handles.append(writer.module.register_forward_pre_hook(Held(channels, fill)))
+            n_held += len(channels)
         assert n_held == units.count(), f"{n_held} units held, {units.count()} expected"
         yield model
 
@@ -89,7 +88,7 @@ def without_units(
     small = copy.deepcopy(model)
     architecture = models.architecture_of(model)
     # all of them first: a smaller model has no shape that its configuration explains
-    writers = [writer for kind in per_unit.KINDS for writer in models.writers(small, kind)]
+    writers = models.writers(small)
     for number, writer in enumerate(writers):
         where = (writer.layer, writer.channels)
         dropped, mean = (values[writer.kind][where].cpu() for values in (units, means))
@@ -104,7 +103,7 @@ def without_units(
             others = cast("experts.ExpertsWriter", writers[number - 1].module)
             experts.add_constant(others.experts, columns @ mean[dropped].to(columns))
             mean = torch.zeros_like(mean)
-        block, path = models.blocks_of(small)[writer.layer], architecture.writers[writer.kind]
+        block, path = writer.block, architecture.writers[writer.kind]
         _replace(block, path, SmallWriter(block.get_submodule(path), ~dropped, mean))
         rows_of: dict[str, Tensor] = {}  # that are not needed any more, by the matrix
         for reader in architecture.readers[writer.kind]:

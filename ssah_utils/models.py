@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from ssah_utils import quantised
-from ssah_utils.architectures import Architecture, ModelShape, architecture
+from ssah_utils.architectures import Architecture, Mixture, ModelShape, architecture
 from ssah_utils.experts import ExpertsWriter, GatedWriter, HookedWriter, layout
 from ssah_utils.per_unit import KINDS, PerUnit
 from ssah_utils.wrappers import plain_name, unwrapped
@@ -107,11 +107,12 @@ def shape_of(model: nn.Module) -> ModelShape:
         raise ValueError(
             f"the model has {len(blocks)} blocks, its configuration says {shape.n_layers}"
         )
+    sizes = {kind: _sizes_of(family, shape, kind) for kind in KINDS}
     for name, block in blocks.items():
         if family.mixture:
             _check_experts(block, family.mixture.experts, shape, name)
         for kind in KINDS:
-            _check_sizes(block, family, shape, kind, name)
+            _check_sizes(block, *sizes[kind], name)
     return shape
 
 
@@ -161,26 +162,36 @@ def _check_covered(block: nn.Module, family: Architecture, d_model: int, where: 
         )
 
 
-def _check_sizes(
-    block: nn.Module, family: Architecture, shape: ModelShape, kind: str, where: str
-) -> None:
-    """``ValueError`` unless a block's writer and readers have the sizes of the configuration."""
-    expected = (shape.d_model, shape.n_channels(kind) if kind == "attention" else shape.d_ff)
-    if not expected[1]:  # a mixture without a shared expert
-        return
-    needed: dict[str, int] = {}  # rows of each reader
+def _sizes_of(
+    family: Architecture, shape: ModelShape, kind: str
+) -> tuple[dict[str, tuple[int, int]], dict[str, int]]:
+    """By the configuration: the shape of a kind's writer, and how many rows each reader needs.
+
+    Both by path; nothing of experts.
+    """
+    n_channels = shape.n_channels(kind) if kind == "attention" else shape.d_ff
+    if not n_channels:  # a mixture without a shared expert
+        return {}, {}
+    needed: dict[str, int] = {}
     for reader in family.readers[kind]:
         n_rows = int(reader.rows(shape).max()) + 1
         needed[reader.path] = max(n_rows, needed.get(reader.path, 0))
-    for path in (family.writers[kind], *needed):
+    return {family.writers[kind]: (shape.d_model, n_channels)}, needed
+
+
+def _check_sizes(
+    block: nn.Module, expected: dict[str, tuple[int, int]], needed: dict[str, int], where: str
+) -> None:
+    """``ValueError`` unless a block's writer and readers have the sizes of ``_sizes_of``."""
+    for path in (*expected, *needed):
         try:
             found = matrix_size(block.get_submodule(path))
         except AttributeError:
             raise ValueError(
                 f"{where} has no '{path}', which its entry in ARCHITECTURES names"
             ) from None
-        if (found[0] < needed[path]) if path in needed else (found != expected):
-            wanted = f"{needed[path]} rows" if path in needed else f"the shape {expected}"
+        if (found[0] < needed[path]) if path in needed else (found != expected[path]):
+            wanted = f"{needed[path]} rows" if path in needed else f"the shape {expected[path]}"
             raise ValueError(
                 f"{where} has '{path}' of shape {found}, which the configuration does not explain:"
                 f" it asks for {wanted}"
@@ -279,39 +290,44 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
 class Writer:
     """What writes channels of one block to the residual stream.
 
-    ``channels``: which of the block's channels of this kind are the inputs of ``module``, a linear
-    map, or what can be hooked like one.
+    ``channels``: which of the channels of this kind in ``block`` are the inputs of ``module``, a
+    linear map, or what can be hooked like one.
     """
 
     kind: str
     layer: int
+    block: nn.Module
     channels: slice
     module: Hookable
 
 
-def writers(model: nn.Module, kind: str) -> list[Writer]:
-    """The ``o_proj`` or ``down_proj`` of every block, first block first.
+def writers(model: nn.Module, *kinds: str) -> list[Writer]:
+    """The ``o_proj`` and ``down_proj`` of every block, or those of some kinds; first block first.
 
     In a mixture, experts and shared expert of a block one after the other. Raises what ``shape_of``
     raises.
     """
-    shape, family = shape_of(model), architecture_of(model)
-    mixture = family.mixture if kind == "mlp" else None
-    n_routed, n_channels = shape.n_routed if mixture else 0, shape.n_channels(kind)
+    shape, family, blocks = shape_of(model), architecture_of(model), blocks_of(model)
     found = []
-    for layer, block in enumerate(blocks_of(model)):
-        if mixture:
-            experts = ExpertsWriter(block.get_submodule(mixture.experts), mixture.experts)
-            found.append(Writer(kind, layer, slice(0, n_routed), experts))
-        if n_routed < n_channels:
-            path = family.writers[kind]
-            module: Hookable = block.get_submodule(path)
-            if mixture and mixture.gate:
-                shared = block.get_submodule(path.rpartition(".")[0])
-                gate = block.get_submodule(mixture.gate)
-                module = GatedWriter(block.get_submodule(path), shared, gate)
-            found.append(Writer(kind, layer, slice(n_routed, n_channels), module))
+    for kind in kinds or KINDS:
+        mixture = family.mixture if kind == "mlp" else None
+        n_routed, n_channels = shape.n_routed if mixture else 0, shape.n_channels(kind)
+        for layer, block in enumerate(blocks):
+            if mixture:
+                experts = ExpertsWriter(block.get_submodule(mixture.experts), mixture.experts)
+                found.append(Writer(kind, layer, block, slice(0, n_routed), experts))
+            if n_routed < n_channels:
+                module = _module_of(block, family.writers[kind], mixture)
+                found.append(Writer(kind, layer, block, slice(n_routed, n_channels), module))
     return found
+
+
+def _module_of(block: nn.Module, path: str, mixture: Mixture | None) -> Hookable:
+    linear = block.get_submodule(path)
+    if not mixture or not mixture.gate:
+        return linear
+    shared = block.get_submodule(path.rpartition(".")[0])
+    return GatedWriter(linear, shared, block.get_submodule(mixture.gate))
 
 
 def writer_of(model: nn.Module, kind: str, layer: int, channel: int) -> Writer:
@@ -323,9 +339,9 @@ def writer_of(model: nn.Module, kind: str, layer: int, channel: int) -> Writer:
 
 
 def owned_entries(
-    model: nn.Module, writer: Writer
+    writer: Writer, shape: ModelShape
 ) -> Iterator[tuple[Tensor, tuple[int, ...], Tensor]]:
-    """What the channels of a writer own: parameter, dimensions, places.
+    """What the channels of a writer own, in a model of this shape: parameter, dimensions, places.
 
     Of a parameter, its dimensions that count rows or columns, and which of these, counted through,
     each channel owns: (n_channels,) int64. A parameter comes as often as a channel owns something
@@ -341,9 +357,8 @@ def owned_entries(
     writing = module.linear if isinstance(module, GatedWriter) else module
     columns = torch.arange(matrix_size(writing)[1])
     yield cast("Tensor", writing.weight), (0 if is_transposed(writing) else 1,), columns
-    shape, block = _configured_shape(model), blocks_of(model)[writer.layer]
-    for reader in architecture_of(model).readers[writer.kind]:
-        reading, rows = block.get_submodule(reader.path), reader.rows(shape)
+    for reader in architecture(shape.model_type).readers[writer.kind]:
+        reading, rows = writer.block.get_submodule(reader.path), reader.rows(shape)
         yield cast("Tensor", reading.weight), (1 if is_transposed(reading) else 0,), rows
         if isinstance(bias := getattr(reading, "bias", None), Tensor):
             yield bias, (0,), rows

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ssah_utils import guards, models, partial_experts, per_unit, wrappers
+from ssah_utils import guards, models, partial_experts, wrappers
 from ssah_utils.experts import ExpertsWriter
 from ssah_utils.per_unit import PerUnit
 
@@ -194,19 +194,18 @@ def _parts(
     shape, architecture = models.shape_of(model), models.architecture_of(model)
     rows_of: dict[tuple[int, str], Tensor] = {}  # trained rows, by block and path of the matrix
     blocks = models.blocks_of(model)
-    for kind in per_unit.KINDS:
-        for writer in models.writers(model, kind):
-            if isinstance(writer.module, ExpertsWriter):
-                continue
-            block, chosen = blocks[writer.layer], _chosen(trainable, writer)
-            parent, _, name = architecture.writers[kind].rpartition(".")
-            yield block.get_submodule(parent), name, chosen, 1
-            for reader in architecture.readers[kind]:
-                n_rows = len(models.column_weight(block.get_submodule(reader.path)))
-                none = torch.full((n_rows,), train_rest)
-                trained = rows_of.setdefault((writer.layer, reader.path), none)
-                rows = reader.rows(shape)
-                trained[rows] = models.owned_rows(rows, chosen, n_rows)[rows]
+    for writer in models.writers(model):
+        if isinstance(writer.module, ExpertsWriter):
+            continue
+        block, chosen = writer.block, _chosen(trainable, writer)
+        parent, _, name = architecture.writers[writer.kind].rpartition(".")
+        yield block.get_submodule(parent), name, chosen, 1
+        for reader in architecture.readers[writer.kind]:
+            n_rows = len(models.column_weight(block.get_submodule(reader.path)))
+            none = torch.full((n_rows,), train_rest)
+            trained = rows_of.setdefault((writer.layer, reader.path), none)
+            rows = reader.rows(shape)
+            trained[rows] = models.owned_rows(rows, chosen, n_rows)[rows]
     for (layer, path), trained in rows_of.items():
         parent, _, name = path.rpartition(".")
         yield blocks[layer].get_submodule(parent), name, trained, 0

@@ -11,8 +11,17 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ssah_utils import guards
-from ssah_utils.models import Hookable, Writer, column_weight, owned_entries, per_unit_of, writers
-from ssah_utils.per_unit import KINDS, PerUnit
+from ssah_utils.architectures import ModelShape
+from ssah_utils.models import (
+    Hookable,
+    Writer,
+    column_weight,
+    owned_entries,
+    per_unit_of,
+    shape_of,
+    writers,
+)
+from ssah_utils.per_unit import PerUnit
 from ssah_utils.wrappers import unwrapped
 
 
@@ -47,12 +56,11 @@ def _of_columns(model: nn.Module, function: Callable[[Tensor], Tensor]) -> PerUn
     """``function`` of every writer's weight: (d_model, n_channels) float64 -> (n_channels,)."""
     model = gathered(model)
     dtype = cast("torch.dtype", model.dtype)
-    found = [writer for kind in KINDS for writer in writers(model, kind)]
 
     def of_module(module: Hookable) -> Tensor:
         return function(column_weight(module, dtype).detach().double())
 
-    return per_unit_of((writer, of_module(writer.module)) for writer in found)
+    return per_unit_of((writer, of_module(writer.module)) for writer in writers(model))
 
 
 def squared_gradients(model: nn.Module) -> PerUnit:
@@ -62,14 +70,14 @@ def squared_gradients(model: nn.Module) -> PerUnit:
     """
     model = gathered(model)
     guards.refuse_quantised(model)
-    found = [writer for kind in KINDS for writer in writers(model, kind)]
-    return per_unit_of((writer, _squared_gradients(model, writer)) for writer in found)
+    shape = shape_of(model)
+    return per_unit_of((writer, _squared_gradients(writer, shape)) for writer in writers(model))
 
 
-def _squared_gradients(model: nn.Module, writer: Writer) -> Tensor:
+def _squared_gradients(writer: Writer, shape: ModelShape) -> Tensor:
     """Of one writer's channels: (n_channels,) float64."""
     total = torch.zeros(writer.channels.stop - writer.channels.start, dtype=torch.float64)
-    for parameter, dimensions, places in owned_entries(model, writer):
+    for parameter, dimensions, places in owned_entries(writer, shape):
         if parameter.grad is None:
             raise ValueError("a matrix has no gradient: call this after a backward pass")
         squared = parameter.grad.double().square()

@@ -22,6 +22,15 @@ def redact(text: str, words: int = 4) -> str:
     return opening + (" [...]" if opening != whole else "")
 
 
+def first_line(error: Exception) -> str:
+    """What a library says at length, in one line; the kind of error where it says nothing.
+
+    >>> first_line(ValueError("no such file\\n in line 3")), first_line(ValueError())
+    ('no such file', 'ValueError')
+    """
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def say(text: str) -> None:
     """Show a sentence of Markdown below a notebook's cell: what a result says, computed from it."""
     from IPython.display import Markdown, display  # only notebooks have it

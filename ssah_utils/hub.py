@@ -32,6 +32,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import disable_progress_bars
 
+from ssah_utils.display import first_line
 from ssah_utils.files import cache_dir, free_space, require_space
 from ssah_utils.room import n_parameters_in
 
@@ -354,7 +355,9 @@ def in_one_line(repository: str, revision: str, kind: str, file: str = "") -> It
     except RemoteEntryNotFoundError as error:
         raise ValueError(f"{what} has no file '{file}' at {revision[:12]}") from error
     except SafetensorsParsingError as error:
-        raise ValueError(f"{what} has weights that are no safetensors: {_first(error)}") from error
+        raise ValueError(
+            f"{what} has weights that are no safetensors: {first_line(error)}"
+        ) from error
     except (RevisionResolutionError, LocalEntryNotFoundError) as error:
         raise ConnectionError(f"{what} is not in the local cache, and {_silent()}") from error
     except HfHubHTTPError as error:
@@ -362,11 +365,7 @@ def in_one_line(repository: str, revision: str, kind: str, file: str = "") -> It
         why = "a token that is not valid: hf auth login" if status == 401 else f"error {status}"
         raise ConnectionError(f"{what} cannot be had: the hub answers with {why}") from error
     except (HTTPError, OSError, RuntimeError) as error:
-        raise ConnectionError(f"{what} was not fetched: {_first(error)}") from error
-
-
-def _first(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ConnectionError(f"{what} was not fetched: {first_line(error)}") from error
 
 
 def _named(kind: str, repository: str) -> str:

@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from ssah_utils import embedded, hub, quantisers, room, wrappers
+from ssah_utils.display import first_line
 from ssah_utils.models import shape_of
 from ssah_utils.precision import Precision, Quantised, computed_in, to_dtype
 from ssah_utils.prompts.chat import template_tokens
@@ -253,11 +254,11 @@ def _n_parameters(name: str) -> int:
         return embedded.MODELS[name].n_bytes_float32 // torch.float32.itemsize
     if hub.is_name(name):
         return hub.n_parameters(name)
-    return room.n_parameters_in(check_folder(Path(resolve(name))))
+    return room.n_parameters_in(check_folder(resolve(name)))
 
 
-def _size_of(folder: str | Path) -> int:
-    return sum(path.stat().st_size for path in check_folder(Path(folder)))
+def _size_of(folder: Path) -> int:
+    return sum(path.stat().st_size for path in check_folder(folder))
 
 
 # ------------------------------------------------------------------------------------ what is there
@@ -335,7 +336,7 @@ def _reason(error: Exception) -> str:
     """One line of what a library says at length."""
     if "trust_remote_code" in str(error):
         return "it needs program code of its own, which is never run here"
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return first_line(error)
 
 
 def check_reachable(name: str) -> None:

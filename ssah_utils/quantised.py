@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from ssah_utils.display import first_line
+
 DEQUANTISE = "give the model as it was before it was quantised, or dequantise and save it"
 CODES = {torch.int8, torch.uint8, torch.int16, torch.int32}
 AT_ONCE = 1024  # columns that are asked for in one pass
@@ -83,10 +85,9 @@ def _outputs(module: nn.Module, rows: Tensor) -> Tensor:
     try:
         return module.forward(rows)
     except (RuntimeError, TypeError, NotImplementedError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(
             f"a {type(module).__name__} holds quantised weights that cannot be read here"
-            f" ({reason}): {DEQUANTISE}"
+            f" ({first_line(error)}): {DEQUANTISE}"
         ) from error
 
 

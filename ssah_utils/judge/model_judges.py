@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from ssah_utils import hub
+from ssah_utils.display import first_line
 from ssah_utils.evaluation import opening_log_probabilities
 from ssah_utils.loading import load_tokenizer, resolve, whole_folder
 from ssah_utils.precision import Precision, computed_in
@@ -228,5 +229,4 @@ def _config(name: str):
     except ConnectionError as error:
         raise ConnectionError(f"judge {error}; or '': judge by rules only") from error
     except (OSError, KeyError) as error:
-        said = str(error).strip().splitlines()[0]
-        raise ValueError(f"judge model '{name}' cannot be used: {said}") from error
+        raise ValueError(f"judge model '{name}' cannot be used: {first_line(error)}") from error

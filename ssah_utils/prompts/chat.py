@@ -11,6 +11,7 @@ from pathlib import Path
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from ssah_utils.display import first_line
 from ssah_utils.wrappers import without_wrappers
 
 Message = dict[str, str]
@@ -105,10 +106,9 @@ def rendered(
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, **how)
     except Exception as error:  # a template can raise anything
-        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         has_system = messages[0]["role"] == "system"
         hint = " (leave the parameter system_prompt empty)" if has_system else ""
-        fault = f"does not take this conversation: {first_line}{hint}"
+        fault = f"does not take this conversation: {first_line(error)}{hint}"
         raise ValueError(_of(tokenizer, fault)) from error
 
 

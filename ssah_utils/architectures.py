@@ -203,6 +203,17 @@ def _like_gpt2(values: Callable[[ModelShape], Tensor]) -> Architecture:
     )
 
 
+def _like_gptj(attention: str, mlp: str, feed_forward: str) -> Architecture:
+    return Architecture(
+        attention=f"{attention}.out_proj",
+        mlp=mlp,
+        values=(InputProjection(f"{attention}.v_proj", values_alone),),
+        feed_forward=_feed_forward(feed_forward),
+        others=(f"{attention}.q_proj", f"{attention}.k_proj"),
+        blocks="h",
+    )
+
+
 def _experts_alone(experts: str = "mlp.experts", **more: Any) -> Architecture:
     """A mixture without a shared expert."""
     return Architecture(mlp="", feed_forward=(), mixture=Mixture(experts, **more))
@@ -226,6 +237,7 @@ LIKE_GLM = Architecture(feed_forward=FUSED_GATE_AND_UP)
 LIKE_OPT = Architecture(
     attention="self_attn.out_proj", mlp="fc2", feed_forward=_feed_forward("fc1")
 )
+GPTJ = _like_gptj("attn", "mlp.fc_out", "mlp.fc_in")
 # Experts are as wide as in dense models the whole block.
 LIKE_MIXTRAL = _experts_alone(d_expert="intermediate_size")
 WITH_ROUTER = _experts_alone(router="mlp.router", d_expert="intermediate_size")
@@ -297,30 +309,11 @@ ARCHITECTURES = MIXTURES | {
     "falcon": _like_neox("self_attention", "h"),
     "gpt2": _like_gpt2(values_last),
     "gpt_bigcode": _like_gpt2(values_by_group),
-    "gptj": Architecture(
-        attention="attn.out_proj",
-        mlp="mlp.fc_out",
-        values=(InputProjection("attn.v_proj", values_alone),),
-        feed_forward=_feed_forward("mlp.fc_in"),
-        others=("attn.q_proj", "attn.k_proj"),
-        blocks="h",
+    "gptj": GPTJ,
+    "codegen": dataclasses.replace(
+        GPTJ, values=(InputProjection("attn.qkv_proj", values_in_quarters),), others=()
     ),
-    "codegen": Architecture(
-        attention="attn.out_proj",
-        mlp="mlp.fc_out",
-        values=(InputProjection("attn.qkv_proj", values_in_quarters),),
-        feed_forward=_feed_forward("mlp.fc_in"),
-        others=(),
-        blocks="h",
-    ),
-    "gpt_neo": Architecture(
-        attention="attn.attention.out_proj",
-        mlp="mlp.c_proj",
-        values=(InputProjection("attn.attention.v_proj", values_alone),),
-        feed_forward=_feed_forward("mlp.c_fc"),
-        others=("attn.attention.q_proj", "attn.attention.k_proj"),
-        blocks="h",
-    ),
+    "gpt_neo": _like_gptj("attn.attention", "mlp.c_proj", "mlp.c_fc"),
     "mpt": Architecture(
         attention="attn.out_proj",
         mlp="ffn.down_proj",

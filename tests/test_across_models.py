@@ -100,17 +100,23 @@ def test_what_was_aligned_in_place_of_a_model_says_nothing_of_it(
 
 
 def test_tables_stand_side_by_side_and_leave_out_what_one_model_measured(stored):
-    results = across_models.StoredResults({}, stored)
+    results = across_models.StoredResults(stored)
     lines = across_models.claims_across(results).splitlines()
     assert lines[0] == f"| claim | {embedded.DEFAULT} | org--small | qwen | replicated on |"
     (row,) = lines[2:]
     assert row.endswith("| **yes** · 70 [60, 80] | no · 0 [-10, 10] | no · 15 [5, 25] | 1/3 |")
 
 
+def test_a_result_of_any_model_that_cannot_be_read_is_reported(stored):
+    (stored / "models" / "qwen" / "04_ablation" / "result.json").write_text("{", encoding="utf-8")
+    (problem,) = across_models.StoredResults(stored).problems
+    assert "models/qwen/04_ablation/result.json" in problem and "re-run 04_ablation" in problem
+
+
 @pytest.mark.parametrize("table", ["ablation by model", "units by model"])
 def test_tables_of_the_project_name_every_stored_model(table):
-    results, problems = publish.reference_results(publish.REFERENCE)
-    assert not problems
+    results = across_models.StoredResults(publish.REFERENCE)
+    assert not results.problems
     text = across_models.MODEL_TABLES[table](results)
     measured = [name for name, stages in results.models.items() if "04_ablation" in stages]
     assert measured and all(f"| {name} |" in text for name in measured)

@@ -8,7 +8,7 @@ import torch
 from ssah_utils import models, unit_files, units
 from ssah_utils.files import REFERENCE, ROOT
 from ssah_utils.per_unit import KINDS, PerUnit
-from ssah_utils.pipeline import cli, publish, run, summary
+from ssah_utils.pipeline import across_models, cli, publish, run, summary
 from ssah_utils.pipeline.runs import declared_parameters
 from tests.conftest import writers_by_name
 from tests.links import broken_in_markdown
@@ -50,9 +50,9 @@ def test_a_link_that_leads_nowhere_is_found(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def results() -> dict[str, dict]:
-    found, problems = publish.reference_results(REFERENCE)
-    assert not problems
+def results() -> across_models.StoredResults:
+    found = across_models.StoredResults(REFERENCE)
+    assert not found.problems
     return found
 
 

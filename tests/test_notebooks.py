@@ -83,3 +83,8 @@ def test_stored_completions_are_redacted():
 def test_reference_results_are_complete():
     stored = {path.parent.name for path in REFERENCE.glob("*/result.json")}
     assert stored | redraw.ONLY_NAMED == {path.stem for path in NOTEBOOKS}
+
+
+def test_figures_that_may_be_missing_are_of_what_runs_only_by_name():
+    by_name = {stage["name"] for stage in run.read_pipeline()["stages"] if "only_named" in stage}
+    assert by_name == redraw.ONLY_NAMED

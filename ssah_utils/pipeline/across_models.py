@@ -28,17 +28,18 @@ def folders(stored: Path) -> dict[str, Path]:
     return {MAIN: stored} | {path.name: path for path in others}
 
 
-def results_by_model(stored: Path) -> dict[str, dict[str, dict]]:
-    """Readable results of seed 0, by model and stage."""
+def results_by_model(stored: Path) -> tuple[dict[str, dict[str, dict]], list[str]]:
+    """Results of seed 0, by model and stage, and one line for each that could not be read."""
     found: dict[str, dict[str, dict]] = {}
+    problems = []
     for model, folder in folders(stored).items():
         found[model] = {}
         for path in sorted(folder.glob("*/result.json")):
             try:
                 found[model][path.parent.name] = load_result(path)
-            except ValueError:  # publishing reports it
-                continue
-    return found
+            except ValueError as error:
+                problems.append(str(error))
+    return found, problems
 
 
 def verdicts_by_model(stored: Path, stated: list[Claim]) -> pd.DataFrame:
@@ -91,12 +92,13 @@ class StoredResults(dict):
     """Results of the main model by stage.
 
     * ``models``: the same of every model, by name.
+    * ``problems``: one line for each result that could not be read.
     * ``by_model``: verdicts on every model, as ``verdicts_by_model`` gives them.
     """
 
-    def __init__(self, results: dict[str, dict], stored: Path) -> None:
-        super().__init__(results)
-        self.models = results_by_model(stored)
+    def __init__(self, stored: Path) -> None:
+        self.models, self.problems = results_by_model(stored)
+        super().__init__(self.models[MAIN])
         self.by_model = verdicts_by_model(stored, load_claims())
 
 
@@ -173,9 +175,10 @@ def ablation_rates(stored: Path) -> pd.DataFrame:
     metric, mean, low, high, one row a draw. Empty where no model has a result of 04.
     """
     parts = []
-    for model, stages in results_by_model(stored).items():
-        if "04_ablation" in stages:
-            rates = stages["04_ablation"]["tables"]["rates"]
+    for model, folder in folders(stored).items():
+        path = folder / "04_ablation" / "result.json"
+        if path.exists():
+            rates = load_result(path)["tables"]["rates"]
             groups = rates[(rates["part"] == "groups") & (rates["set"] == "harmful")]
             parts.append(groups.assign(model=model))
     columns = ["model", "condition", "metric", "mean", "low", "high"]

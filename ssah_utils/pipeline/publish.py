@@ -176,17 +176,6 @@ def fill_documents(results: dict[str, dict]) -> list[str]:
     return problems
 
 
-def reference_results(folder: Path) -> tuple[across_models.StoredResults, list[str]]:
-    """Stored results, and one line for each that could not be read."""
-    results, problems = {}, []
-    for path in sorted(folder.glob(f"*/{RESULT}")):
-        try:
-            results[path.parent.name] = load_result(path)
-        except ValueError as error:
-            problems.append(str(error))
-    return across_models.StoredResults(results, folder), problems
-
-
 def publish_claims(folder: Path) -> list[str]:
     """Write claims.json from the stored results; one line for each reason to doubt it."""
     stated = claims.load_claims()
@@ -241,6 +230,6 @@ def publish(profile: str, seed: int) -> list[str]:
             with complete_only(path) as partial:
                 nbformat.write(notebook, partial)
     problems = publish_claims(REFERENCE) + redraw(REFERENCE, ROOT / "figures")
-    results, unreadable = reference_results(REFERENCE)
-    problems += [*unreadable, *fill_documents(results)]
+    results = across_models.StoredResults(REFERENCE)
+    problems += [*results.problems, *fill_documents(results)]
     return list(dict.fromkeys(problems))

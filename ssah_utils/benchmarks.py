@@ -8,9 +8,11 @@ import copy
 import difflib
 import functools
 import io
+import json
 import logging
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 
 import pandas as pd
 import torch
@@ -19,7 +21,7 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from ssah_utils import extras, hub, prompt_cache, wrappers
-from ssah_utils.files import DATA
+from ssah_utils.files import DATA, cache_dir, write_json
 from ssah_utils.prompts.chat import end_tokens
 
 with extras.needed("eval"):
@@ -27,6 +29,7 @@ with extras.needed("eval"):
 
 PAPER_TASKS = tuple("boolq rte hellaswag winogrande arc_challenge openbookqa mmlu gsm8k".split())
 METRICS = ("acc_norm", "acc", "exact_match")  # what counts as correct: the first that a task has
+BUILDERS = ("json", "csv", "parquet", "arrow", "text")  # no data sets, but ways to read files
 FEW_SHOT_SEED = 1234  # the harness's own, which it sets only where it loads the model, too
 
 
@@ -49,7 +52,8 @@ def utility(
 ) -> pd.DataFrame:
     """Tasks of lm-evaluation-harness on a model in memory: task, id, correct.
 
-    ``tasks``: "cloze" (shipped), or any of the harness's, such as those of ``PAPER_TASKS``.
+    ``tasks``: "cloze" (shipped), or any of the harness's, such as those of ``PAPER_TASKS``, each
+    with ``@`` and the commit of its data where it is to be those of one commit (``pinned_task``).
     ``limit``: items of each task and subtask. An item counts by the first of ``METRICS`` that its
     task reports, under the first of its answer filters; subtasks of a group count under its name.
     """
@@ -91,11 +95,12 @@ def utility(
                     stacklevel=2,
                 )
                 warned.clear()
+            plain = hub.split_name(task)[0]
             for name, samples in outcome["samples"].items():
                 first = [sample for sample in samples if sample["filter"] == samples[0]["filter"]]
                 ids = [sample["doc"].get("id", f"{name}-{sample['doc_id']}") for sample in first]
                 correct = [_is_right(sample) for sample in first]
-                frames.append(pd.DataFrame({"task": task, "id": ids, "correct": correct}))
+                frames.append(pd.DataFrame({"task": plain, "id": ids, "correct": correct}))
     return pd.concat(frames, ignore_index=True)
 
 
@@ -128,37 +133,111 @@ def _is_right(sample: dict) -> bool:
 def load_task(name: str) -> dict:
     """What the harness evaluates under a task's name, its documents loaded.
 
-    ``ValueError`` names the nearest tasks when there is none of that name; ``ConnectionError`` says
-    that its data are out of reach.
+    They are those of the commits that the name carries, else of the newest. ``ValueError`` names
+    the nearest tasks when there is none of that name; ``ConnectionError`` says that its data are
+    out of reach.
     """
+    return _loaded(name)[0]
+
+
+def pinned_task(name: str) -> str:
+    """The name with the commits of the data that it means now, so that it means the same for ever.
+
+    One commit for each data set on the hub that the task reads, in the order of reading, joined by
+    ``+``. Loads the task, and raises as ``load_task`` does.
+    """
+    if name == "cloze" or hub.split_name(name)[1]:
+        return name
+    commits = _loaded(name)[1]
+    found = f"{hub.split_name(name)[0]}@{'+'.join(commits)}" if commits else name
+    write_json(_meant(name), found)
+    return found
+
+
+def pinned_task_here(name: str) -> str:
+    """``pinned_task`` as it was last told on this machine, which asks nobody."""
+    path = _meant(name)
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else name
+
+
+def _meant(name: str) -> Path:
+    return cache_dir() / "tasks" / f"{name}.json"
+
+
+def _loaded(name: str) -> tuple[dict, list[str]]:
+    """A task with its documents, and the commits of its data sets."""
     with extras.needed("eval"):
         from lm_eval.api.task import ConfigurableTask  # slow to import
         from lm_eval.tasks import get_task_dict
 
+    plain, revision = hub.split_name(name)
     with _quiet("lm_eval"):
         if name == "cloze":
             task = ConfigurableTask(config=cloze_task())
-            return _seeded({task.config.task: task})
+            return _seeded({task.config.task: task}), []
         manager = _manager()
-        if name not in manager.all_tasks:
-            near = difflib.get_close_matches(name, ["cloze", *manager.all_tasks], n=3, cutoff=0)
+        if plain not in manager.all_tasks:
+            near = difflib.get_close_matches(plain, ["cloze", *manager.all_tasks], n=3, cutoff=0)
             raise ValueError(
                 f"unknown utility task '{name}'; nearest are {', '.join(near)}"
                 f" (or: cloze, {', '.join(PAPER_TASKS)})"
             )
         datasets.config.HF_HUB_OFFLINE = not hub.answers()  # then the local cache is all there is
         try:
-            return _seeded(get_task_dict([name], manager))
+            with _at_commits(revision) as commits:
+                task = get_task_dict([plain], manager)
+            return _seeded(task), list(commits.values())
         except (OSError, datasets.exceptions.DatasetsError) as error:
             said = " ".join(str(error).split())
             raise ConnectionError(
                 f"cannot load the data of utility task '{name}' from the Hugging Face hub"
                 f" or its cache ({said}); a task that needs no hub: cloze"
             ) from error
-        # a package that one task needs is missing, or its data come as a script
-        except (ImportError, RuntimeError) as error:
+        # a package that one task needs is missing, or its data come as a script or are not there
+        except (ImportError, RuntimeError, ValueError) as error:
             reason = " ".join(str(error).split())
             raise ValueError(f"utility task '{name}' does not load here: {reason}") from error
+
+
+@contextlib.contextmanager
+def _at_commits(revision: str) -> Iterator[dict[str, str]]:
+    """Inside the block, data sets of the hub are loaded at commits; yields those, by data set.
+
+    They are the ones that ``revision`` names, else what each data set is now. The harness itself
+    asks for no commit.
+    """
+    wanted = iter(revision.split("+") if revision else [])
+    found: dict[str, str] = {}
+
+    def at_commit(path: str, *more, **options):
+        if path in BUILDERS or Path(path).exists():  # files, which are in the harness
+            return load(path, *more, **options)
+        if path not in found:
+            asked = next(wanted, "") or options.get("revision")
+            found[path] = hub.commit_of(f"{path}@{asked}" if asked else path, "dataset")
+        loaded = load(path, *more, **options | {"revision": found[path]})
+        _check_commit(loaded, path, found[path])
+        return loaded
+
+    load, datasets.load_dataset = datasets.load_dataset, at_commit
+    try:
+        yield found
+    finally:
+        datasets.load_dataset = load
+
+
+def _check_commit(loaded: dict, path: str, commit: str) -> None:
+    """``ConnectionError`` for data of another commit: without a hub, the library takes what it
+    cached last. It names the folder by the commit.
+    """
+    for part in loaded.values():
+        for file in part.cache_files:
+            cached = Path(file["filename"]).parent.name
+            if hub.COMMIT.fullmatch(cached) and cached != commit:
+                raise ConnectionError(
+                    f"the hub cannot be asked, and of '{path}' the cache has commit {cached[:12]},"
+                    f" not {commit[:12]}"
+                )
 
 
 @functools.cache

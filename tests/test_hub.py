@@ -20,7 +20,7 @@ from pyarrow import parquet
 from safetensors.torch import save
 from transformers import PreTrainedTokenizerFast
 
-from ssah_utils import assets, fingerprints, hub
+from ssah_utils import assets, benchmarks, fingerprints, hub
 from ssah_utils.prompts import datasets
 from tests.conftest import tiny_model
 from tests.hub import TOKEN, Clients, Hub, Refused
@@ -705,20 +705,27 @@ configs:
 """
 
 
+def boolq(label: int = 0) -> dict[str, bytes]:
+    rows = [row | {"label": label} for row in BOOLQ] if label else BOOLQ
+    parts = [f"boolq/{part}-00000-of-00001.parquet" for part in ("train", "validation")]
+    return {"README.md": CARD.encode()} | {part: as_parquet(rows) for part in parts}
+
+
+# two folders of the harness's: its whole index takes half a minute
+FEW_TASKS = """
+from pathlib import Path
+import datasets as loader, lm_eval.tasks
+from ssah_utils import benchmarks
+places = [str(Path(lm_eval.tasks.__file__).parent / one) for one in ('super_glue', 'hellaswag')]
+few = lm_eval.tasks.TaskManager(include_path=places, include_defaults=False)
+benchmarks._manager = lambda: few
+"""
+
+
 def test_data_of_a_utility_task_come_from_the_hub_in_their_own_schema(server, clients):
-    parts = {
-        f"boolq/{part}-00000-of-00001.parquet": as_parquet(BOOLQ)
-        for part in ("train", "validation")
-    }
-    server.add("datasets", "aps/super_glue", {"README.md": CARD.encode()} | parts)
+    server.add("datasets", "aps/super_glue", boolq())
     found = clients.run(
-        "from pathlib import Path\nimport lm_eval.tasks\nfrom ssah_utils import benchmarks\n"
-        # two folders of the harness's: its whole index takes half a minute
-        "places = [str(Path(lm_eval.tasks.__file__).parent / one)"
-        " for one in ('super_glue', 'hellaswag')]\n"
-        "few = lm_eval.tasks.TaskManager(include_path=places, include_defaults=False)\n"
-        "benchmarks._manager = lambda: few\n"
-        "task = benchmarks.load_task('boolq')['boolq']\n"
+        FEW_TASKS + "task = benchmarks.load_task('boolq')['boolq']\n"
         "first, *others = task.validation_docs()\n"
         "result = [1 + len(others), task.doc_to_text(first), task.doc_to_target(first)]"
     )
@@ -726,3 +733,48 @@ def test_data_of_a_utility_task_come_from_the_hub_in_their_own_schema(server, cl
     server.add("datasets", "Rowan/hellaswag", {"README.md": b""}).gate = 403
     text = refused(clients, "benchmarks.load_task('hellaswag')", "ConnectionError")
     assert "utility task 'hellaswag'" in text and "gated" in text
+
+
+def test_a_utility_task_is_pinned_to_the_commit_of_its_data(server, clients):
+    repository = server.add("datasets", "aps/super_glue", boolq())
+    old = repository.branches["main"]
+    here = "result = benchmarks.pinned_task_here('boolq')"
+    assert clients.run(FORGET + FEW_TASKS + "result = benchmarks.pinned_task('boolq')") == (
+        f"boolq@{old}"
+    )
+    assert clients.run(here) == f"boolq@{old}", "as it was last told, with nobody asked"
+    new = repository.commit(boolq(label=1))
+    labels = (
+        "task = benchmarks.load_task('{}')['boolq']\n"
+        "result = sum(task.doc_to_target(one) for one in task.validation_docs())"
+    )
+    assert clients.run(FORGET + labels.format("boolq")) == 4, "the newest"
+    assert clients.run(labels.format(f"boolq@{old}")) == 2
+    assert clients.run("result = benchmarks.pinned_task('boolq')") == f"boolq@{new}"
+    missing = refused(clients, f"benchmarks.load_task('boolq@{'1' * 40}')", "ConnectionError")
+    assert "boolq@1111" in missing
+    offline = FORGET + "loader.config.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE = True\n"
+    assert clients.run(offline + labels.format(f"boolq@{new}")) == 4
+    other = offline + f"benchmarks.load_task('boolq@{old}')"  # the library would take the newer one
+    assert f"has commit {new[:12]}, not {old[:12]}" in refused(clients, other, "ConnectionError")
+
+
+def test_a_group_of_tasks_is_pinned_to_a_commit_for_each_of_its_data_sets(monkeypatch):
+    asked = []
+
+    def load(path, name=None, **options):
+        asked.append((path, options.get("revision")))
+        return {}
+
+    monkeypatch.setattr(benchmarks.datasets, "load_dataset", load)
+    monkeypatch.setattr(hub, "commit_of", lambda name, kind: hub.split_name(name)[1] or "newest")
+    paths = ("org/one", "org/two", "org/one", "json")
+    for revision, commits in (("a+b", ["a", "b"]), ("", ["newest", "newest"])):
+        with benchmarks._at_commits(revision) as found:
+            for path in paths:
+                benchmarks.datasets.load_dataset(path=path, name="part")
+        assert list(found.values()) == commits
+        first, second = commits
+        assert asked == list(zip(paths, (first, second, first, None), strict=True))
+        asked.clear()
+    assert benchmarks.datasets.load_dataset is load

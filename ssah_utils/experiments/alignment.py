@@ -14,6 +14,7 @@ import pandas as pd
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from ssah_utils import hub
 from ssah_utils.evaluation import Progress, _silent, cached_answers
 from ssah_utils.prompts.chat import render
 from ssah_utils.prompts.datasets import adaptation_split, load_refusals
@@ -165,6 +166,7 @@ def goals_table(rates: pd.DataFrame, tasks: Iterable[str], reference: str = "bas
     aligned model. A goal whose set was not measured has no row.
     """
     found = rates.set_index(["model", "set", "metric"])[["mean", "low", "high"]]
+    tasks = [hub.split_name(task)[0] for task in tasks]
     has_control = "unaligned" in rates["model"].unique()
     records = []
     for goal in GOALS:
@@ -175,7 +177,7 @@ def goals_table(rates: pd.DataFrame, tasks: Iterable[str], reference: str = "bas
         row = {"id": goal.id, "title": goal.title, "at_most": goal.at_most}
         row |= {"aligned": aligned["mean"], "low": aligned["low"], "high": aligned["high"]}
         records.append(row | {"control": control})
-    accuracy = rates[(rates["metric"] == "accuracy") & rates["set"].isin(list(tasks))]
+    accuracy = rates[(rates["metric"] == "accuracy") & rates["set"].isin(tasks)]
     mean = accuracy.groupby("model")["mean"].mean()
     lost = {"id": "accuracy_lost", "title": f"accuracy lost ({', '.join(tasks)})"}
     lost |= {"at_most": ACCURACY_LOST, "aligned": mean[reference] - mean["aligned"]}

@@ -23,12 +23,12 @@ import yaml
 from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 
-from ssah_utils import embedded, hub, precision
+from ssah_utils import embedded, precision
 from ssah_utils.files import NOTEBOOKS, complete_only, require_space, workplace, write_json
 from ssah_utils.locks import locked
 from ssah_utils.pipeline import machine, parameters
 from ssah_utils.pipeline.kernel import ThisInterpreter
-from ssah_utils.pipeline.runs import declared_parameters, on_hub, run_lock, stage_lock
+from ssah_utils.pipeline.runs import declared_parameters, run_lock, stage_lock, with_commits
 from ssah_utils.pipeline.stamps import (
     Stage,
     changed_since,
@@ -89,8 +89,7 @@ def plan(profile: str, assignments: list[str], only: str = "", checked: bool = T
             parameters.check(values)
             if is_wanted:  # the others are not executed
                 parameters.check_trainable(name, values)
-        pinned = hub.pinned if checked else hub.pinned_here
-        values |= {one: pinned(value) for one, value in values.items() if on_hub(one, value)}
+        values = with_commits(values, asks=checked)
         stage = Stage(
             notebook=NOTEBOOKS / f"{name}.ipynb",
             inputs=tuple(entry["inputs"]),

@@ -22,6 +22,7 @@ import pandas as pd
 import torch
 
 from ssah_utils import extras, hub, precision
+from ssah_utils.benchmarks import pinned_task, pinned_task_here
 from ssah_utils.figures.style import save_figure, set_style
 from ssah_utils.files import (
     IN_WHEEL,
@@ -62,9 +63,19 @@ def run_folder(profile: str, model: str, seed: int) -> Path:
     return runs_root() / profile / name / f"seed-{seed}"
 
 
-def on_hub(parameter: str, value: object) -> bool:
-    """Whether a parameter names a model on the hub."""
-    return parameter.endswith("model") and isinstance(value, str) and hub.is_name(value)
+def with_commits(values: dict, asks: bool = True) -> dict:
+    """Parameters in which each model and task of the hub is named with the commit that it means.
+
+    ``asks``: the hub; else what is known on this machine has to do.
+    """
+    model, task = (hub.pinned, pinned_task) if asks else (hub.pinned_here, pinned_task_here)
+    found = {}
+    for name, value in values.items():
+        if name.endswith("model") and isinstance(value, str) and hub.is_name(value):
+            found[name] = model(value)
+        elif name == "utility_tasks":
+            found[name] = [task(one) for one in value]
+    return values | found
 
 
 @dataclass(frozen=True)
@@ -153,10 +164,7 @@ def start(stage: str, values: dict) -> Run:
     if missing := [name for name in declared if name not in values]:
         what = f"{stage} declares '{missing[0]}', which has no value"
         raise ValueError(f"{what}: run the cell tagged 'parameters' first")
-    parameters = {name: values[name] for name in declared}
-    parameters |= {
-        name: hub.pinned(value) for name, value in parameters.items() if on_hub(name, value)
-    }
+    parameters = with_commits({name: values[name] for name in declared})
     profile, model, seed = (parameters[name] for name in ("profile", "model", "seed"))
     check_trainable(stage, parameters)
     set_dtype(parameters.get("dtype", "auto"))

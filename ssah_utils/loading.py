@@ -23,7 +23,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from ssah_utils import checkpoints, embedded, hub, quantisers, room, wrappers
+from ssah_utils import checkpoints, embedded, hub, quantised, quantisers, room, wrappers
 from ssah_utils.display import first_line
 from ssah_utils.models import shape_of
 from ssah_utils.precision import Precision, Quantised, computed_in, to_dtype
@@ -97,6 +97,8 @@ def load(
             f"'{name}' has {len(unused)} weights that its config.json does not use,"
             f" such as {unused[0]}: give it the config.json that it was saved with"
         )
+    if quantisers.method_of(config):
+        quantised.check_codes(model, name, quantisers.keeps_codes(config))
     shape_of(model)  # raises for a block in which something writes that has no entry
     if hub.is_name(name):  # not the folder in the cache
         model.name_or_path = model.config.name_or_path = hub.split_name(name)[0]
@@ -300,16 +302,14 @@ def checked_config(name: str) -> PretrainedConfig:
 def config_of(name: str) -> PretrainedConfig:
     """Configuration of a model, as transformers reads it.
 
-    ``ValueError`` for one that it cannot read or that writes no text, and what ``resolve`` raises.
+    ``ValueError`` for one that it cannot read, and what ``resolve`` raises.
     """
     folder = resolve(name)
     checkpoints.read_json(folder / "config.json")
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # a field of another kind can break it at any place
         raise ValueError(f"model '{name}' cannot be used: {_reason(error)}") from error
-    checkpoints.check_writes(config, name)
-    return config
 
 
 def check_numbers(config: PretrainedConfig, name: str, dtype: Precision) -> None:
@@ -369,9 +369,10 @@ def check_reachable(name: str) -> None:
 
 
 def check_supported(config: PretrainedConfig, name: str) -> None:
-    """``ValueError`` for a model whose blocks no entry of ``ARCHITECTURES`` covers, by its
-    configuration alone.
+    """``ValueError``, by a configuration alone, for a model that writes no text, or whose blocks no
+    entry of ``ARCHITECTURES`` covers.
     """
+    checkpoints.check_writes(config, name)
     try:
         shape_of(without_weights(config))
     except Exception as error:  # sizes that make no sense break a model at any place

@@ -25,10 +25,16 @@ def redact(text: str, words: int = 4) -> str:
 def first_line(error: Exception) -> str:
     """What a library says at length, in one line; the kind of error where it says nothing.
 
+    A line that ends in a colon only announces the next.
+
     >>> first_line(ValueError("no such file\\n in line 3")), first_line(ValueError())
     ('no such file', 'ValueError')
     """
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    said = f"unknown name {error}" if isinstance(error, KeyError) else str(error)
+    lines = said.strip().splitlines() or [type(error).__name__]
+    while len(lines) > 1 and lines[0].rstrip().endswith(":"):
+        lines[:2] = [f"{lines[0].rstrip()} {lines[1].strip()}"]
+    return lines[0]
 
 
 def say(text: str) -> None:

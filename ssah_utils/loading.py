@@ -4,7 +4,6 @@ Only here it is decided what may be loaded. Knows files and how transformers rea
 know where units are; ``models`` is asked whether it does.
 """
 
-import json
 import re
 import tempfile
 from pathlib import Path
@@ -15,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -23,7 +23,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from ssah_utils import embedded, hub, quantisers, room, wrappers
+from ssah_utils import checkpoints, embedded, hub, quantised, quantisers, room, wrappers
 from ssah_utils.display import first_line
 from ssah_utils.models import shape_of
 from ssah_utils.precision import Precision, Quantised, computed_in, to_dtype
@@ -60,28 +60,32 @@ def load(
             model.save_pretrained(saved)
             tokenizer.save_pretrained(saved)
             return load(saved, dtype, device)
-    folder = whole_folder(name)
-    tokenizer = load_tokenizer(name)
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    check_numbers(config, name, dtype)
-    try:
+    if name in embedded.MODELS:  # of others, small files are fetched first
         check_room(name, dtype, device)
+    config, tokenizer = config_of(name), load_tokenizer(name)
+    check_numbers(config, name, dtype)
+    check_supported(config, name)
+    check_room(name, dtype, device)
+    folder = whole_folder(name)
+    try:
         model, found = auto_class(config).from_pretrained(
             folder,
             **quantisers.loading_arguments(config, dtype, device),
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
-            ignore_mismatched_sizes=False,
+            ignore_mismatched_sizes=True,  # they are refused below, by their names
         )
-    except (RuntimeError, ValueError, ImportError) as error:
+    except Exception as error:
         if quantisers.method_of(config):
             raise quantisers.not_run(config, name, _reason(error)) from error
-        if not isinstance(error, RuntimeError):  # that is for sizes that do not fit
-            raise
+        raise ValueError(f"the weights of '{name}' cannot be loaded: {_reason(error)}") from error
+    if mismatched := sorted(found["mismatched_keys"]):
+        key, stored, asked = mismatched[0]
         raise ValueError(
-            f"the weights of '{name}' do not fit its config.json: {_reason(error)}"
-        ) from error
+            f"the weights of '{name}' do not fit its config.json: {key} is of shape"
+            f" {tuple(stored)}, where it asks for {tuple(asked)}"
+        )
     if missing := sorted(found["missing_keys"]):  # transformers would fill them with random numbers
         raise ValueError(
             f"'{name}' lacks {len(missing)} of its weights, such as {missing[0]}:"
@@ -93,6 +97,8 @@ def load(
             f"'{name}' has {len(unused)} weights that its config.json does not use,"
             f" such as {unused[0]}: give it the config.json that it was saved with"
         )
+    if quantisers.method_of(config):
+        quantised.check_codes(model, name, quantisers.keeps_codes(config))
     shape_of(model)  # raises for a block in which something writes that has no entry
     if hub.is_name(name):  # not the folder in the cache
         model.name_or_path = model.config.name_or_path = hub.split_name(name)[0]
@@ -105,15 +111,23 @@ def load(
 
 
 def auto_class(config: PretrainedConfig) -> Any:
-    """The class of transformers that loads a model which writes text, whatever else it reads."""
-    is_known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
-    return AutoModelForCausalLM if is_known else AutoModelForImageTextToText
+    """The class of transformers that loads a model which writes text, whatever else it reads.
+
+    ``ValueError`` for a model of another kind.
+    """
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return AutoModelForCausalLM
+    if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return AutoModelForImageTextToText
+    raise ValueError(
+        f"a '{config.model_type}' is no causal language model, which goes on with the text it reads"
+    )
 
 
 def without_weights(config: PretrainedConfig) -> nn.Module:
     """The model of a configuration, of which no weight has a value: made in no time and memory."""
     with torch.device("meta"):
-        return auto_class(config).from_config(config)
+        return auto_class(config).from_config(config, dtype=torch.float32)
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
@@ -122,12 +136,16 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     Raises ``ValueError`` for one that is missing or does not belong to the weights, and what
     ``resolve`` raises.
     """
-    folder = resolve(name)
+    folder, config = resolve(name), config_of(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except Exception as error:  # a broken file can break any library at any place
         raise ValueError(f"model '{name}' has no usable tokenizer: {_reason(error)}") from error
+    if getattr(tokenizer, "backend_tokenizer", None) is None:
+        raise ValueError(
+            f"model '{name}' has a {type(tokenizer).__name__}, which is program code: results could"
+            " not be kept under all that they depend on; give the model a tokenizer.json"
+        )
     if hub.is_name(name):
         tokenizer.name_or_path = hub.split_name(name)[0]
     n_rows = config.get_text_config().vocab_size
@@ -192,14 +210,7 @@ def resolve(name: str) -> Path:
         own = embedded.DEFAULT if name == embedded.TINY_RANDOM else name  # it borrows a tokenizer
         return embedded.folder_of(own)
     if Path(name).is_dir():
-        if (Path(name) / "adapter_config.json").exists():
-            base = _json(Path(name) / "adapter_config.json").get("base_model_name_or_path")
-            raise ValueError(
-                f"folder '{name}' holds an adapter of '{base}', not a model: load it with PEFT,"
-                " merge_and_unload(), and give the folder to which the merged model is saved"
-            )
-        if not (Path(name) / "config.json").exists():
-            raise ValueError(f"folder '{name}' holds no config.json, so no Hugging Face model")
+        checkpoints.check_files(Path(name), f"folder '{name}'")
         return Path(name)
     if not hub.is_name(name):
         raise ValueError(
@@ -207,15 +218,22 @@ def resolve(name: str) -> Path:
             " an existing folder, or a hub id such as 'meta-llama/Llama-2-7b-chat-hf'"
         )
     try:
-        return hub.folder(name)
+        folder = hub.folder(name)
     except ConnectionError as error:
         raise ConnectionError(f"{error}; without a hub: {', '.join(embedded.MODELS)}") from error
+    checkpoints.check_files(folder, f"model '{hub.split_name(name)[0]}'")
+    return folder
 
 
 def whole_folder(name: str) -> Path:
     """``resolve``, with the weights: fetched where they are absent, and checked."""
     folder = hub.fetch(name) if hub.is_name(name) else resolve(name)
-    check_folder(folder)
+    try:
+        check_folder(folder)
+    except ValueError as error:
+        if name in embedded.NAMES:
+            raise ValueError(f"{error}; delete that folder: it will be made again") from error
+        raise
     return folder
 
 
@@ -227,7 +245,7 @@ def check_room(name: str, dtype: Precision, device: str = "cpu") -> None:
     if name == embedded.TINY_RANDOM:
         return
     is_folder = name not in embedded.MODELS
-    if is_folder and quantisers.keeps_codes(AutoConfig.from_pretrained(resolve(name))):
+    if is_folder and quantisers.keeps_codes(config_of(name)):
         n_bytes = hub.n_bytes(name) if hub.is_name(name) else _size_of(resolve(name))
         room.require_memory(name, n_bytes, torch.uint8, device)
     else:
@@ -252,6 +270,8 @@ def check_room_to_train(stage: str, name: str) -> None:
 def _n_parameters(name: str) -> int:
     if name in embedded.MODELS:
         return embedded.MODELS[name].n_bytes_float32 // torch.float32.itemsize
+    if quantisers.method_of(config := config_of(name)):  # several codes may be in one number
+        return sum(parameter.numel() for parameter in without_weights(config).parameters())
     if hub.is_name(name):
         return hub.n_parameters(name)
     return room.n_parameters_in(check_folder(resolve(name)))
@@ -270,17 +290,26 @@ def checked_config(name: str) -> PretrainedConfig:
     ``ValueError`` says what it lacks, ``ConnectionError`` that it cannot be had, ``OSError`` that
     the disk is too small for it.
     """
-    folder = resolve(name)
+    config = config_of(name)
+    quantisers.check_method(config, name)
     if hub.is_name(name):
         hub.check_weights(name)
     else:
-        check_folder(folder)
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"model '{name}' cannot be used: {_reason(error)}") from error
-    quantisers.check_method(config, name)
+        check_folder(resolve(name))
     return config
+
+
+def config_of(name: str) -> PretrainedConfig:
+    """Configuration of a model, as transformers reads it.
+
+    ``ValueError`` for one that it cannot read, and what ``resolve`` raises.
+    """
+    folder = resolve(name)
+    checkpoints.read_json(folder / "config.json")
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # a field of another kind can break it at any place
+        raise ValueError(f"model '{name}' cannot be used: {_reason(error)}") from error
 
 
 def check_numbers(config: PretrainedConfig, name: str, dtype: Precision) -> None:
@@ -295,16 +324,14 @@ def check_numbers(config: PretrainedConfig, name: str, dtype: Precision) -> None
 
 def check_folder(folder: Path) -> list[Path]:
     """A folder's files of weights; ``ValueError`` unless all are there, safetensors and whole."""
-    _json(folder / "config.json")
-    index = folder / "model.safetensors.index.json"
-    is_split = index.exists()
-    shards = set(_json(index).get("weight_map", {}).values()) if is_split else set()
-    names = sorted(shards) if is_split else ["model.safetensors"]
-    missing = [name for name in names if not (folder / name).exists()]
-    if missing and not is_split:
-        pickles = any(next(folder.glob(f"*{suffix}"), None) for suffix in (".bin", ".pt", ".pth"))
-        why = hub.PICKLES if pickles else "it holds no weights"
+    index = folder / checkpoints.INDEX
+    if not (folder / checkpoints.SINGLE).exists() and not index.exists():
+        why = checkpoints.why_no_safetensors(path.name for path in folder.iterdir())
         raise ValueError(f"model folder '{folder}' has no safetensors: {why}")
+    # transformers reads the single file where there are both
+    is_single = (folder / checkpoints.SINGLE).exists()
+    names = [checkpoints.SINGLE] if is_single else checkpoints.files_in_index(index)
+    missing = [name for name in names if not (folder / name).exists()]
     if missing:
         raise ValueError(
             f"model folder '{folder}' lacks {len(missing)} of {len(names)} files of weights:"
@@ -320,16 +347,6 @@ def check_folder(folder: Path) -> list[Path]:
                 f" {_reason(error)}"
             ) from error
     return [folder / name for name in names]
-
-
-def _json(path: Path) -> dict:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read as JSON: {_reason(error)}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds no JSON object")
-    return content
 
 
 def _reason(error: Exception) -> str:
@@ -348,8 +365,15 @@ def check_reachable(name: str) -> None:
         if name in embedded.MODELS:
             embedded.check_terms(name)
         return
-    config = checked_config(name)
+    check_supported(checked_config(name), name)
+
+
+def check_supported(config: PretrainedConfig, name: str) -> None:
+    """``ValueError``, by a configuration alone, for a model that writes no text, or whose blocks no
+    entry of ``ARCHITECTURES`` covers.
+    """
+    checkpoints.check_writes(config, name)
     try:
         shape_of(without_weights(config))
-    except (AttributeError, ImportError, KeyError, RuntimeError, TypeError, ValueError) as error:
+    except Exception as error:  # sizes that make no sense break a model at any place
         raise ValueError(f"model '{name}' is not supported: {_reason(error)}") from error

@@ -90,6 +90,7 @@ def shape_of(model: nn.Module) -> ModelShape:
     """
     family, config = architecture_of(model), text_config(model)
     where = f"architecture '{config.model_type}'"
+    _check_computation(config, where)
     blocks = {f"{where}: block {number}": block for number, block in enumerate(blocks_of(model))}
     for name, block in blocks.items():
         if family.mixture and not _is_there(block, family.mixture.experts):
@@ -103,7 +104,7 @@ def shape_of(model: nn.Module) -> ModelShape:
     except (AttributeError, RuntimeError, TypeError) as error:  # absent, or one for each block
         why = str(error).splitlines()[0]
         raise ValueError(f"{where}: its configuration does not say its sizes: {why}") from error
-    if len(blocks) != shape.n_layers:
+    if len(blocks) != shape.n_layers or not blocks:
         raise ValueError(
             f"the model has {len(blocks)} blocks, its configuration says {shape.n_layers}"
         )
@@ -143,6 +144,21 @@ def _configured_shape(model: nn.Module) -> ModelShape:
 def _first_of(config: PretrainedConfig, *names: str) -> int | None:
     """The first of some fields that is there and neither zero nor None."""
     return next(filter(None, (getattr(config, name, None) for name in names)), None)
+
+
+def _check_computation(config: PretrainedConfig, where: str) -> None:
+    """``ValueError`` for a configuration under which units are not what is said of them here."""
+    both_ways = getattr(config, "use_bidirectional_attention", None) in (True, "all")
+    if both_ways or not getattr(config, "is_causal", True):
+        raise ValueError(
+            f"{where}: by its configuration it also reads what follows a token, so it is no causal"
+            " language model"
+        )
+    if getattr(config, "slow_but_exact", False) and config.pretraining_tp > 1:  # BLOOM
+        raise ValueError(
+            f"{where} multiplies by slices of its writers, where no hook sees a unit:"
+            " set slow_but_exact to false in its config.json"
+        )
 
 
 def _check_covered(block: nn.Module, family: Architecture, d_model: int, where: str) -> None:

@@ -41,6 +41,23 @@ def quantised_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     return (pair for pair in model.named_modules() if is_quantised(pair[1]))
 
 
+def check_codes(model: nn.Module, name: str, is_kept: bool) -> None:
+    """``ValueError`` unless a model that was stored quantised holds what it is to hold.
+
+    ``is_kept``: codes, as they were stored; else numbers made of them.
+    """
+    if not is_kept:
+        for path, _ in quantised_modules(model):
+            raise ValueError(f"'{name}' lacks the scales of '{path}': download or save it again")
+    for path, module in model.named_modules():
+        is_linear = is_of_bitsandbytes(module) and hasattr(module, "weight")
+        if is_linear and not is_quantised(module):
+            raise ValueError(
+                f"'{name}' is quantised by its config.json, but '{path}' is stored as numbers:"
+                " take quantization_config out of it"
+            )
+
+
 def outputs_and_inputs(module: nn.Module) -> tuple[int, int]:
     """Outputs and inputs of a quantised linear map; ``ValueError`` for what is none."""
     n_outputs, n_inputs = (getattr(module, f"{side}_features", 0) for side in ("out", "in"))
@@ -106,8 +123,11 @@ def codes_stay(module: nn.Module) -> bool:
 
     Not so in GPTQ and AWQ, of which some kernels repack codes and scales at their first pass.
     """
-    is_of_bitsandbytes = type(module).__module__.startswith("bitsandbytes.")
-    return is_of_bitsandbytes or _own_kind(module) is not None
+    return is_of_bitsandbytes(module) or _own_kind(module) is not None
+
+
+def is_of_bitsandbytes(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("bitsandbytes.")
 
 
 def _own_kind(module: nn.Module) -> Tensor | None:

@@ -26,6 +26,8 @@ from ssah_utils.quantised import DEQUANTISE
 # LLM.int8() computes in float16; of every product in other numbers it says so anew
 logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
 
+UNNAMED = "a method that its config.json does not name"
+
 
 @dataclass(frozen=True)
 class Method:
@@ -57,19 +59,19 @@ def method_of(config: PretrainedConfig) -> str:
     """How a model's weights are stored as codes; '' where they are numbers."""
     of_text = config.get_text_config(decoder=True)
     found = (getattr(one, "quantization_config", None) for one in (config, of_text))
-    quantised = next(filter(None, found), None)
-    if not quantised:
+    quantised = next((one for one in found if one is not None), None)
+    if quantised is None:
         return ""
     is_dict = isinstance(quantised, dict)
     method = quantised.get("quant_method") if is_dict else quantised.quant_method
     is_old = is_dict and (quantised.get("load_in_4bit") or quantised.get("load_in_8bit"))
-    return "bitsandbytes" if is_old else str(getattr(method, "value", method))
+    return "bitsandbytes" if is_old else str(getattr(method, "value", method) or UNNAMED)
 
 
 def keeps_codes(config: PretrainedConfig) -> bool:
     """Whether a loaded model has codes in its matrices, not ordinary weights made of them."""
     method = method_of(config)
-    return bool(method) and METHODS[method].made is None
+    return bool(method) and (method not in METHODS or METHODS[method].made is None)
 
 
 def check_method(config: PretrainedConfig, name: str) -> None:

@@ -69,6 +69,8 @@ class Hub:
         self.cut_after: dict[str, int] = {}  # by file: the connection breaks after so many bytes
         self.damaged: set[str] = set()  # files that are served with one other byte
         self.broken = 0  # the status with which every request is answered
+        self.troubles: dict[str, list[int]] = {}  # by path: statuses of the next requests
+        self.loops: set[str] = set()  # files whose address refers to itself
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler_of(self))
         self.server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self.server.server_port}"
@@ -116,8 +118,14 @@ class Handler(BaseHTTPRequestHandler):
         self.hub.requests.append((self.command, path, self.headers.get("Range") or ""))
         if self.hub.broken:
             return self.refuse(self.hub.broken, "", "Service Unavailable")
+        if waiting := next((own for part, own in self.hub.troubles.items() if part in path), []):
+            return self.refuse(waiting.pop(0), "", "Try again later")
+        if path.rpartition("/")[2] in self.hub.loops:
+            return self.send(302, b"", {"Location": self.path})
         if path == "/":
             return self.send(200, b"a hub")
+        if self.headers.get("Authorization") not in (None, f"Bearer {TOKEN}"):
+            return self.refuse(401, "", "Invalid credentials in Authorization header")
         if match := re.fullmatch(r"/api/(models|datasets)", path):
             return self.search(match[1])
         # an encoded slash belongs to the revision
@@ -331,7 +339,7 @@ class Clients:
 
     def close(self) -> None:
         self.process.stdin.close()
-        self.process.wait(timeout=30)
+        self.process.wait(timeout=300)  # a busy machine takes its time
         self.process.stdout.close()
         self.log.close()
 

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
+from transformers import PreTrainedModel
 
 from ssah_utils import assets, embedded, loading
 from ssah_utils.files import cache_dir, sha256_of_file
@@ -89,6 +91,38 @@ def test_parts_are_joined_once_and_leave_a_folder_that_loads(in_parts, llama, ca
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
     saved = load_file(folder / "model.safetensors")
     assert all(torch.equal(saved[name], parameter) for name, parameter in llama.named_parameters())
+
+
+@pytest.mark.parametrize("lost", ["config.json", "model.safetensors"])
+def test_a_folder_that_has_lost_a_file_is_made_again(in_parts, lost):
+    folder = embedded.folder_of("own")
+    (folder / lost).unlink()
+    assert embedded.folder_of("own") == folder and (folder / lost).exists()
+    assert in_parts == [CONTENT, CONTENT]
+
+
+def test_a_folder_whose_weights_are_cut_short_is_one_line_that_says_what_to_do(
+    in_parts, monkeypatch
+):
+    weights = embedded.folder_of("own") / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    monkeypatch.setattr(embedded, "NAMES", (*embedded.NAMES, "own"))
+    with pytest.raises(
+        ValueError, match=r"not whole .*; delete that folder: it will be made"
+    ) as said:
+        loading.whole_folder("own")
+    one_line(said.value)
+
+
+def test_a_disk_that_fills_up_meanwhile_is_one_line_and_nothing_is_made(in_parts, monkeypatch):
+    def fail(*arguments, **options):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device")
+
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", fail)
+    with pytest.raises(OSError, match=r"own cannot be written: .*No space left on device") as said:
+        embedded.folder_of("own")
+    one_line(said.value)
+    assert list((cache_dir() / "models").iterdir()) == []
 
 
 def spoil_a_part() -> None:
@@ -218,7 +252,7 @@ def test_a_model_with_terms_is_not_fetched_before_they_are_accepted(in_parts, mo
             embedded.folder_of("own")
         one_line(said.value)
     assert not in_parts
-    monkeypatch.setenv(embedded.ACCEPT, "another,own")
+    monkeypatch.setenv(embedded.ACCEPT, "another, own")
     embedded.folder_of("own")
     assert in_parts == [CONTENT]
 

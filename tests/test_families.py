@@ -267,6 +267,47 @@ def test_a_block_that_is_not_as_its_entry_says_is_an_error(llama, change, messag
         models.shape_of(llama)
 
 
+BOTH_WAYS = {
+    "llama": {"is_causal": False},
+    "gemma": {"use_bidirectional_attention": True},
+    "gemma3_text": {"use_bidirectional_attention": True},
+}
+
+
+@pytest.mark.parametrize("name", BOTH_WAYS)
+def test_a_model_that_reads_what_follows_a_token_is_refused_in_one_line(name):
+    config = CONFIGS[name]()
+    for key, value in BOTH_WAYS[name].items():
+        setattr(config, key, value)
+    with pytest.raises(ValueError, match=f"'{name}': .* so it is no causal language") as raised:
+        models.shape_of(loading.without_weights(config))
+    assert "\n" not in str(raised.value)
+
+
+def test_the_text_part_of_a_model_that_reads_its_prompt_both_ways_is_refused():
+    """PaliGemma's is a Gemma, and nothing but its configuration says so."""
+    config = transformers.AutoConfig.for_model("paligemma")
+    config.text_config.num_hidden_layers = config.vision_config.num_hidden_layers = 2
+    with pytest.raises(ValueError, match=r"'gemma': .* also reads what follows a token"):
+        models.shape_of(loading.without_weights(config))
+
+
+def test_writers_that_are_multiplied_past_their_modules_are_refused():
+    config = transformers.BloomConfig(vocab_size=97, hidden_size=42, n_layer=3, n_head=6)
+    config.slow_but_exact = True
+    assert models.shape_of(loading.without_weights(config)).n_layers == 3
+    config.pretraining_tp = 2
+    with pytest.raises(ValueError, match="where no hook sees a unit: set slow_but_exact to false"):
+        models.shape_of(loading.without_weights(config))
+
+
+def test_a_model_without_blocks_is_an_error():
+    config = CONFIGS["llama"]()
+    config.num_hidden_layers = 0
+    with pytest.raises(ValueError, match="the model has 0 blocks"):
+        models.shape_of(loading.without_weights(config))
+
+
 def test_blocks_whose_sizes_differ_are_an_error_in_one_line(monkeypatch):
     entry = Architecture()
     monkeypatch.setitem(architectures.ARCHITECTURES, "gemma4_unified_text", entry)

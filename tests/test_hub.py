@@ -113,7 +113,9 @@ def test_a_model_is_loaded_by_its_hub_id_at_one_commit(server, clients, files):
     described = {"id": "org/plain", "revision": commit, "fingerprint": fingerprint, "shape": None}
     assert found[5] == described
     assert len(server.asked("/api/models/org/plain")) <= 3, "resolved once, listed once or twice"
-    gets = [path for method, path, _ in server.asked("/resolve/") if method == "GET"]
+    gets = [
+        path for method, path, part in server.asked("/resolve/") if method == "GET" and not part
+    ]
     assert len(gets) == len(set(gets)) == len(files), "every file is fetched once"
     assert all(f"/resolve/{commit}/" in path for path in gets), "at the commit, not at main"
 
@@ -232,6 +234,75 @@ def test_program_code_in_a_repository_is_never_run(server, clients, files):
     assert not [one for one in server.asked("org/code") if one[1].endswith(".py")]
 
 
+def with_config(files: dict[str, bytes], **changes) -> dict[str, bytes]:
+    config = json.loads(files["config.json"]) | changes
+    return files | {"config.json": json.dumps(config).encode()}
+
+
+ADAPTER = {"adapter_config.json": b'{"base_model_name_or_path": "org/base"}'}
+INDEX = "model.safetensors.index.json"
+OTHERS = {  # what is no model that can be read, and what is said of it
+    "adapter": (
+        lambda files: ADAPTER | {"adapter_model.safetensors": b""},
+        r"holds an adapter of 'org/base', not a model: .*merge_and_unload\(\)",
+    ),
+    "adapter-beside": (lambda files: files | ADAPTER, "holds an adapter of 'org/base'"),
+    "classifier": (
+        lambda files: with_config(files, architectures=["LlamaForSequenceClassification"]),
+        "is a LlamaForSequenceClassification, which does not write text",
+    ),
+    "encoder": (
+        lambda files: with_config(files, model_type="t5", architectures=None),
+        "not supported: a 't5' is no causal language model",
+    ),
+    "family": (
+        lambda files: with_config(files, model_type="bitnet"),
+        r"not supported: architecture 'bitnet' .*: self_attn\.q_proj, ",
+    ),
+    "sizes": (
+        lambda files: with_config(files, num_key_value_heads=0),
+        "not supported: integer division or modulo by zero",
+    ),
+    "field": (
+        lambda files: with_config(files, hidden_size="42"),
+        "'hidden_size' expected int, got str",
+    ),
+    "method": (
+        lambda files: with_config(files, quantization_config={"bits": 4}),
+        "quantised with a method that its config.json does not name, which is not read",
+    ),
+    "ends": (
+        lambda files: files | {"generation_config.json": b"{,"},
+        r"generation_config\.json cannot be read as JSON",
+    ),
+    "index": (
+        lambda files: {**but_weights(files), INDEX: b'{"weight_map": null}'},
+        r"index\.json does not say which file holds which weight",
+    ),
+    "gguf": (
+        lambda files: {**but_weights(files), "model.Q4_K_M.gguf": b"GGUF"},
+        "has no safetensors: its weights are GGUF files: give the model of which",
+    ),
+}
+
+
+def but_weights(files: dict[str, bytes]) -> dict[str, bytes]:
+    return {name: one for name, one in files.items() if not name.endswith(".safetensors")}
+
+
+@pytest.mark.parametrize(("of", "said"), OTHERS.values(), ids=OTHERS)
+def test_what_cannot_be_used_is_one_line_before_its_weights_are_fetched(
+    server, clients, files, request, of, said
+):
+    name = f"other/{request.node.callspec.id}"
+    server.add("models", name, of(files))
+    for attempt in ("check_reachable", "load"):
+        text = refused(clients, f"loading.{attempt}({name!r})", "ValueError")
+        assert re.search(said, text), text
+        assert name in text or name.replace("/", "--") in text
+    assert not [one for one in server.asked(name) if one[1].endswith((".safetensors", ".gguf"))]
+
+
 # ------------------------------------------------------------------------------- broken downloads
 
 
@@ -299,7 +370,7 @@ def test_too_little_disk_is_said_before_the_weights_are_fetched(server, clients,
         assert "are needed for the weights of 'org/wide'" in text and "HF_HOME" in text
         assert "billion parameters would fit" in text
     clients.run("shutil.disk_usage = plain")
-    assert not [one for one in server.asked("org/wide") if one[1].endswith(".safetensors")]
+    assert not kept(clients, "org/wide", "model.safetensors")
     clients.run("loading.load('org/wide')")
 
 
@@ -319,6 +390,8 @@ def test_too_little_memory_is_said_before_the_weights_are_fetched(
     assert re.search(rf"the weights of '{name}' need .* GiB of memory in float32.*{fits}", text)
     weights = [one for one in server.asked(name) if one[1].endswith(".safetensors")]
     assert all(method == "HEAD" or asked for method, _, asked in weights), "heads of files only"
+    text = refused(clients, f"loading.load({name!r})", "OSError")
+    assert re.search(fits, text) and not kept(clients, name, "model.safetensors")
     clients.run(f"room.free_memory = lambda: {4 * n}\n{check}")
     clients.run("room.free_memory = plain")
 
@@ -377,6 +450,55 @@ def test_a_hub_in_trouble_is_one_line_unless_the_local_cache_has_it(server, clie
     finally:
         server.broken = 0
     assert "'org/unlucky' is not in the local cache, and the hub is in trouble" in text
+
+
+@pytest.mark.parametrize("status", [429, 500, 503])
+@pytest.mark.parametrize("where", ["revision", "tree", "resolve"])
+def test_a_hub_that_is_busy_for_a_moment_is_asked_again(server, clients, files, status, where):
+    name = f"org/busy-{where}-{status}"
+    server.add("models", name, files)
+    clients.run("plain, hub.WAITS = hub.WAITS, (0.01, 0.01)")
+    server.troubles[f"{name}/{where}"] = [status, status]
+    try:
+        clients.run(f"loading.load({name!r})")
+    finally:
+        server.troubles.clear()
+        clients.run("hub.WAITS = plain")
+
+
+def test_a_hub_that_is_busy_for_long_says_what_to_do(server, clients, files):
+    server.add("models", "org/crowded", files)
+    clients.run("plain, hub.WAITS = hub.WAITS, (0.01, 0.01)")
+    server.troubles["org/crowded"] = [429] * 9
+    text = refused(clients, "loading.load('org/crowded')", "ConnectionError")
+    server.troubles.clear()
+    clients.run("hub.WAITS = plain")
+    assert "'org/crowded' cannot be had: the hub answers with too many requests: wait" in text
+
+
+def test_an_address_that_leads_nowhere_is_one_line(server, clients, files):
+    server.add("models", "org/circle", files)
+    server.loops.add("model.safetensors")
+    text = refused(clients, "loading.load('org/circle')", "ConnectionError")
+    server.loops.clear()
+    assert "model 'org/circle' was not fetched" in text
+    clients.run("loading.load('org/circle')")
+
+
+def test_a_token_that_is_not_valid_is_one_line_also_for_an_open_model(server, clients, files):
+    server.add("models", "org/open", files)
+    clients.run("os.environ['HF_TOKEN'] = 'hf_of_yesterday'")
+    for name in ("org/open", "org/not-there"):
+        text = refused(clients, f"loading.load({name!r})", "ConnectionError")
+        assert f"'{name}' cannot be had: the hub answers with a token that is not valid" in text
+        assert "hf auth login" in text
+
+
+@pytest.mark.parametrize("endpoint", ["hub.example", "ftp://hub.example", "http://", "nonsense"])
+def test_an_address_that_is_none_is_a_hub_that_does_not_answer(clients, endpoint):
+    clients.run(f"constants.ENDPOINT = {endpoint!r}")
+    text = refused(clients, "loading.load('org/any')", "ConnectionError")
+    assert f"the hub does not answer ({endpoint})" in text
 
 
 def test_a_model_fetched_by_transformers_itself_is_found_without_a_network(server, clients, files):

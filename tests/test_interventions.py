@@ -327,6 +327,25 @@ def test_a_plain_dict_will_do_for_a_set_and_for_means(llama, token_ids):
     assert torch.equal(logits(without_units(llama, dict(chosen), dict(means)), token_ids), small)
 
 
+def test_units_that_the_model_runs_past_are_said_at_the_end(llama, token_ids, monkeypatch):
+    """As a fused kernel would do, which reads the weight and does not call the module."""
+    mlp, everything = llama.model.layers[1].mlp, ~nothing(llama)
+
+    def fused(values):
+        gated = mlp.act_fn(mlp.gate_proj(values)) * mlp.up_proj(values)
+        return gated @ mlp.down_proj.weight.T
+
+    monkeypatch.setattr(mlp, "forward", fused)
+    with (
+        pytest.raises(ValueError, match=r"the mlp units of block 1 were not switched off") as said,
+        ablated(llama, everything),
+    ):
+        llama(token_ids)
+    assert "\n" not in str(said.value) and n_hooks(llama) == 0
+    with ablated(llama, everything):
+        pass  # nothing ran, so nothing ran past them
+
+
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int8, torch.float32])
 def test_a_set_of_numbers_is_refused(llama, dtype):
     """~ of an integer is never zero."""

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, ByT5Tokenizer, PreTrainedTokenizerFast
 
 from ssah_utils import embedded, fingerprints, loading, models
 from ssah_utils.architectures import ModelShape
@@ -175,7 +175,66 @@ def of_own_code(folder: Path) -> None:
     )
 
 
+def renamed(name: str):
+    return lambda folder: (folder / "model.safetensors").rename(folder / name)
+
+
+def with_an_index(content: object):
+    def spoil(folder: Path) -> None:
+        in_shards(folder)
+        change_json(folder / "model.safetensors.index.json", weight_map=content)
+
+    return spoil
+
+
+def of_config(**changes):
+    return lambda folder: change_json(folder / "config.json", **changes)
+
+
+def generating(content: str):
+    return lambda folder: (folder / "generation_config.json").write_text(content)
+
+
+NO_MAP = r"index\.json does not say which file holds which weight: save the model anew"
 LACKING = {
+    "files of an index": (with_an_index({}), NO_MAP),
+    "an index that maps": (with_an_index(["model.safetensors"]), NO_MAP),
+    "an index of names": (with_an_index({"lm_head.weight": 3}), NO_MAP),
+    "the index of shards": (
+        lambda folder: (in_shards(folder), (folder / "model.safetensors.index.json").unlink()),
+        "it has 'model-00001-of-.*', but neither 'model.safetensors' nor 'model.safetensors.index",
+    ),
+    "the usual name": (renamed("model.fp16.safetensors"), "it has 'model.fp16.safetensors', but"),
+    "weights that are read": (renamed("model.Q4_0.gguf"), "its weights are GGUF files: give the"),
+    "sizes that are numbers": (of_config(hidden_size="42"), "'hidden_size' expected int, got str"),
+    "heads": (of_config(num_attention_heads=0), "cannot be used: integer modulo by zero"),
+    "groups of heads": (of_config(num_key_value_heads=0), "not supported: integer division"),
+    "a function that is known": (of_config(hidden_act="nonsense"), "unknown name 'nonsense'"),
+    "positions that are known": (
+        of_config(rope_parameters={"rope_type": "nonsense"}),
+        "not supported: unknown name 'nonsense'",
+    ),
+    "a precision": (of_config(dtype="nonsense"), "cannot be used: .*no attribute 'nonsense'"),
+    "a head that writes": (
+        of_config(architectures=["LlamaForSequenceClassification"]),
+        "is a LlamaForSequenceClassification, which does not write text: give the language model",
+    ),
+    "a direction": (of_config(is_causal=False), "it also reads what follows a token"),
+    "a decoder": (
+        of_config(model_type="t5", architectures=None),
+        "a 't5' is no causal language model, which goes on with the text it reads",
+    ),
+    "the name of a method": (
+        of_config(quantization_config={"bits": 4}),
+        "quantised with a method that its config.json does not name, which is not read",
+    ),
+    "anything of a method": (of_config(quantization_config={}), "config.json does not name"),
+    "a method in words": (of_config(quantization_config="awq"), "cannot be used: 'str' object"),
+    "readable ends of answers": (generating("{,}"), "generation_config.json cannot be read as"),
+    "ends that are tokens": (
+        generating('{"eos_token_id": "</s>"}'),
+        "eos_token_id in its generation_config.json is no number: </s>",
+    ),
     "a shard": (without_a_shard, r"lacks 1 of \d+ files of weights: model-00002-of"),
     "all of a shard": (
         with_a_pointer,
@@ -227,6 +286,48 @@ def test_a_model_in_shards_is_loaded(saved_llama, llama):
     assert same_parameters(loading.load(str(saved_llama))[0], parameters_of(llama))
 
 
+def test_a_tokenizer_that_is_program_code_is_refused_in_one_line(saved_llama, monkeypatch):
+    """Of which nobody can tell what it depends on, such as one of mistral-common."""
+    code, said = ByT5Tokenizer(extra_ids=0), r"has a ByT5Tokenizer, .*give .* a tokenizer\.json"
+    monkeypatch.setattr(loading.AutoTokenizer, "from_pretrained", lambda *a, **k: code)
+    for attempt in (loading.load_tokenizer, loading.load):
+        with pytest.raises(ValueError, match=said) as raised:
+            attempt(str(saved_llama))
+        one_line(raised.value)
+
+
+def test_a_single_file_is_read_where_shards_lie_beside_it(saved_llama, llama):
+    whole = (saved_llama / "model.safetensors").read_bytes()
+    without_a_shard(saved_llama)  # left by a model that was saved there before
+    (saved_llama / "model.safetensors").write_bytes(whole)
+    loading.check_reachable(str(saved_llama))
+    assert same_parameters(loading.load(str(saved_llama))[0], parameters_of(llama))
+    (saved_llama / "model.safetensors").write_bytes(whole[:-1])
+    with pytest.raises(ValueError, match=r"model\.safetensors' is not whole"):
+        loading.load(str(saved_llama))
+
+
+def test_a_name_of_a_class_without_a_head_leaves_open_what_it_is(saved_llama, llama):
+    for names in (["LlamaModel"], "LlamaForCausalLM", ["GPT2LMHeadModel"], None, []):
+        change_json(saved_llama / "config.json", architectures=names)
+        assert same_parameters(loading.load(str(saved_llama))[0], parameters_of(llama))
+
+
+def test_memory_for_packed_codes_is_that_of_the_weights_made_of_them(saved_llama, monkeypatch):
+    """Eight codes may be in one number, so the heads of the files would say too little."""
+    counted = []
+    monkeypatch.setattr(
+        loading.room, "require_memory", lambda name, n, dtype, device: counted.append(n)
+    )
+    loading.check_room(str(saved_llama), torch.float32)
+    tensors = load_file(saved_llama / "model.safetensors")
+    tensors = {name: one[..., : one.shape[-1] // 2].contiguous() for name, one in tensors.items()}
+    save_file(tensors, saved_llama / "model.safetensors", {"format": "pt"})
+    change_json(saved_llama / "config.json", quantization_config={"quant_method": "mxfp4"})
+    loading.check_room(str(saved_llama), torch.float32)
+    assert counted[0] == counted[1]
+
+
 @pytest.mark.parametrize(
     "gone", ["model.layers.1.mlp.down_proj.weight", "lm_head.weight", "model.norm.weight"]
 )
@@ -239,9 +340,10 @@ def test_weights_that_would_be_random_numbers_are_refused(saved_llama, gone):
     one_line(raised.value)
 
 
-def test_weights_of_other_sizes_are_one_line(saved_llama):
+def test_weights_of_other_sizes_are_one_line_that_names_one(saved_llama):
     change_json(saved_llama / "config.json", intermediate_size=71)
-    with pytest.raises(ValueError, match="do not fit its config") as raised:
+    said = r"do not fit its config.json: model.layers.0.mlp.down_proj.weight is of shape \(42, 70\)"
+    with pytest.raises(ValueError, match=rf"{said}, where it asks for \(42, 71\)") as raised:
         loading.load(str(saved_llama))
     one_line(raised.value)
 

@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
+from ssah_utils import embedded
 from ssah_utils.pipeline import across_models, cli, publish, runs
 
 
@@ -142,6 +143,17 @@ def test_what_cannot_be_published_is_said_in_one_line(finished_runs, capsys, wor
     assert cli.main(["publish", *words]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and not (finished_runs / "stored").exists()
+
+
+def test_a_model_of_random_weights_is_not_published(finished_runs, capsys):
+    """Else claims would count as measured on one model more."""
+    profile = finished_runs / "runs" / "smoke"
+    shutil.copytree(runs.find_run("reference", 0).parent, profile / embedded.TINY_RANDOM)
+    for words in (["--profile", "smoke"], ["--profile", "smoke", "--seed", "1"]):
+        assert cli.main(["publish", *words]) == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "'tiny-random-llama' has random weights" in line
+    assert not (finished_runs / "stored").exists()
 
 
 def test_claims_of_other_results_are_reported(finished_runs, monkeypatch):

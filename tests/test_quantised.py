@@ -655,6 +655,67 @@ def test_a_method_that_is_not_read_is_refused_with_those_that_are(folder, method
             attempt(str(folder))
 
 
+@BITSANDBYTES
+@pytest.mark.parametrize("asked", ["load_in_4bit", "load_in_8bit"])
+def test_numbers_where_codes_are_promised_are_one_line(folder, asked):
+    """As of a model that was dequantised and saved with its old configuration."""
+    says = {"quant_method": "bitsandbytes", asked: True}
+    change_json(folder / "config.json", quantization_config=says)
+    said = "is stored as numbers: take quantization_config out of it"
+    with pytest.raises(ValueError, match=said) as raised:
+        loading.load(str(folder))
+    one_line(raised.value)
+
+
+def test_codes_without_scales_are_one_line(folder):
+    store_as(folder, "fp8")
+    tensors = load_file(folder / "model.safetensors")
+    kept = {name: one for name, one in tensors.items() if not name.endswith("_scale_inv")}
+    save_file(kept, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"lacks the scales of 'model\.layers\.0\.") as raised:
+        loading.load(str(folder))
+    one_line(raised.value)
+
+
+@pytest.mark.parametrize("shape", [(32, 32), (128, 128), (128, 256)])
+def test_eight_bit_floats_in_blocks_of_any_size_are_read(folder, shape, monkeypatch):
+    """A last block may be smaller, and the whole matrix may be one."""
+    assert_read(folder, monkeypatch, lambda weight: blocks_of_eight_bits(weight, *shape), shape)
+
+
+def test_eight_bit_floats_with_one_scale_a_matrix_are_read(folder, monkeypatch):
+    assert_read(folder, monkeypatch, one_scale, None)
+
+
+def blocks_of_eight_bits(weight: Tensor, n_rows: int, n_columns: int):
+    height, width = weight.shape
+    padded = nn.functional.pad(weight, (0, -width % n_columns, 0, -height % n_rows))
+    parts = padded.unflatten(1, (-1, n_columns)).unflatten(0, (-1, n_rows))
+    scales = parts.abs().amax((1, 3)) / 448
+    codes = (parts / scales[:, None, :, None]).to(torch.float8_e4m3fn)
+    whole = lambda values: values.reshape(padded.shape)[:height, :width]  # noqa: E731
+    stored = {"weight": whole(codes), "weight_scale_inv": scales}
+    return stored, whole(codes.float() * scales[:, None, :, None])
+
+
+def one_scale(weight: Tensor):
+    scale = weight.abs().max() / 448
+    codes = (weight / scale).to(torch.float8_e4m3fn)
+    stored = {"weight": codes, "weight_scale_inv": scale, "activation_scale": torch.tensor(0.5)}
+    return stored, codes.float() * scale
+
+
+def assert_read(folder: Path, monkeypatch, store, blocks: tuple[int, int] | None) -> None:
+    scheme = "dynamic" if blocks else "static"
+    says = {"activation_scheme": scheme, "weight_block_size": blocks}
+    monkeypatch.setitem(STORED, "fp8", (store, says, needs()))
+    expected = store_as(folder, "fp8")
+    found, _ = loading.load(str(folder))
+    for name in matrices(expected):
+        weights = [model.get_submodule(name).weight for model in (found, expected)]
+        torch.testing.assert_close(*weights, rtol=0, atol=1e-7)
+
+
 @needs("gptqmodel", "optimum")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize(("method", "kernel"), [("awq", "marlin"), ("gptq", "exllama_v2")])

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import nn
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     PreTrainedTokenizerBase,
@@ -21,7 +20,7 @@ from transformers import (
 from ssah_utils import hub
 from ssah_utils.display import first_line
 from ssah_utils.evaluation import opening_log_probabilities
-from ssah_utils.loading import load_tokenizer, resolve, whole_folder
+from ssah_utils.loading import config_of, load_tokenizer, whole_folder
 from ssah_utils.precision import Precision, computed_in
 from ssah_utils.prompt_cache import n_positions
 from ssah_utils.prompts import chat
@@ -225,8 +224,8 @@ def _is_classifier(config) -> bool:
 
 def _config(name: str):
     try:
-        return AutoConfig.from_pretrained(resolve(name), trust_remote_code=False)
+        return config_of(name)
     except ConnectionError as error:
         raise ConnectionError(f"judge {error}; or '': judge by rules only") from error
-    except (OSError, KeyError) as error:
+    except OSError as error:
         raise ValueError(f"judge model '{name}' cannot be used: {first_line(error)}") from error

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import nbformat
 
+from ssah_utils import embedded
 from ssah_utils.files import (
     IN_WHEEL,
     NOTEBOOKS,
@@ -217,6 +218,8 @@ def publish(profile: str, seed: int) -> list[str]:
         raise ValueError("--seed needs --profile: whose run with that seed?")
     source = find_run(profile, seed) if profile else None
     model = source.parent.name if source else across_models.MAIN
+    if model == embedded.TINY_RANDOM:
+        raise ValueError(f"'{model}' has random weights, for tests: no claim is measured on it")
     place = REFERENCE / across_models.FOLDER / model if model != across_models.MAIN else REFERENCE
     if seed:
         store_other_seed(source, place / f"seed-{seed}")

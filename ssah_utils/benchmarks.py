@@ -140,6 +140,7 @@ def load_task(name: str) -> dict:
     return _loaded(name)[0]
 
 
+@functools.cache
 def pinned_task(name: str) -> str:
     """The name with the commits of the data that it means now, so that it means the same for ever.
 
@@ -231,7 +232,7 @@ def _check_commit(loaded: dict, path: str, commit: str) -> None:
     cached last. It names the folder by the commit.
     """
     for part in loaded.values():
-        for file in part.cache_files:
+        for file in getattr(part, "cache_files", ()):  # what is streamed has none
             cached = Path(file["filename"]).parent.name
             if hub.COMMIT.fullmatch(cached) and cached != commit:
                 raise ConnectionError(

@@ -22,7 +22,6 @@ import pandas as pd
 import torch
 
 from ssah_utils import extras, hub, precision
-from ssah_utils.benchmarks import pinned_task, pinned_task_here
 from ssah_utils.figures.style import save_figure, set_style
 from ssah_utils.files import (
     IN_WHEEL,
@@ -68,6 +67,8 @@ def with_commits(values: dict, asks: bool = True) -> dict:
 
     ``asks``: the hub; else what is known on this machine has to do.
     """
+    from ssah_utils.benchmarks import pinned_task, pinned_task_here  # slow to import
+
     model, task = (hub.pinned, pinned_task) if asks else (hub.pinned_here, pinned_task_here)
     found = {}
     for name, value in values.items():

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+LOCK_TIMEOUT = 24 * 3600  # seconds to wait for another process that makes what is needed here
+
 
 class InUse(RuntimeError):
     """Another process holds the lock; the message says which."""

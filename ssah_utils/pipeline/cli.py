@@ -24,6 +24,11 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message} ({self.prog} --help says what there is)\n")
 
 
+def split(names: str) -> list[str]:
+    """The names of a list with commas."""
+    return [name.strip() for name in names.split(",") if name.strip()]
+
+
 def failed(error: BaseException | str, code: int) -> int:
     print(f"error: {error}", file=sys.stderr)
     return code
@@ -69,10 +74,8 @@ def sweep(options: argparse.Namespace) -> int:
         how = sweep.engine_for(
             options.executor, options.jobs, options.threads, options.workflow_profile
         )
-        models = [name.strip() for name in options.models.split(",") if name.strip()]
-        found = sweep.members(
-            options.profile, sweep.seeds_of(options.seeds), models, options.set, options.only
-        )
+        seeds, models = sweep.seeds_of(options.seeds), split(options.models)
+        found = sweep.members(options.profile, seeds, models, options.set, options.only)
         if options.dry_run:
             jobs = sweep.jobs_of(found, options.only)
             print("\n".join(sweep.shown_plan(found, jobs, how)))
@@ -119,10 +122,11 @@ def figures(options: argparse.Namespace) -> int:
 
 def publish(options: argparse.Namespace) -> int:
     extras.require("notebooks")
-    from ssah_utils.pipeline import publish
+    from ssah_utils.pipeline import publish, sweep
 
     try:
-        problems = publish.publish(options.profile, options.seed)
+        seeds = sweep.seeds_of(options.seeds)
+        problems = publish.publish(options.profile, seeds, split(options.models))
     except (OSError, ValueError) as error:
         problems = str(error).splitlines()
     return max([0, *(failed(problem, 1) for problem in problems)])
@@ -276,19 +280,24 @@ def parsers() -> tuple[Parser, dict[str, Parser]]:
     storing = command(
         "publish",
         publish,
-        "Store the results of a finished run in a clone of the project.",
+        "Store the results of finished runs in a clone of the project.",
         "They go to data/reference; claims, figures, tables and the outputs of notebooks follow.",
     )
     storing.add_argument(
         "--profile",
         default="",
-        help="whose run to store (default: none, only write again what follows)",
+        help="whose runs to store (default: none, only write again what follows)",
     )
     storing.add_argument(
-        "--seed",
-        type=int,
-        default=0,
-        help="other seeds than 0 are stored beside it, as data/reference/seed-K",
+        "--seeds",
+        default="0",
+        help="e.g. 0:3; others than 0 are stored beside it, as data/reference/seed-K (default: 0)",
+    )
+    storing.add_argument(
+        "--models",
+        default="",
+        metavar="MODEL[,MODEL]",
+        help="whose runs to store (default: the model that ran last)",
     )
 
     exporting = command(

@@ -268,7 +268,7 @@ def failures(progress: Progress, code: int) -> list[str]:
         said = refusal(log) or f"Snakemake ended with {code}"
         found.append(f"{unsubmitted[0].label} did not start: {said} (all it says: {log})")
     if waiting and found:
-        found.append(f"{len(waiting)} more notebooks have not run")
+        found.append(f"{len(waiting)} of {len(progress.jobs)} notebooks have not run")
     return found
 
 
@@ -278,9 +278,9 @@ def refusal(log: Path) -> str:
     if found := re.search(r"The error message was '(.+?)'", text):
         return found[1]
     lines = [line.strip() for line in text.splitlines()]
-    is_error = [bool(re.match(r"\w*(Error|Exception)\b", line)) for line in lines]
+    is_error = [bool(re.match(r"\w*(Error|Exception)\b|.*\berror: ", line)) for line in lines]
     place = is_error.index(True) if True in is_error else len(lines)
-    return " ".join(lines[place : place + 2])
+    return " ".join(lines[place : place + 3])
 
 
 # ------------------------------------------------------------------------- in Snakemake's process

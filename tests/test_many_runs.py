@@ -18,6 +18,7 @@ from ssah_utils import extras, hub
 from ssah_utils.files import ROOT
 from ssah_utils.locks import InUse
 from ssah_utils.pipeline import cli, engine, run, runs, stamps, sweep
+from tests import test_run
 from tests.test_run import OTHER, Pipeline
 
 MODEL = "tiny-random-llama"
@@ -122,10 +123,15 @@ def test_what_reads_all_seeds_waits_for_all_of_them(several):
     assert [name[-8:] for name in second.needs] == ["seed-1/a"]
 
 
-def test_models_and_values_have_folders_side_by_side(several, tmp_path):
+def test_models_and_values_have_folders_side_by_side(several, tmp_path, monkeypatch):
     """A folder whose name a shell would not take as it is, and values of a parameter."""
     other = tmp_path / "mine 'x' $y; z"
     other.mkdir()
+    in_place = "from ssah_utils.pipeline.runs import run_folder\n"
+    in_place += "place = run_folder(profile, model, seed) / 'a'\nplace.mkdir(exist_ok=True)\n"
+    in_place += "(place / 'result.json').write_text(str(n_items))"
+    monkeypatch.setattr(test_run, "WRITE", in_place)
+    several.write("a")
     values = ["n_items=3", "n_items=4", "harmful_data=advbench"]
     words = itertools.chain.from_iterable(("--set", value) for value in values)
     with pytest.MonkeyPatch.context() as patch:

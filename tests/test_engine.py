@@ -91,6 +91,26 @@ def test_a_job_that_failed_by_itself_on_a_cluster_says_why_itself(ended):
     assert ended("node7 31", "1", log="error: odd\n", state="FAILED") == "odd"
 
 
+@pytest.mark.parametrize(
+    ("line", "state"),
+    [
+        ("slurmstepd-n7: error: StepId=31.0 exceeded memory limit (2 > 1), being killed", True),
+        ("slurmstepd: error: Detected 1 oom_kill event in StepId=31.0.", True),
+        ("slurmstepd: error: *** STEP 31.0 ON n7 CANCELLED AT now ***", False),
+        ("my notebook speaks of an oom_kill", False),
+    ],
+)
+def test_want_of_memory_of_which_slurm_tells_the_log_alone_is_found_there(
+    ended, tmp_path, line, state
+):
+    log = tmp_path / ".snakemake" / "slurm_logs" / "rule_01_x" / "0-a" / "31.log"
+    log.parent.mkdir(parents=True)
+    log.write_text(f"host: n7\n{line}\n")
+    said = ended("node7 31", state="FAILED")
+    assert ("was ended by Slurm, OUT_OF_MEMORY" in said) == state
+    assert state or said.endswith("(Slurm job 31: FAILED)")
+
+
 def test_a_job_of_which_no_end_is_known_is_said_to_be_killed_or_running(ended):
     assert "killed" in ended("here") and "still running" in ended("here")
 

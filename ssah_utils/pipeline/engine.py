@@ -34,6 +34,7 @@ ENDED_BY_SLURM = {
     "CANCELLED": "somebody cancelled it",
     "DEADLINE": "its deadline passed",
 }
+OUT_OF_MEMORY = re.compile(r"slurmstepd.*(memory limit|oom.kill|out of memory)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -140,8 +141,11 @@ class Progress:
         """Why a job that started is not done, in one line."""
         lines, code = self.state(job), self.codes.get(job.name)
         number = lines[0].split()[1:]  # empty where no Slurm is at work
-        if number and (ended := slurm_state(number[0])) in ENDED_BY_SLURM:
-            return f"was ended by Slurm, {ended}: {ENDED_BY_SLURM[ended]} (Slurm job {number[0]})"
+        state = self.slurm_end(number[0]) if number else ""
+        if state in ENDED_BY_SLURM:
+            return f"was ended by Slurm, {state}: {ENDED_BY_SLURM[state]} (Slurm job {number[0]})"
+        if code is None and state:
+            return f"was killed with all that belongs to it (Slurm job {number[0]}: {state})"
         if code is None:
             return "was killed with all that belongs to it, or is still running"
         if code > 128:
@@ -149,6 +153,19 @@ class Progress:
             what = " (for want of memory?)" if name == "SIGKILL" else ""
             return f"was killed by signal {code - 128}, {name}{what}"
         return said_last(self.log(job)) or f"ended with exit code {code}"
+
+    def slurm_end(self, number: str) -> str:
+        """What Slurm calls the end of a job.
+
+        Where it looks at memory from time to time only, it tells no more than the job's log that a
+        step had too much, and that the job has failed.
+        """
+        state = slurm_state(number)
+        for log in (self.folder / ".snakemake").rglob(f"{number}.log"):
+            for line in log.read_text(encoding="utf-8", errors="replace").splitlines():
+                if state not in ENDED_BY_SLURM and OUT_OF_MEMORY.match(line):
+                    return "OUT_OF_MEMORY"
+        return state
 
 
 def said_last(log: Path) -> str:

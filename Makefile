@@ -1,12 +1,13 @@
 # reproduce · reference · test · test-wheel · figures · lab · lint · site · bench · bench-gpu : each target sets up what
 # it needs.
 #   make reproduce PROFILE=smoke|laptop|reference
-#   make reference PROFILE=laptop OTHER_SEEDS="1 2"    what is committed: several seeds, published; seed 0 last, as it reads the others
+#   make reference PROFILE=laptop SEEDS=0:3 JOBS=1    what is committed: several seeds, published
 #   make test PIP_FLAGS=...   further flags for pip, e.g. the index of CPU-only torch builds
 
 PYTHON ?= python3
 PROFILE ?= laptop
-OTHER_SEEDS ?= 1 2
+SEEDS ?= 0:3
+JOBS ?= 1
 PIP_FLAGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
@@ -23,8 +24,8 @@ reproduce: $(VENV)/installed
 	$(BIN)/ssah figures --profile $(PROFILE) --to runs/$(PROFILE)/figures
 
 reference: $(VENV)/installed
-	for seed in $(OTHER_SEEDS) 0; do $(BIN)/ssah run --profile $(PROFILE) --set seed=$$seed || exit 1; done
-	for seed in $(OTHER_SEEDS) 0; do $(BIN)/ssah publish --profile $(PROFILE) --seed $$seed || exit 1; done
+	$(BIN)/ssah sweep --profile $(PROFILE) --seeds $(SEEDS) --jobs $(JOBS)
+	$(BIN)/ssah publish --profile $(PROFILE) --seeds $(SEEDS)
 
 test: $(VENV)/installed lint
 	$(BIN)/ssah download smollm2-135m-instruct qwen2.5-coder-0.5b-instruct

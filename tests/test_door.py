@@ -187,6 +187,7 @@ def test_the_command_names_a_missing_extra(tmp_path):
 
 def test_extras_are_those_of_the_project_file():
     imported_as = {"lm-eval": "lm_eval", "scikit-learn": "sklearn"}
+    imported_as |= {"snakemake-executor-plugin-slurm": "snakemake_executor_plugin_slurm"}
     for extra, libraries in extras.EXTRAS.items():
         requirements = PROJECT["optional-dependencies"][extra]
         names = [re.split(r"[<>=]", requirement)[0] for requirement in requirements]

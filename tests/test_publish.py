@@ -3,6 +3,7 @@ results.
 """
 
 import copy
+import json
 import os
 import shutil
 
@@ -110,7 +111,7 @@ def test_run_is_found_by_profile_and_seed(finished_runs):
 def test_another_seed_is_stored_beside_the_first(finished_runs, capsys):
     # of an earlier run with this seed
     (finished_runs / "stored" / "seed-1" / "02_probing").mkdir(parents=True)
-    assert cli.main(["publish", "--profile", "reference", "--seed", "1"]) == 0
+    assert cli.main(["publish", "--profile", "reference", "--seeds", "1"]) == 0
     stored = [
         path.relative_to(finished_runs / "stored").as_posix()
         for path in (finished_runs / "stored").rglob("*")
@@ -126,9 +127,9 @@ def test_another_model_is_stored_beside_the_main_one_and_leaves_the_notebooks(pr
     for seed in (0, 1):
         os.utime(other / f"seed-{seed}" / "03_units" / "stamp.json", (2000, 2000 + seed))
     notebook = (project / "notebooks" / "03_units.ipynb").read_bytes()
-    cli.main(["publish", "--profile", "reference", "--seed", "1"])
-    cli.main(["publish", "--profile", "reference"])
-    assert "org--other: stored 03_units" in capsys.readouterr().out
+    cli.main(["publish", "--profile", "reference", "--seeds", "0:2"])
+    said = capsys.readouterr().out
+    assert all(f"org--other, seed-{seed}: stored 03_units" in said for seed in (0, 1))
     place = project / "stored" / "models" / "org--other"
     assert (place / "03_units" / "units.safetensors").read_bytes() == b"units"
     assert (place / "seed-1" / "03_units" / "result.json").exists()
@@ -136,8 +137,50 @@ def test_another_model_is_stored_beside_the_main_one_and_leaves_the_notebooks(pr
     assert (project / "notebooks" / "03_units.ipynb").read_bytes() == notebook
 
 
+def test_one_command_stores_all_of_a_sweep_each_where_it_belongs(project, monkeypatch, capsys):
+    """Two models with two seeds each; the notebooks show the main model's."""
+    main = runs.find_run("reference", 0).parent
+    shutil.copytree(main, main.parent / "tiny-random-llama")
+    names = f"tiny-random-llama,{across_models.MAIN}"
+    seen = []
+    monkeypatch.setattr(publish, "publish_claims", lambda folder: seen.append(stored()) or [])
+
+    def stored() -> list[str]:
+        files = (project / "stored").rglob("result.json")
+        return sorted(path.relative_to(project / "stored").as_posix() for path in files)
+
+    cli.main(["publish", "--profile", "reference", "--seeds", "0:2", "--models", names])
+    (there,) = seen
+    assert there == [
+        "03_units/result.json",
+        "models/tiny-random-llama/03_units/result.json",
+        "models/tiny-random-llama/seed-1/03_units/result.json",
+        "seed-1/03_units/result.json",
+    ], "what follows from the results is written once, when all of them are there"
+    shown = nbformat.read(project / "notebooks" / "03_units.ipynb", 4)
+    assert shown.metadata["ssah"]["outputs_of"]
+
+
+def test_nothing_is_stored_where_one_of_several_runs_was_changed(project, capsys):
+    made = {"outputs": {"result.json": "another hash"}}
+    stamp = runs.find_run("reference", 1) / "03_units" / "stamp.json"
+    stamp.write_text(json.dumps({"made": made}))
+    assert cli.main(["publish", "--profile", "reference", "--seeds", "0:2"]) == 1
+    assert "result.json of 03_units was changed since it was made" in capsys.readouterr().err
+    assert not (project / "stored").exists()
+
+
 @pytest.mark.parametrize(
-    "words", [["--seed", "1"], ["--profile", "reference", "--seed", "7"], ["--profile", "nowhere"]]
+    "words",
+    [
+        ["--seeds", "1"],
+        ["--models", across_models.MAIN],
+        ["--profile", "reference", "--seeds", "7"],
+        ["--profile", "reference", "--seeds", "0:3"],
+        ["--profile", "reference", "--seeds", "0:0"],
+        ["--profile", "reference", "--models", f"{across_models.MAIN},tiny-random-llama"],
+        ["--profile", "nowhere"],
+    ],
 )
 def test_what_cannot_be_published_is_said_in_one_line(finished_runs, capsys, words):
     assert cli.main(["publish", *words]) == 1

@@ -24,6 +24,11 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message} ({self.prog} --help says what there is)\n")
 
 
+def split(names: str) -> list[str]:
+    """The names of a list with commas."""
+    return [name.strip() for name in names.split(",") if name.strip()]
+
+
 def failed(error: BaseException | str, code: int) -> int:
     print(f"error: {error}", file=sys.stderr)
     return code
@@ -34,16 +39,18 @@ def failed(error: BaseException | str, code: int) -> int:
 
 def run(options: argparse.Namespace) -> int:
     """Exit codes as above; whatever a user can get wrong is found before a kernel starts."""
-    extras.require(*extras.EXTRAS)
+    extras.require(*(extra for extra in extras.EXTRAS if extra != "sweep"))
     from ssah_utils.locks import InUse
     from ssah_utils.pipeline import run
 
     try:
-        stages = run.plan(options.profile, options.set, options.only)
+        if options.as_in and not options.only:
+            raise ValueError("--as-in needs --only: which of its notebooks?")
+        stages = run.plan(options.profile, options.set, options.only, as_in=options.as_in)
     except (ValueError, OSError) as error:
         return failed(error, 2)
     try:
-        run.run(stages, options.only, options.force)
+        run.run(stages, options.only, options.force, options.as_in, options.wait)
     except InUse as error:
         return failed(error, 3)
     except (RuntimeError, ValueError, OSError) as error:
@@ -55,6 +62,38 @@ def run(options: argparse.Namespace) -> int:
         )
         return 130
     return 0
+
+
+def sweep(options: argparse.Namespace) -> int:
+    """Exit codes as above; all runs are checked before the first job starts."""
+    extras.require(*extras.EXTRAS)
+    from ssah_utils.locks import InUse
+    from ssah_utils.pipeline import sweep
+
+    try:
+        how = sweep.engine_for(
+            options.executor, options.jobs, options.threads, options.workflow_profile
+        )
+        seeds, models = sweep.seeds_of(options.seeds), split(options.models)
+        found = sweep.members(options.profile, seeds, models, options.set, options.only)
+        if options.dry_run:
+            jobs = sweep.jobs_of(found, options.only)
+            print("\n".join(sweep.shown_plan(found, jobs, how)))
+            return 0
+    except (ValueError, OSError) as error:
+        return failed(error, 2)
+    try:
+        problems = sweep.sweep(found, how, options.only)
+    except InUse as error:
+        return failed(error, 3)
+    except (RuntimeError, ValueError, OSError) as error:
+        return failed(error, 1)
+    except KeyboardInterrupt:
+        print("interrupted: the same command continues with what is not done", file=sys.stderr)
+        return 130
+    if problems:
+        print("the same command continues with what is not done", flush=True)
+    return max([0, *(failed(problem, 1) for problem in problems)])
 
 
 def show(options: argparse.Namespace) -> int:
@@ -83,10 +122,11 @@ def figures(options: argparse.Namespace) -> int:
 
 def publish(options: argparse.Namespace) -> int:
     extras.require("notebooks")
-    from ssah_utils.pipeline import publish
+    from ssah_utils.pipeline import publish, sweep
 
     try:
-        problems = publish.publish(options.profile, options.seed)
+        seeds = sweep.seeds_of(options.seeds)
+        problems = publish.publish(options.profile, seeds, split(options.models))
     except (OSError, ValueError) as error:
         problems = str(error).splitlines()
     return max([0, *(failed(problem, 1) for problem in problems)])
@@ -165,6 +205,55 @@ def parsers() -> tuple[Parser, dict[str, Parser]]:
         help="execute these alone, e.g. 04_ablation; their inputs have to be there",
     )
     running.add_argument("--force", action="store_true", help="execute also what is up to date")
+    running.add_argument(
+        "--as-in",
+        default="",
+        metavar="NOTEBOOKS",
+        help="what --set sets is set as in a run of these notebooks (all: of every one), of which"
+        " --only executes some",
+    )
+    running.add_argument(
+        "--wait", action="store_true", help="wait for another run in the folder to end"
+    )
+
+    sweeping = command(
+        "sweep",
+        sweep,
+        "Execute the notebooks for many seeds and models, by Snakemake.",
+        "Each notebook is a job, here or on a cluster. What is up to date is left as it is; the"
+        " same command continues a sweep that was interrupted, killed or has failed.",
+    )
+    profile_option(sweeping)
+    sweeping.add_argument("--seeds", default="0", help="e.g. 0:10 (0 to 9) or 0,3 (default: 0)")
+    sweeping.add_argument(
+        "--models", default="", metavar="MODEL[,MODEL]", help="default: the profile's"
+    )
+    sweeping.add_argument(
+        "--only",
+        default="",
+        metavar="NOTEBOOK[,NOTEBOOK]",
+        help="execute these alone; their inputs have to be there",
+    )
+    sweeping.add_argument(
+        "--jobs", type=int, default=0, metavar="N", help="how many at a time (default: 1)"
+    )
+    sweeping.add_argument(
+        "--threads",
+        type=int,
+        default=0,
+        metavar="N",
+        help="cores for each job (default: an equal share of this machine's; on a cluster 1)",
+    )
+    sweeping.add_argument(
+        "--executor", default="", help="what runs the jobs: local (default), slurm, ..."
+    )
+    sweeping.add_argument(
+        "--workflow-profile",
+        type=Path,
+        metavar="FOLDER",
+        help="a profile of Snakemake: executor, jobs, time and memory by notebook",
+    )
+    sweeping.add_argument("--dry-run", action="store_true", help="show what would be executed")
 
     listing = command(
         "list",
@@ -191,19 +280,24 @@ def parsers() -> tuple[Parser, dict[str, Parser]]:
     storing = command(
         "publish",
         publish,
-        "Store the results of a finished run in a clone of the project.",
+        "Store the results of finished runs in a clone of the project.",
         "They go to data/reference; claims, figures, tables and the outputs of notebooks follow.",
     )
     storing.add_argument(
         "--profile",
         default="",
-        help="whose run to store (default: none, only write again what follows)",
+        help="whose runs to store (default: none, only write again what follows)",
     )
     storing.add_argument(
-        "--seed",
-        type=int,
-        default=0,
-        help="other seeds than 0 are stored beside it, as data/reference/seed-K",
+        "--seeds",
+        default="0",
+        help="e.g. 0:3; others than 0 are stored beside it, as data/reference/seed-K (default: 0)",
+    )
+    storing.add_argument(
+        "--models",
+        default="",
+        metavar="MODEL[,MODEL]",
+        help="whose runs to store (default: the model that ran last)",
     )
 
     exporting = command(
@@ -241,7 +335,8 @@ def profile_option(parser: Parser) -> None:
         action="append",
         default=[],
         metavar="NAME=VALUE",
-        help="change one parameter of the notebooks, e.g. seed=1 (repeatable)",
+        help="change one parameter of the notebooks, e.g. n_random=10 (repeatable; in a sweep, all"
+        " values of a parameter are run)",
     )
 
 

@@ -2,9 +2,8 @@
 
 That is data/reference, claims, figures, notebook outputs, and the tables in README.md and docs/.
 
-    ssah publish --profile laptop --seed 1        # another seed, into data/reference/seed-1
-    ssah publish --profile laptop                 # seed 0, last: all that is committed
-    ssah publish --profile qwen-0.5b              # another model, into data/reference/models/
+    ssah publish --profile laptop --seeds 0:3     # others than 0 go to data/reference/seed-K
+    ssah publish --profile laptop --models a,b    # others than the main one to models/ in there
     ssah publish                                  # figures and tables again, from what is stored
 
 Knows stored results and the notebooks' structure. Loads no model, and writes no number that a run
@@ -13,6 +12,7 @@ did not produce.
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import nbformat
@@ -30,6 +30,7 @@ from ssah_utils.files import (
 from ssah_utils.pipeline import across_models, claims, verdicts
 from ssah_utils.pipeline.redraw import redraw
 from ssah_utils.pipeline.result_tables import JUDGE_TABLES, RESULT_TABLES
+from ssah_utils.pipeline.run import plan
 from ssah_utils.pipeline.runs import find_run, load_result
 from ssah_utils.pipeline.stamps import changed_since
 from ssah_utils.pipeline.summary import GUIDE_PARTS, README_PARTS
@@ -198,40 +199,69 @@ def publish_claims(folder: Path) -> list[str]:
     return problems
 
 
-def store_other_seed(source: Path, target: Path) -> None:
-    """Store the results of a run with another seed than 0, in place of those stored before."""
-    stages = copy_results(source, target, (RESULT,))
-    for stale in set(target.iterdir()) - {target / stage for stage in stages}:
-        shutil.rmtree(stale)
-    stored = f"{target.name}: stored {', '.join(stages)}"
-    print(f"{stored}; publish seed 0 after its 08_claims has run again")
+def sources(profile: str, seeds: list[int], models: list[str]) -> list[Path]:
+    """The runs to store, of every model its seed 0 last.
+
+    Without ``models``, of that of the newest run with the first seed. ``FileNotFoundError`` for the
+    first run that is not there, in one line that says how to make it.
+    """
+    planned = [plan(profile, [f"model={model}"], checked=False)[0] for model in models]
+    folders = [stage.folder.parents[1] for stage in planned]
+    found = []
+    for folder in folders or [find_run(profile, seeds[0]).parent]:
+        for seed in sorted(seeds, reverse=True):
+            source = folder / f"seed-{seed}"
+            if not source.is_dir() or not finished_stages(source):
+                what = f"no finished run of {folder.name}, profile '{profile}', with seed {seed}"
+                again = f"ssah sweep --profile {profile} --seeds {seed}"
+                raise FileNotFoundError(f"{what}: run {again} with --models for this one")
+            found.append(source)
+    return found
 
 
-def publish(profile: str, seed: int) -> list[str]:
-    """Store a run and write what follows from it; one line for each thing that is amiss.
+def place_of(source: Path) -> Path:
+    """Where the results of a run are stored; those of the main model with seed 0 on top."""
+    model, seed = source.parent.name, source.name
+    place = REFERENCE if model == across_models.MAIN else REFERENCE / across_models.FOLDER / model
+    return place if seed == "seed-0" else place / seed
+
+
+def store(source: Path) -> None:
+    """Store the small results of a run: of another seed than 0, in place of those stored before."""
+    place, is_first = place_of(source), source.name == "seed-0"
+    stages = copy_results(source, place, STORED if is_first else (RESULT,))
+    if not is_first:
+        for stale in set(place.iterdir()) - {place / stage for stage in stages}:
+            shutil.rmtree(stale)
+    print(f"{source.parent.name}, {source.name}: stored {', '.join(stages)}")
+
+
+def publish(profile: str, seeds: Sequence[int] = (0,), models: Sequence[str] = ()) -> list[str]:
+    """Store runs and write what follows from them; one line for each thing that is amiss.
 
     Without ``profile``, only what follows from the results that are stored.
     """
     if IN_WHEEL:
         raise ValueError("publishing writes into a clone of the project: run it there")
-    if seed and not profile:
-        raise ValueError("--seed needs --profile: whose run with that seed?")
-    source = find_run(profile, seed) if profile else None
-    model = source.parent.name if source else across_models.MAIN
-    if model == embedded.TINY_RANDOM:
-        raise ValueError(f"'{model}' has random weights, for tests: no claim is measured on it")
-    place = REFERENCE / across_models.FOLDER / model if model != across_models.MAIN else REFERENCE
-    if seed:
-        store_other_seed(source, place / f"seed-{seed}")
+    if not profile and (models or list(seeds) != [0]):
+        raise ValueError("--seeds and --models need --profile: whose runs?")
+    found = sources(profile, list(seeds), list(models)) if profile else []
+    notebooks = {}  # those that are committed show the main model
+    for source in found:  # all of them before anything is written
+        if source.parent.name == embedded.TINY_RANDOM:
+            what = f"'{embedded.TINY_RANDOM}' has random weights, for tests"
+            raise ValueError(f"{what}: no claim is measured on it")
+        check_intact(source)
+        if place_of(source) == REFERENCE:
+            notebooks = published_notebooks(source)
+    for source in found:
+        store(source)
+    for path, notebook in notebooks.items():
+        with complete_only(path) as partial:
+            nbformat.write(notebook, partial)
+    if found and 0 not in seeds:
+        print("publish seed 0, too, after its 08_claims has run again")
         return []
-    if source and place != REFERENCE:  # the notebooks that are committed show the main model
-        print(f"{model}: stored {', '.join(copy_results(source, place))}")
-    elif source:
-        notebooks = published_notebooks(source)  # all of them before anything is written
-        copy_results(source, REFERENCE)
-        for path, notebook in notebooks.items():
-            with complete_only(path) as partial:
-                nbformat.write(notebook, partial)
     problems = publish_claims(REFERENCE) + redraw(REFERENCE, ROOT / "figures")
     results = across_models.StoredResults(REFERENCE)
     problems += [*results.problems, *fill_documents(results)]

@@ -1,50 +1,41 @@
-"""Execute the notebooks in order through papermill: strict parameters, resume, progress.
+"""Plan the notebooks and execute them in order: strict parameters, resume, progress.
 
     ssah run --profile laptop
     ssah run --profile laptop --set safety_fraction=0.004
     ssah run --profile laptop --only 04_ablation --set n_random=10
     ssah run --profile qwen-1.5b --only 01_alignment,03_units,04_ablation
 
-papermill alone would accept unknown parameters, leave half-executed notebooks behind and take
-``sys.exit(0)`` for success. Here everything is checked before a kernel starts, and a stage is done
-only when its stamp exists, which is written last.
+papermill alone would accept unknown parameters. Here everything is checked before a kernel starts.
 """
 
 import ast
 import difflib
-import shutil
+import math
 import time
-from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
-import nbformat
-import papermill
 import yaml
-from nbclient.exceptions import DeadKernelError
-from papermill.exceptions import PapermillExecutionError
 
 from ssah_utils import embedded, precision
-from ssah_utils.files import NOTEBOOKS, complete_only, require_space, workplace, write_json
-from ssah_utils.locks import locked
+from ssah_utils.files import NOTEBOOKS, require_space, workplace
+from ssah_utils.locks import InUse, Lock
 from ssah_utils.pipeline import machine, parameters
-from ssah_utils.pipeline.kernel import ThisInterpreter
-from ssah_utils.pipeline.runs import declared_parameters, run_lock, stage_lock, with_commits
+from ssah_utils.pipeline.execution import execute
+from ssah_utils.pipeline.runs import declared_parameters, run_lock, turn_lock, with_commits
 from ssah_utils.pipeline.stamps import (
     Stage,
     changed_since,
-    forget_sources,
     is_path,
-    made,
-    made_from,
-    missing_outputs,
     outdated,
     read_stamp,
     stage_key,
 )
-from ssah_utils.pipeline.status import clock, log_to, status_line
+from ssah_utils.pipeline.status import clock
 from ssah_utils.prompts.datasets import DATASETS
 
 PATIENCE = 5  # seconds that the kernel of a killed run has to end
+EVERY = "all"  # as a list of notebooks
 SPACE = 2 * 2**30  # bytes that a run should find free
 # Parameters that notebooks must agree on.
 SHARED = {
@@ -61,20 +52,26 @@ IDENTITY = {"model", "seed"}  # they name the run folder, so all notebooks get t
 # ----------------------------------------------------------------------------------------- planning
 
 
-def plan(profile: str, assignments: list[str], only: str = "", checked: bool = True) -> list[Stage]:
+def plan(
+    profile: str, assignments: list[str], only: str = "", checked: bool = True, as_in: str = ""
+) -> list[Stage]:
     """All stages with their parameters.
 
     An assignment ``name=value`` comes before the profile, the profile before the notebook's
-    default. Assignments go to the notebooks ``only``, separated by commas, when they are given.
+    default. Assignments go to the notebooks ``only``, separated by commas, when they are given;
+    with ``as_in``, to those notebooks, of which ``only`` are then some, or to ``EVERY`` one.
     Raises ``ValueError`` for anything unknown or ill-typed. Where ``checked``, also for what no
     notebook could work with: then data sets and the configurations of models are read. A model on
     the hub is named with its commit, so that all notebooks, keys and results mean the same one.
     """
     pipeline = read_pipeline()["stages"]
     names = [stage["name"] for stage in pipeline]
-    wanted = named(only)
-    for name in wanted:
+    asked = named(only)
+    wanted = named(as_in.replace(EVERY, "")) if as_in else asked
+    for name in (*asked, *wanted):
         known("notebook", name, names)
+    if wanted and (others := set(asked) - set(wanted)):
+        raise ValueError(f"--only has {min(others)}, which is none of --as-in {as_in}")
     declared = {name: declared_parameters(NOTEBOOKS / f"{name}.ipynb") for name in names}
     settings = read_profile(profile, declared)
     chosen = dict(split_assignment(text) for text in assignments)
@@ -247,78 +244,6 @@ def typed(name: str, value: object, default: object) -> object:
 # ---------------------------------------------------------------------------------------- execution
 
 
-def execute(stage: Stage, make_key: Callable[[], str], left: float) -> float:
-    """Run one notebook; returns its seconds.
-
-    Nothing is left where a finished notebook is expected unless it finished. The stamp says by
-    which key it was made. Where ``make_key`` gives another one afterwards, something that the
-    notebook depends on was changed while it ran. Nobody can tell what it was made by: it failed.
-    """
-    key, inputs = make_key(), made_from(stage)
-    with locked(stage_lock(stage.folder), wait=PATIENCE):
-        pass  # nobody is at work there: no notebook started by hand, no kernel of a killed run
-    finished = stage.folder / f"{stage.name}.ipynb"
-    failed = stage.folder / f"{stage.name}.failed.ipynb"
-    stage.folder.mkdir(parents=True, exist_ok=True)
-    for workspace in stage.folder.glob(f".{stage.name}.*"):  # left by a run that was killed
-        shutil.rmtree(workspace, ignore_errors=True)
-    for stale in (stage.stamp, finished, failed, *(stage.folder / name for name in stage.outputs)):
-        stale.unlink(missing_ok=True)
-    started = time.monotonic()
-    log = stage.folder / f"{stage.name}.log"
-    with complete_only(failed) as partial, log_to(log), status_line(stage.name, left):
-        problem = problem_of(stage, partial)
-        if not partial.exists():
-            shutil.copyfile(stage.notebook, partial)
-    if not problem and (missing := missing_outputs(stage)):
-        problem = f"ended without writing {', '.join(missing)}"
-    forget_sources()
-    if not problem and (make_key() != key or made_from(stage) != inputs):
-        what = "its notebook, the package, its data or its inputs"
-        problem = f"was changed while it ran ({what}): run it again"
-    if problem:
-        raise RuntimeError(f"{stage.name} {problem} (executed notebook: {failed})")
-    failed.replace(finished)
-    seconds = time.monotonic() - started
-    stamp = {"key": key, "seconds": round(seconds, 1), "inputs": inputs, "made": made(stage)}
-    write_json(stage.stamp, stamp)
-    return seconds
-
-
-def problem_of(stage: Stage, executed: Path) -> str:
-    """Execute a notebook into the file ``executed``; returns what went wrong, '' for nothing."""
-    options = {"cwd": str(NOTEBOOKS), "progress_bar": False, "log_output": True}
-    options |= {"kernel_name": "python3", "kernel_manager_class": ThisInterpreter}
-    options |= {"extra_arguments": ["--log-level=ERROR"]}
-    paths = literal(stage.notebook), literal(executed)
-    try:
-        papermill.execute_notebook(*paths, stage.parameters, **options)
-        return skipped_cells(executed)
-    except PapermillExecutionError as error:
-        said = (error.evalue.strip().splitlines() or ["no message"])[-1]
-        return f"failed in cell {error.exec_count}: {error.ename}: {said}"
-    except DeadKernelError:
-        return "lost its kernel (out of memory?)"
-
-
-def literal(path: Path) -> str:
-    """A path as papermill takes it for itself: it formats paths, so braces are doubled."""
-    return str(path).replace("{", "{{").replace("}", "}}")
-
-
-def skipped_cells(executed: Path) -> str:
-    """What went wrong where not every code cell ran, '' where all did.
-
-    ``sys.exit`` in a cell ends a notebook without an error.
-    """
-    cells = nbformat.read(executed, as_version=4).cells
-    code = [cell for cell in cells if cell.cell_type == "code"]
-    for number, cell in enumerate(code, 1):
-        if cell.source.strip() and cell.execution_count is None:
-            return f"stopped before cell {number}"
-    return ""
-
-
 def expected_seconds(stages: list[Stage]) -> dict[str, float]:
     """What every stage took here last time.
 
@@ -340,21 +265,49 @@ def expected_seconds(stages: list[Stage]) -> dict[str, float]:
     return found
 
 
-def run(stages: list[Stage], only: str = "", force: bool = False) -> None:
+def run(
+    stages: list[Stage], only: str = "", force: bool = False, as_in: str = "", wait: bool = False
+) -> None:
     """Execute what is not up to date, in order.
 
-    With ``only``, these stages alone: their inputs have to be there. Without, all but those that
-    run only when they are named. Raises ``InUse`` when another run is at work in the same folder.
+    With ``only``, these stages alone: their inputs have to be there, and where stages were planned
+    ``as_in`` a run of more, as they were planned. Without, all but those that run only when they
+    are named. Raises ``InUse`` when another run is at work in the same folder, unless told to
+    ``wait``. Runs of other stages alone may be at work there.
     """
-    wanted, alone = named(only), bool(only)
-    selected = [
-        stage for stage in stages if (stage.name in wanted if alone else not stage.only_named)
-    ]
-    if due(stages, selected, alone, force):  # a full disk could not even hold the lock
+    alone, selected = bool(only), selected_of(stages, only)
+
+    def todo() -> list[Stage]:
+        if alone and as_in:
+            check_planned(stages, selected, as_in)
+        return due(stages, selected, alone, force)
+
+    if todo():  # a full disk could not even hold the lock
         require_space(selected[0].folder, SPACE)
-    with locked(run_lock(selected[0].folder.parent)):
-        todo = due(stages, selected, alone, force)  # again: another run may have finished meanwhile
-        _run(stages, selected, todo, alone)
+    locks = [run_lock(selected[0].folder.parent, shared=alone)]
+    locks += [turn_lock(stage.folder) for stage in selected if alone]
+    with ExitStack() as held:
+        for lock in locks:  # in the order of the stages: two never wait for each other
+            _take(lock, wait)
+            held.callback(lock.release)
+        # what is due, once more: another run may have finished meanwhile
+        _run(stages, selected, todo(), alone, math.inf if wait else PATIENCE)
+
+
+def _take(lock: Lock, wait: bool) -> None:
+    try:
+        lock.acquire()
+    except InUse as error:
+        if not wait:
+            raise
+        print(f"waiting: {error}", flush=True)
+        lock.acquire(math.inf)
+
+
+def selected_of(stages: list[Stage], only: str) -> list[Stage]:
+    """The stages that ``only`` names; all that need not be named where it is empty."""
+    wanted = named(only)
+    return [stage for stage in stages if (stage.name in wanted if only else not stage.only_named)]
 
 
 def due(stages: list[Stage], selected: list[Stage], alone: bool, force: bool) -> list[Stage]:
@@ -382,7 +335,24 @@ def check_inputs(stage: Stage, stages: list[Stage]) -> None:
             raise ValueError(f"{what}: run {other.name} again first")
 
 
-def _run(stages: list[Stage], selected: list[Stage], todo: list[Stage], alone: bool) -> None:
+def check_planned(stages: list[Stage], selected: list[Stage], as_in: str) -> None:
+    """``ValueError`` where inputs of the selected stages are there, but not as they are planned.
+
+    ``as_in``: the stages that were planned together, or ``EVERY`` one.
+    """
+    every = as_in == EVERY
+    together = {stage.name for stage in stages} if every else set(named(as_in))
+    needed = {name for stage in selected for name in stage.inputs} & together
+    needed -= {stage.name for stage in selected}
+    for other in [stage for stage in stages if stage.name in needed]:
+        if read_stamp(other).get("key") != stage_key(other, stages, as_made=not every):
+            what = f"{other.name} was not made as it is planned here, or is not there"
+            raise ValueError(f"{what}: run {other.name} first")
+
+
+def _run(
+    stages: list[Stage], selected: list[Stage], todo: list[Stage], alone: bool, patience: float
+) -> None:
     expected = expected_seconds(todo)
     share = f"{len(todo)} of {len(selected)} notebooks"
     if todo:
@@ -396,7 +366,11 @@ def _run(stages: list[Stage], selected: list[Stage], todo: list[Stage], alone: b
         pace = (time.monotonic() - began) / done if done else 1.0
         left = pace * sum(expected[other.name] for other in todo[todo.index(stage) :])
         print(f"{stage.name}  started, about {clock(left)} to the end of the run", flush=True)
-        seconds = execute(stage, lambda stage=stage: stage_key(stage, stages, as_made=alone), left)
+
+        def key(stage: Stage = stage) -> str:
+            return stage_key(stage, stages, as_made=alone)
+
+        seconds = execute(stage, key, left, patience)
         done += expected[stage.name]
         print(f"{stage.name}  done in {clock(seconds)}: {shown(stage.folder)}", flush=True)
     if todo:

@@ -205,9 +205,17 @@ def set_dtype(asked: str) -> None:
 _held: dict[Path, Lock] = {}
 
 
-def run_lock(folder: Path) -> Lock:
-    """The lock of a run (one profile, model and seed), which the runner holds while it works."""
-    return Lock(folder / ".lock")
+def run_lock(folder: Path, shared: bool = False) -> Lock:
+    """The lock of a run (one profile, model and seed), which the runner holds while it works.
+
+    ``shared`` by runners that execute some of its notebooks alone, each under its ``turn_lock``.
+    """
+    return Lock(folder / ".lock", shared=shared)
+
+
+def turn_lock(folder: Path) -> Lock:
+    """The lock of one notebook's folder that a runner holds which executes it alone."""
+    return Lock(folder.parent / f".{folder.name}.turn.lock")
 
 
 def stage_lock(folder: Path) -> Lock:

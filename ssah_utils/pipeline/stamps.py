@@ -16,7 +16,10 @@ from ssah_utils import precision
 from ssah_utils.files import DATA, PACKAGE, ROOT, sha256_of, sha256_of_file
 from ssah_utils.pipeline.runs import run_folder, versions
 
-RUNNER = ("cli", "listing", "machine", "publish", "result_tables", "run", "status", "summary")
+RUNNER = (
+    *("cli", "engine", "execution", "listing", "machine", "publish", "result_tables", "run"),
+    *("status", "summary", "sweep"),
+)
 NOT_IN_KEYS = (  # no result depends on them
     "data/README.md",
     *(f"ssah_utils/pipeline/{name}.py" for name in RUNNER),

@@ -1,0 +1,271 @@
+"""Sweeps: the same notebooks for many seeds, models and values of parameters, as jobs.
+
+    ssah sweep --profile laptop --seeds 0:10 --jobs 4
+    ssah sweep --profile laptop --seeds 0:3 --models a,b --set steps=[10] --set steps=[20]
+    ssah sweep --profile llama2-7b --seeds 0:10 --jobs 20 --executor slurm
+
+Every job is ``ssah run --only NOTEBOOK`` of one run folder, so a sweep leaves what single runs
+leave, and what they left counts as done. Knows runs and stages; which job runs when and where is
+the engine's business.
+"""
+
+import hashlib
+import itertools
+import os
+import re
+import shlex
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import yaml
+
+from ssah_utils.files import cache_dir
+from ssah_utils.locks import InUse, Lock, locked
+from ssah_utils.pipeline import engine, run
+from ssah_utils.pipeline.runs import run_lock, runs_root
+from ssah_utils.pipeline.stamps import Stage
+
+CHOSEN = {"profile": "--profile", "model": "--models", "seed": "--seeds"}  # not by --set
+LONGEST = 80  # letters of a folder's name
+
+
+@dataclass(frozen=True)
+class Member:
+    """One run of a sweep: a model, a seed, and a value of every parameter.
+
+    ``varied``: the assignments of what is swept over; ``root``: the folder that SSAH_RUNS names for
+    them; ``selected``: the stages that are to be done; ``command``: what ``ssah run`` is called
+    with, but for the notebook.
+    """
+
+    varied: tuple[str, ...]
+    root: Path
+    stages: list[Stage]
+    selected: list[Stage]
+    command: tuple[str, ...]
+
+    @property
+    def folder(self) -> Path:
+        with runs_in(self.root):
+            return self.stages[0].folder.parent
+
+    @property
+    def label(self) -> str:
+        seed = f"seed {self.stages[0].parameters['seed']}"
+        return " · ".join([self.folder.parent.name, seed, *self.varied])
+
+    def due(self, alone: bool) -> list[Stage]:
+        """What a single run would execute."""
+        with runs_in(self.root):
+            return run.due(self.stages, self.selected, alone, force=False)
+
+
+@contextmanager
+def runs_in(root: Path) -> Iterator[None]:
+    """Inside the block run folders are those in ``root``."""
+    before = os.environ.get("SSAH_RUNS")
+    os.environ["SSAH_RUNS"] = str(root)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["SSAH_RUNS"]
+        else:
+            os.environ["SSAH_RUNS"] = before
+
+
+# ----------------------------------------------------------------------------------------- planning
+
+
+def seeds_of(text: str) -> list[int]:
+    """The seeds that ``0:10`` (10 is none of them), ``3`` or ``0,4:6`` means, in that order."""
+    found: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)(?::(\d+))?\s*", part)
+        if not match:
+            raise ValueError(f"'{part}' is no range of seeds: 0:10 means 0 to 9, 0,3 means two")
+        first, end = int(match[1]), int(match[2] or int(match[1]) + 1)
+        if first >= end:
+            raise ValueError(f"'{part}' holds no seed: the second number is the first left out")
+        found += range(first, end)
+    return list(dict.fromkeys(found))
+
+
+def values_of(assignments: list[str]) -> dict[str, list[str]]:
+    """All values that are assigned to a parameter, by its name; more than one are swept over."""
+    found: dict[str, list[str]] = {}
+    for name, value in map(run.split_assignment, assignments):
+        if name in CHOSEN:
+            raise ValueError(f"the {name} of a sweep is chosen by {CHOSEN[name]}, not by --set")
+        found.setdefault(name, []).append(value)
+    return {name: list(dict.fromkeys(values)) for name, values in found.items()}
+
+
+def members(
+    profile: str, seeds: list[int], models: list[str], assignments: list[str], only: str = ""
+) -> list[Member]:
+    """All runs of a sweep. Raises what ``run.plan`` raises, before anything is executed.
+
+    ``models``: none means the profile's own. Runs with another value of a parameter that has more
+    than one stand in a folder of their own inside that of the runs.
+    """
+    values = values_of(assignments)
+    swept = [name for name, several in values.items() if len(several) > 1]
+    found: dict[Path, Member] = {}
+    for model, *chosen in itertools.product(models or [""], *values.values()):
+        pairs = list(zip(values, chosen, strict=True))
+        words = [f"{name}={value}" for name, value in pairs]
+        own = [f"model={model}"] if model else []
+        stages = run.plan(profile, [*own, *words], only)
+        varied = [f"{name}={value}" for name, value in pairs if name in swept]
+        root = runs_root() / folder_name(",".join(varied)) if varied else runs_root()
+        model = stages[0].parameters["model"]  # with its commit, so that all jobs mean the same one
+        for seed in seeds:
+            seeded = [replace(one, parameters=one.parameters | {"seed": seed}) for one in stages]
+            member = Member(
+                varied=tuple(varied),
+                root=root,
+                stages=seeded,
+                selected=run.selected_of(seeded, only),
+                command=command(profile, model, seed, words, only),
+            )
+            found.setdefault(member.folder, member)  # a model may have been named twice
+    return list(found.values())
+
+
+def folder_name(text: str) -> str:
+    """A name for a folder that tells ``text`` from all others, and shows it as far as it can."""
+    plain = re.sub(r"[^\w.,=@+-]", "-", text)
+    if plain == text and len(text) <= LONGEST:
+        return text
+    return f"{plain[:LONGEST]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+def command(profile: str, model: str, seed: int, words: list[str], only: str) -> tuple[str, ...]:
+    """``ssah run`` for one notebook of a run; the notebook's name is to be put last.
+
+    It plans the run as a whole, and waits where a job of an earlier sweep is still at work.
+    """
+    assigned = [f"model={model}", f"seed={seed}", *words]
+    return (
+        *(sys.executable, "-m", "ssah_utils.pipeline.cli", "run", "--profile", profile),
+        *(word for one in assigned for word in ("--set", one)),
+        *("--wait", "--as-in", only or run.EVERY, "--only"),
+    )
+
+
+def jobs_of(found: list[Member], only: str = "") -> list[engine.Job]:
+    """What is not up to date, with what has to be done before.
+
+    A notebook that reads the results of other seeds waits for theirs; where they are made anew, so
+    is it.
+    """
+    due = {member.folder: {one.name for one in member.due(bool(only))} for member in found}
+    keys = {member.folder: key_of(member, k) for k, member in enumerate(found)}
+    jobs = []
+    for member in found:
+        beside = [other for other in due if other.parent == member.folder.parent]
+        for stage in member.selected:
+            folders = beside if stage.every_seed else [member.folder]
+            needs = [(one, name) for one in folders for name in stage.inputs if name in due[one]]
+            if stage.name in due[member.folder] or (stage.every_seed and needs):
+                job = engine.Job(
+                    name=f"{keys[member.folder]}/{stage.name}",
+                    label=f"{member.label} · {stage.name}",
+                    command=shell(member, stage),
+                    needs=tuple(f"{keys[one]}/{name}" for one, name in needs),
+                )
+                jobs.append(job)
+    return jobs
+
+
+def key_of(member: Member, k: int) -> str:
+    """A name for the k-th run that Snakemake takes in a path."""
+    return f"{k:03d}-{re.sub(r'[^a-zA-Z0-9.=@_]+', '-', member.label)[:LONGEST]}"
+
+
+def shell(member: Member, stage: Stage) -> str:
+    """A job's command as a shell takes it, from wherever it is started."""
+    places = {"SSAH_RUNS": str(member.root), "SSAH_CACHE": str(cache_dir())}
+    told = " ".join(f"{name}={shlex.quote(place)}" for name, place in places.items())
+    call = shlex.join([*member.command, stage.name])
+    return f"cd {shlex.quote(str(Path.cwd()))} && {told} {call}"
+
+
+# ------------------------------------------------------------------------------------------- engine
+
+
+def read_workflow_profile(folder: Path) -> dict:
+    """A Snakemake profile; ``ValueError`` or ``OSError`` in one line where it is none."""
+    files = sorted(folder.glob("config*.yaml"))
+    if not files:
+        raise FileNotFoundError(f"{folder} is no profile of Snakemake: it has no config.yaml")
+    try:
+        content = yaml.safe_load(files[-1].read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{files[-1]} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{files[-1]} must map options of Snakemake to values")
+    return content
+
+
+def engine_for(executor: str, jobs: int, threads: int, profile: Path | None) -> engine.Engine:
+    """How Snakemake is to work: by what was asked for, else by the profile; 0 and '' ask nothing.
+
+    ``ValueError`` for an executor that is not installed, ``OSError`` for a profile without a file.
+    """
+    content = read_workflow_profile(profile) if profile else {}
+    executor = executor or content.get("executor") or "local"
+    jobs = jobs or content.get("jobs") or 1
+    engine.check_executor(executor)
+    if type(jobs) is not int or jobs < 1 or threads < 0:
+        raise ValueError(f"--jobs is {jobs} and --threads {threads}, but at least 1 is needed")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    shared = max(1, (cores or 1) // jobs) if executor == "local" else 1
+    folder = profile.resolve() if profile else None
+    return engine.Engine(executor, jobs, threads or shared, folder)
+
+
+def sweep(found: list[Member], how: engine.Engine, only: str = "") -> list[str]:
+    """Do what is not up to date; one line for each thing that went wrong.
+
+    Raises ``InUse`` where another sweep is at work on one of the models.
+    """
+    with ExitStack() as held:
+        for folder in sorted({member.folder.parent for member in found}):
+            held.enter_context(locked(Lock(folder / ".sweep.lock")))
+        jobs = jobs_of(found, only)
+        print(shown_plan(found, jobs, how)[-1], flush=True)
+        if not jobs:
+            return []
+        tell_of_others(found)
+        folder = runs_root() / ".sweeps" / time.strftime(f"%Y%m%d-%H%M%S-{os.getpid()}")
+        problems = engine.run_jobs(jobs, how, folder)
+        if not problems:
+            shutil.rmtree(folder, ignore_errors=True)
+        return problems
+
+
+def tell_of_others(found: list[Member]) -> None:
+    """Say where a run is at work already, as a job of a sweep that was killed may be."""
+    for member in found:
+        try:
+            with locked(run_lock(member.folder)):
+                pass
+        except InUse as error:
+            print(f"{member.label}  waits: {error}", flush=True)
+
+
+def shown_plan(found: list[Member], jobs: list[engine.Job], how: engine.Engine) -> list[str]:
+    """What a sweep would do: a line each run, and one in all."""
+    lines = []
+    for k, member in enumerate(found):
+        due = [job.notebook for job in jobs if job.name.startswith(f"{key_of(member, k)}/")]
+        lines.append(f"{run.shown(member.folder)}  {', '.join(due) or 'up to date'}")
+    by = f"{how.jobs} at a time ({how.executor})"
+    return [*lines, f"{len(jobs)} notebooks to execute in {len(found)} runs, {by}"]

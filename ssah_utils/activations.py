@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ssah_utils import models, weights, wrappers
+from ssah_utils import models, placement, weights, wrappers
 from ssah_utils.per_unit import PerUnit
 
 Batch = dict[str, Tensor]  # input_ids, attention_mask: (B, T) int64; positions: (B, T) bool
@@ -113,7 +113,7 @@ def channel_moments(model: nn.Module, batches: Iterable[Batch]) -> ChannelMoment
     """
     model = weights.gathered(model)
     backbone = models.backbone_of(model)
-    device = next(model.parameters()).device
+    device = placement.input_device(model)
     writers = models.writers(model)
     streams = [StreamingMoments() for _ in writers]
     selected: Tensor  # flat indices of the marked positions of the batch at hand
@@ -159,7 +159,7 @@ def unit_values(model: nn.Module, batch: Batch, kind: str, layer: int, channel: 
     One unit on one request is what a reader can look at, before moments over all of them.
     """
     model = weights.gathered(model)
-    backbone, device = models.backbone_of(model), next(model.parameters()).device
+    backbone, device = models.backbone_of(model), placement.input_device(model)
     seen: list[Tensor] = []
 
     def keep(module: nn.Module, args: tuple[Tensor]) -> None:
@@ -184,7 +184,7 @@ def gradient_activation(model: nn.Module, batches: Iterable[Batch]) -> PerUnit:
     """
     plain = weights.gathered(model)
     backbone = models.backbone_of(plain)
-    device = next(plain.parameters()).device
+    device = placement.input_device(plain)
     writers = models.writers(plain)
     totals = [torch.zeros((), dtype=torch.float64)] * len(writers)
     count = 0
@@ -262,7 +262,7 @@ def marked_states(
     (n, ...) where the states appear, so that a projection keeps one number of each.
     """
     model = weights.gathered(model)
-    backbone, device = models.backbone_of(model), next(model.parameters()).device
+    backbone, device = models.backbone_of(model), placement.input_device(model)
     collected: list[Tensor] = []
     selected: Tensor  # flat indices of the marked positions of the batch at hand
     per_block: list[Tensor]

@@ -26,7 +26,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from ssah_utils import fingerprints, precision, quantised, wrappers
+from ssah_utils import fingerprints, placement, precision, quantised, wrappers
 from ssah_utils.files import (
     DATA,
     LIBRARIES,
@@ -136,7 +136,6 @@ def _identity_of_model(model: nn.Module, name: str) -> dict:
     """Of all that decides a model's outputs, answers and training."""
     plain = wrappers.unwrapped(model)
     refuse_hooks(plain, name)
-    tables = (plain.get_input_embeddings(), plain.get_output_embeddings())
     # rotary frequencies, for one, which are no weights
     in_codes = {name for name, _ in quantised.quantised_modules(plain)}
     buffers = {
@@ -147,13 +146,24 @@ def _identity_of_model(model: nn.Module, name: str) -> dict:
     return {
         "model": fingerprints.fingerprint(plain),
         "dtype": str(plain.dtype),
-        "device": plain.device.type,
+        # which of several devices computes what changes no number, nor where weights are kept
+        "device": placement.kinds_of_devices(plain),
         "ends": getattr(plain.generation_config, "eos_token_id", None),
         "attention": plain.config._attn_implementation,
         "training": plain.training,
-        "tied": tables[0].weight.data_ptr() == tables[1].weight.data_ptr(),
+        "tied": _is_tied(plain),
         "buffers": {name: identity_of(buffer) for name, buffer in buffers.items()},
     }
+
+
+def _is_tied(model: nn.Module) -> bool:
+    """Whether a language model reads and writes tokens by one matrix."""
+    one, other = (
+        table.weight for table in (model.get_input_embeddings(), model.get_output_embeddings())
+    )
+    if one.is_meta or other.is_meta:  # fetched when they are needed, each by its own name
+        return bool(getattr(model, "all_tied_weights_keys", {}))
+    return one.data_ptr() == other.data_ptr()
 
 
 def refuse_hooks(model: nn.Module, name: str) -> None:

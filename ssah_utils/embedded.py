@@ -174,7 +174,7 @@ def _prepare(model: Embedded) -> None:
         try:
             made.save_pretrained(unfinished)
         except SafetensorError as error:  # a disk that others filled meanwhile, for one
-            raise OSError(f"{name} cannot be written: {first_line(error)}") from error
+            raise OSError(f"{model.name} cannot be written: {first_line(error)}") from error
         AutoTokenizer.from_pretrained(**source).save_pretrained(unfinished)
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from ssah_utils import fingerprints, prompt_cache, wrappers
+from ssah_utils import fingerprints, placement, prompt_cache, wrappers
 from ssah_utils.cache import cached
 from ssah_utils.judge.rules import rejudged
 from ssah_utils.prompts.arithmetic import is_correct
@@ -104,11 +104,11 @@ def response_nll(
     examples = encode(tokenizer, prompts, responses, max_response_tokens, end=False)
     n_labels = [sum(label != IGNORED for label in example["labels"]) for example in examples]
     prompt_cache.check_lengths(tokenizer, plain.config, prompts, n_labels)
-    nll = np.full(len(examples), np.nan)
+    nll, device = np.full(len(examples), np.nan), placement.input_device(plain)
     sequences = [example["input_ids"] for example in examples]
     for rows in prompt_cache.length_sorted(sequences, batch_size):
         ids, labels, mask = right_padded([examples[row] for row in rows])
-        inputs = {"input_ids": ids.to(plain.device), "attention_mask": mask.to(plain.device)}
+        inputs = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
         # logits from the batch's earliest response token on
         n_kept = int((labels != IGNORED).flip(1).cumsum(1).argmax(1).max()) + 2
         with wrappers.evaluating(plain):

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.nn.functional import sigmoid
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from ssah_utils import placement
+
 HERE = "unit_values"  # name of the module through which activations pass
 Hook = Callable[[nn.Module, tuple[Tensor]], tuple[Tensor, ...] | None]
 
@@ -109,7 +111,7 @@ class ExpertsWriter(HookedWriter):
     @property
     def weight(self) -> Tensor:
         """All columns side by side: (d_model, n_experts * d_expert), a copy."""
-        whole = self.experts.down_proj
+        whole = placement.value_of(self.experts, "down_proj")
         return whole.flatten(0, 1).T if self.experts.is_transposed else _side_by_side(whole)
 
     def _open(self, here: nn.Module) -> None:
@@ -142,7 +144,7 @@ class GatedWriter(HookedWriter):
 
     @property
     def weight(self) -> Tensor:
-        return self.linear.weight
+        return placement.value_of(self.linear, "weight")
 
     # Methods and not closures, as a copy of the model then has hooks that refer to the copy.
 

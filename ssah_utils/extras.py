@@ -14,6 +14,7 @@ EXTRAS = {
     "train": ("accelerate", "datasets", "peft", "trl"),
     "eval": ("datasets", "lm_eval", "pyarrow", "scipy", "sklearn"),
     "quantised": ("accelerate", "bitsandbytes"),
+    "devices": ("accelerate",),
     "notebooks": ("ipykernel", "jupyterlab", "matplotlib", "papermill", "seaborn"),
     "sweep": ("snakemake", "snakemake_executor_plugin_slurm"),
 }

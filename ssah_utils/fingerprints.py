@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor, nn
 
-from ssah_utils import quantised
+from ssah_utils import placement, quantised
 from ssah_utils.files import sha256_of
 from ssah_utils.models import architecture_of
 from ssah_utils.weights import gathered
@@ -42,7 +42,8 @@ def fingerprint(model: nn.Module) -> str:
         if key not in COSMETIC and not key.endswith("_token_id") and not key.startswith("_")
     }
     tables = (plain.get_input_embeddings(), plain.get_output_embeddings())
-    vocabulary = {table.weight.data_ptr() for table in tables if not quantised.is_quantised(table)}
+    tables = [table for table in tables if not quantised.is_quantised(table)]
+    vocabulary = {table.weight.data_ptr() for table in tables}
     repacked = {
         name: module
         for name, module in quantised.quantised_modules(plain)
@@ -54,15 +55,26 @@ def fingerprint(model: nn.Module) -> str:
         if name.rpartition(".")[0] not in repacked or name.endswith(".bias")
         for part, value in quantised.plain_tensors(name, tensor.detach())
     }
-    # tied tensors are hashed once
+    # tied tensors are hashed once; what a device map keeps elsewhere has no place in memory
     places = {
-        name: (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+        name: (
+            tensor.data_ptr(),
+            tensor.shape,
+            tensor.stride(),
+            tensor.dtype,
+            tensor.is_meta * name,
+        )
         for name, tensor in tensors.items()
     }
-    distinct = {places[name]: tensor for name, tensor in tensors.items()}
+    distinct = {places[name]: (name, tensor) for name, tensor in tensors.items()}
 
-    def hash_of(tensor: Tensor) -> str:
+    def hash_of(named: tuple[str, Tensor]) -> str:
+        name, tensor = named
         is_table = tensor.data_ptr() in vocabulary
+        if tensor.is_meta:
+            owner = plain.get_submodule(name.rpartition(".")[0])
+            is_table = any(owner is table for table in tables)
+            tensor = placement.value_of(owner, name.rpartition(".")[2]).detach()
         return _hash_of_values(trained_rows(tensor) if is_table else tensor)
 
     with ThreadPoolExecutor() as pool:  # neither rounding nor hashing needs the interpreter

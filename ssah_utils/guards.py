@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ssah_utils import quantised
+from ssah_utils import placement, quantised
 
 SHARDED = (
     "the model is sharded (FSDP, DeepSpeed ZeRO-3, tensor parallelism) or offloaded:"
@@ -49,7 +49,8 @@ def is_sharded(module: nn.Module) -> bool:
 
 
 def refuse_sharded(model: nn.Module) -> None:
-    """``ValueError`` for a model of which this process does not hold all."""
+    """``ValueError`` for a model of which this process does not hold all on one device."""
+    placement.refuse_dispatched(model, placement.TRAINING)
     n_ranks = getattr(model, "tp_size", None) or 1  # of tensor parallelism
     if n_ranks > 1 or any(is_sharded(module) for module in model.modules()):
         raise ValueError(SHARDED)

@@ -12,7 +12,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from ssah_utils import experts, models, quantised, wrappers
+from ssah_utils import experts, models, placement, quantised, wrappers
 
 
 @contextmanager
@@ -84,9 +84,10 @@ def without_units(
 
     Writer columns are dropped, and reader rows whose channels are all dropped. A mean becomes a
     bias of the writer, or of the experts. ``ValueError`` for a quantised model, whose columns share
-    codes and scales.
+    codes and scales, and for one that a device map keeps in several places.
     """
     model = wrappers.unwrapped(model)
+    placement.refuse_dispatched(model, "units are taken out of matrices")
     for name, module in quantised.quantised_modules(model):
         raise ValueError(
             f"'{name}' is a {type(module).__name__}: units cannot be taken out of quantised"

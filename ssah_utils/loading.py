@@ -5,7 +5,7 @@ know where units are; ``models`` is asked whether it does.
 """
 
 import re
-import tempfile
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,19 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from ssah_utils import checkpoints, embedded, hub, quantised, quantisers, room, wrappers
+from ssah_utils import (
+    checkpoints,
+    device_maps,
+    embedded,
+    hub,
+    offloading,
+    quantised,
+    quantisers,
+    room,
+    wrappers,
+)
 from ssah_utils.display import first_line
+from ssah_utils.files import cache_dir
 from ssah_utils.models import shape_of
 from ssah_utils.precision import Precision, Quantised, computed_in, to_dtype
 from ssah_utils.prompts.chat import template_tokens
@@ -38,47 +49,62 @@ BELONGS = (
 
 
 def load(
-    name: str, dtype: Precision = torch.float32, device: str = "cpu"
+    name: str, dtype: Precision = torch.float32, device: str = "cpu", device_map: str = ""
 ) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     """Model in evaluation mode and its tokenizer.
 
     A model that is stored quantised is loaded so; ``dtype`` is then that of all that is no matrix
     of codes. With a ``Quantised`` one, it is quantised as it is loaded, by bitsandbytes. ``name``
     is one of ``embedded.NAMES`` (no hub), a local folder, or a Hugging Face id, with ``@revision``
-    for another than the newest. Never runs remote code; reads safetensors only. Raises
+    for another than the newest. By a ``device_map`` (``device_maps.read_map``) it is spread over
+    several devices, memory and disk, to be looked at; ``device`` then means nothing. Never runs
+    remote code; reads safetensors only. Raises
     ``ValueError`` for a model that is there but not whole, quantised by a method that is not read,
-    or larger than its configuration says; ``ConnectionError`` for one that cannot be had;
-    ``PermissionError`` for one whose terms are not accepted; ``OSError`` for too little disk or
-    memory.
+    or larger than its configuration says, and for a map that does not fit it; ``ConnectionError``
+    for one that cannot be had; ``PermissionError`` for one whose terms are not accepted;
+    ``OSError`` for too little disk or memory.
     """
     if name == embedded.TINY_RANDOM:
         tokenizer = load_tokenizer(name)
         model = wrappers.unwrapped(embedded.tiny_random(tokenizer, computed_in(dtype)))
-        if not isinstance(dtype, Quantised):
+        if not isinstance(dtype, Quantised) and not device_map:
             return model.to(device).eval(), tokenizer
-        with tempfile.TemporaryDirectory() as saved:
-            model.save_pretrained(saved)
-            tokenizer.save_pretrained(saved)
-            return load(saved, dtype, device)
+        with offloading.folder_for_a_model() as saved:
+            model.save_pretrained(saved.path)
+            tokenizer.save_pretrained(saved.path)
+            model, tokenizer = load(str(saved.path), dtype, device, device_map)
+            saved.keep_with(model)
+            return model, tokenizer
     is_ours = name in embedded.MODELS
     if is_ours:  # its family is known, and it is made as soon as its configuration is asked for
-        check_room(name, dtype, device)
+        check_room(name, dtype, device, device_map)
     config, tokenizer = config_of(name), load_tokenizer(name)
     check_numbers(config, name, dtype)
     if not is_ours:
         check_supported(config, name)
-        check_room(name, dtype, device)
+        check_room(name, dtype, device, device_map)
     folder = whole_folder(name)
+    where = device_maps.read_map(device_map) or {"": device}
+    if device_map and isinstance(where, dict):
+        where = device_maps.flat_map(where, without_weights(config))
     try:
-        model, found = auto_class(config).from_pretrained(
-            folder,
-            **quantisers.loading_arguments(config, dtype, device),
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are refused below, by their names
-        )
+        with offloading.folder_for_a_model() as resaved:
+            spread = {"device_map": where, "offload_folder": resaved.path} if device_map else {}
+            model, found = auto_class(config).from_pretrained(
+                folder,
+                **quantisers.loading_arguments(config, dtype, where) | spread,
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are refused below, by their names
+            )
+            resaved.keep_with(model)
     except Exception as error:
+        if device_map and isinstance(dtype, Quantised):  # of bitsandbytes, at length
+            raise ValueError(
+                f"'{name}' does not go by device_map {device_map} as {dtype.codes}:"
+                f" {_reason(error)}"
+            ) from error
         if quantisers.method_of(config):
             raise quantisers.not_run(config, name, _reason(error)) from error
         raise ValueError(f"the weights of '{name}' cannot be loaded: {_reason(error)}") from error
@@ -108,7 +134,10 @@ def load(
     if not quantisers.keeps_codes(model.config):
         if quantisers.method_of(config):  # what was no matrix of codes is as it was stored
             model = to_dtype(model, computed_in(dtype))
-        model = model.to(device)
+        if not device_map:
+            model = model.to(device)
+    if device_map:  # it is only looked at, and parameters that are fetched come anew each time
+        model.requires_grad_(False)
     return model.eval(), tokenizer
 
 
@@ -239,11 +268,15 @@ def whole_folder(name: str) -> Path:
     return folder
 
 
-def check_room(name: str, dtype: Precision, device: str = "cpu") -> None:
+def check_room(name: str, dtype: Precision, device: str = "cpu", device_map: str = "") -> None:
     """``OSError``, before anything large is fetched, for weights that do not fit into memory.
 
-    What is stored as codes is kept as it is stored.
+    What is stored as codes is kept as it is stored. By a ``device_map``, each place has to hold its
+    part; ``ValueError`` for a map that does not fit the model.
     """
+    if device_map:
+        check_placement(name, dtype, device_map)
+        return
     if name == embedded.TINY_RANDOM:
         return
     is_folder = name not in embedded.MODELS
@@ -252,6 +285,27 @@ def check_room(name: str, dtype: Precision, device: str = "cpu") -> None:
         room.require_memory(name, n_bytes, torch.uint8, device)
     else:
         room.require_memory(name, _n_parameters(name), dtype, device)
+
+
+@cache
+def check_placement(name: str, dtype: Precision, device_map: str) -> None:
+    """``ValueError`` for a device map that does not fit a model, ``OSError`` where it has no room.
+
+    Reads no weights.
+    """
+    found = device_maps.read_map(device_map)
+    if isinstance(found, str):
+        n_bytes = _n_parameters(name) * dtype.itemsize if name != embedded.TINY_RANDOM else 0
+        room.require_anywhere(name, int(n_bytes), cache_dir())
+        return
+    if name == embedded.TINY_RANDOM:
+        model, has_codes = embedded.tiny_random(load_tokenizer(name), computed_in(dtype)), False
+    else:
+        config = AutoConfig.from_pretrained(resolve(name), trust_remote_code=False)
+        model, has_codes = without_weights(config), quantisers.keeps_codes(config)
+    device_maps.check_map(found, model, name, dtype, has_codes)
+    if not has_codes:
+        room.require_places(name, device_maps.bytes_by_place(found, model, dtype), dtype)
 
 
 def check_room_to_train(stage: str, name: str) -> None:

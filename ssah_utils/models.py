@@ -19,7 +19,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from ssah_utils import quantised
+from ssah_utils import placement, quantised
 from ssah_utils.architectures import Architecture, Mixture, ModelShape, architecture
 from ssah_utils.experts import ExpertsWriter, GatedWriter, HookedWriter, layout
 from ssah_utils.per_unit import KINDS, PerUnit
@@ -238,7 +238,8 @@ def matrix_size(module: Hookable) -> tuple[int, int]:
         return quantised.outputs_and_inputs(module)
     if isinstance(n_outputs := getattr(module, "out_features", None), int):
         return n_outputs, cast("int", module.in_features)
-    n_outputs, n_inputs = column_weight(module).shape
+    size = cast("Tensor", module.weight).shape
+    n_outputs, n_inputs = reversed(size) if is_transposed(module) else size
     return n_outputs, n_inputs
 
 
@@ -403,7 +404,7 @@ def is_transposed(module: Hookable) -> bool:
 
 
 def column_weight(module: Hookable, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Weight of a linear map as (out, in), whatever its storage; a view.
+    """Weight of a linear map as (out, in), whatever its storage; a view, or fetched to be read.
 
     Of a quantised one, the numbers that its codes stand for, for a model that computes in
     ``dtype``. ``ValueError`` where those cannot be read (``quantised.weight_of``).
@@ -413,7 +414,7 @@ def column_weight(module: Hookable, dtype: torch.dtype = torch.float32) -> Tenso
     # fused experts are in floating point, or refused
     if isinstance(module, nn.Module) and quantised.is_quantised(module):
         return quantised.weight_of(module, dtype)
-    weight = cast("Tensor", module.weight)
+    weight = placement.value_of(module, "weight")
     return weight.T if is_transposed(module) else weight
 
 

@@ -23,6 +23,7 @@ from transformers.cache_utils import (
     get_layer_types_and_kwargs,
 )
 
+from ssah_utils.placement import input_device
 from ssah_utils.prompts.chat import answer_separator, without_special_tokens
 from ssah_utils.wrappers import evaluating, without_wrappers
 
@@ -174,7 +175,7 @@ class PromptCache:
             self.cache.update(kept.keys, kept.values, layer)
         width = max(map(len, prompts))
         padded = [[0] * (width - len(row)) + row for row in prompts]
-        ids = torch.tensor(padded, device=self.model.device)
+        ids = torch.tensor(padded, device=input_device(self.model))
         lengths = torch.tensor([len(row) for row in prompts], device=ids.device)
         own = (torch.arange(width, device=ids.device) >= width - lengths[:, None]).long()
         self.attention_mask = pad(own, (n_prefix, 0), value=1)
@@ -307,7 +308,7 @@ class WholePasses(PromptCache):
         _require_tokens(prompts)
         self.model, self.texts, self.n_after = without_wrappers(model), prompts, 0
         self.config = self.model.config.get_text_config(decoder=True)
-        self.lengths = torch.tensor([len(ids) for ids in prompts], device=self.model.device)
+        self.lengths = torch.tensor([len(ids) for ids in prompts], device=input_device(self.model))
         self.longest = max(map(len, prompts))
         self._check_room(0)
         self.next_logits = torch.stack(self._read(prompts, [1] * len(prompts)))[:, -1]

@@ -106,9 +106,12 @@ def check_quantises(config: PretrainedConfig, name: str, dtype: Quantised) -> No
 
 
 def loading_arguments(
-    config: PretrainedConfig, dtype: torch.dtype | Quantised, device: str
+    config: PretrainedConfig, dtype: torch.dtype | Quantised, device_map: object
 ) -> dict[str, object]:
-    """What ``from_pretrained`` is to be told of the numbers in which a model is loaded."""
+    """What ``from_pretrained`` is to be told of the numbers in which a model is loaded.
+
+    ``device_map``: where it goes, for methods that have to know as they load.
+    """
     method = method_of(config)
     if isinstance(dtype, Quantised):
         by_codes = {
@@ -119,13 +122,13 @@ def loading_arguments(
                 bnb_4bit_compute_dtype=dtype.dtype,
             ),
         }
-        quantise, place = by_codes[dtype.codes], {"": device}
-        return {"dtype": dtype.dtype, "quantization_config": quantise, "device_map": place}
+        quantise = by_codes[dtype.codes]
+        return {"dtype": dtype.dtype, "quantization_config": quantise, "device_map": device_map}
     if not method:
         return {"dtype": dtype}
     if made := METHODS[method].made:
         return {"dtype": dtype, "quantization_config": made(dequantize=True)}
-    return {"dtype": dtype, "device_map": {"": device}}
+    return {"dtype": dtype, "device_map": device_map}
 
 
 def not_run(config: PretrainedConfig, name: str, reason: str) -> ValueError:

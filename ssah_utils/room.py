@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from ssah_utils.files import free_space
 from ssah_utils.precision import Precision
 
 GIB = 2**30
@@ -60,6 +61,43 @@ def require_memory(name: str, n_parameters: int, dtype: Precision, device: str =
             f"the weights of '{name}' need {needed / GIB:.1f} GiB of {place} in"
             f" {str(dtype).removeprefix('torch.')}, and {free / GIB:.1f} GiB are free: {fits}"
         )
+
+
+def require_places(name: str, needed: dict[str, int], dtype: Precision) -> None:
+    """``OSError`` in one line where the parts that a device map keeps in a place do not fit there.
+
+    ``needed``: bytes by place, as ``device_maps.bytes_by_place`` counts them. What is kept on disk
+    stays in the model's own files.
+    """
+    for place, n_bytes in needed.items():
+        if place == "disk":
+            continue
+        device = f"cuda:{place}" if place.isdigit() else place
+        free = _free_in(device)
+        if free is not None and n_bytes > free:
+            gc.collect()
+            free = _free_in(device)
+        if free is not None and n_bytes > free:
+            raise OSError(
+                f"device_map puts {n_bytes / GIB:.1f} GiB of '{name}' on {device}, in"
+                f" {str(dtype).removeprefix('torch.')}, and {free / GIB:.1f} GiB are free there:"
+                " give it fewer blocks"
+            )
+
+
+def require_anywhere(name: str, n_bytes: int, folder: Path) -> None:
+    """``OSError`` in one line for a model that does not fit into GPUs, memory and disk together."""
+    gpus = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
+    found = [*(_free_on_gpu(gpu) for gpu in gpus), free_memory() or 0, free_space(folder)]
+    if n_bytes > sum(found):
+        raise OSError(
+            f"the weights of '{name}' need {n_bytes / GIB:.1f} GiB, and {sum(found) / GIB:.1f} GiB"
+            f" are free on {len(gpus)} GPUs, in memory and on disk: take a smaller dtype or model"
+        )
+
+
+def _free_in(device: str) -> int | None:
+    return _free_on_gpu(device) if device.startswith("cuda") else free_memory()
 
 
 def free_memory() -> int | None:

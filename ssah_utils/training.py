@@ -20,7 +20,16 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainerCallback
 
-from ssah_utils import extras, guards, loading, models, precision, weights, wrappers
+from ssah_utils import (
+    extras,
+    guards,
+    loading,
+    models,
+    placement,
+    precision,
+    weights,
+    wrappers,
+)
 from ssah_utils.activations import inputs_of
 from ssah_utils.cache import cache_key
 from ssah_utils.files import cache_dir, complete_only, require_space, write_json
@@ -125,7 +134,11 @@ def _inner(model: nn.Module) -> nn.Module:
 
 
 def _refuse_codes(model: nn.Module) -> None:
-    """``ValueError`` for a quantised model, unless what is trained is an adapter of PEFT."""
+    """``ValueError`` for a quantised model, unless what is trained is an adapter of PEFT.
+
+    Also for one that a device map keeps in several places.
+    """
+    placement.refuse_dispatched(model, placement.TRAINING)
     if not hasattr(model, "peft_config"):
         guards.refuse_quantised(model)
 
@@ -389,6 +402,7 @@ def unit_gradients(model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> Pe
     """
     model = wrappers.unwrapped(model)
     guards.refuse_quantised(model)
+    placement.refuse_dispatched(model, "gradients of weights are looked at")
     if is_partial(model):
         raise ValueError(
             "some units of this model are being trained:"

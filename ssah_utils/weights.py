@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ssah_utils import guards
+from ssah_utils import guards, placement
 from ssah_utils.architectures import ModelShape
 from ssah_utils.models import (
     Hookable,
@@ -26,18 +26,19 @@ from ssah_utils.wrappers import unwrapped
 
 
 def gathered(model: nn.Module) -> PreTrainedModel:
-    """``unwrapped``, for looking at values.
+    """``unwrapped``, for looking at values, also at those that a device map keeps elsewhere.
 
-    ``ValueError`` when not all of them are in the memory of this process.
+    ``ValueError`` when not all of them can be had in this process.
     """
     plain = unwrapped(model)
     marks = ("device_mesh", "ds_status")  # of FSDP 2, of DeepSpeed ZeRO 3
+    missing = placement.lacks_values(plain)
     for name, parameter in plain.named_parameters():
         is_part = any(hasattr(parameter, mark) for mark in marks)
-        if is_part or "_fsdp_wrapped_module." in name or parameter.is_meta:
+        if is_part or "_fsdp_wrapped_module." in name or name == missing:
             raise ValueError(
                 f"the values of {name} are sharded or offloaded, so they are not all here:"
-                " load the whole model to look at it"
+                " load the whole model to look at it, or by a device_map"
             )
     return plain
 
@@ -70,6 +71,7 @@ def squared_gradients(model: nn.Module) -> PerUnit:
     """
     model = gathered(model)
     guards.refuse_quantised(model)
+    placement.refuse_dispatched(model, "gradients of weights are looked at")
     shape = shape_of(model)
     return per_unit_of((writer, _squared_gradients(writer, shape)) for writer in writers(model))
 

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, cast
 
 from torch import nn
 
+from ssah_utils import placement
+
 if TYPE_CHECKING:  # seconds to import
     from transformers import PreTrainedModel
 
@@ -53,10 +55,10 @@ def over_same_weights(model: nn.Module) -> nn.Module:
 
     So one can be changed by hooks and judged by the other, at no memory. Training either trains
     both. Not for quantised models: some keep scales outside of their weights, where a copy loses
-    them.
+    them. Of a model that is dispatched by a device map, what is kept elsewhere is shared, too.
     """
-    tensors = (*model.parameters(), *model.buffers())
-    return copy.deepcopy(model, memo={id(tensor): tensor for tensor in tensors})
+    shared = (*model.parameters(), *model.buffers(), *placement.stores(model))
+    return copy.deepcopy(model, memo={id(one): one for one in shared})
 
 
 def plain_name(name: str) -> str:

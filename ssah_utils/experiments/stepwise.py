@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from ssah_utils.judge import rules
+from ssah_utils.placement import input_device
 from ssah_utils.prompt_cache import (
     Ids,
     PromptCache,
@@ -119,7 +120,7 @@ def generate_and_probe(
     model, sequences = without_wrappers(model), token_ids(tokenizer, prompts)
     n_refusals = len(openings[0])
     opened = opening_ids(tokenizer, prompts, [*openings[0], *openings[1]])
-    ends = torch.tensor(end_tokens(model, tokenizer), dtype=torch.long, device=model.device)
+    ends = torch.tensor(end_tokens(model, tokenizer), dtype=torch.long, device=input_device(model))
     n_forced = {name: len(forced[0]) if forced else 0 for name, forced in variants.items()}
     at = {name: _steps_after(k, k + n_tokens, steps) for name, k in n_forced.items()}
     longest_opening = max(map(len, opened))
@@ -133,7 +134,7 @@ def generate_and_probe(
     for rows in progress(length_sorted(sequences, batch_size), "steps"):
         cache = read_prompts(model, [sequences[row] for row in rows])
         for name, forced in variants.items():
-            given = torch.tensor([forced[row] for row in rows], device=model.device)
+            given = torch.tensor([forced[row] for row in rows], device=input_device(model))
             given = given.reshape(len(rows), -1).long()  # (B, n_forced), also where it is 0
             ids, after = _greedy(cache, given, n_tokens, at[name])  # (B, n_forced + n_tokens)
             ended = torch.isin(ids, ends)
@@ -200,7 +201,7 @@ def continuation_nll(
             if width <= trajectory.n_forced:
                 continue
             padded = [[*answer, *[0] * (width - len(answer))] for answer in answers]
-            ids = torch.tensor(padded, device=base.device)
+            ids = torch.tensor(padded, device=input_device(base))
             logits = torch.cat([first_logits, cache.extend(ids)[:, :-1]], 1)  # (B, width, V)
             loss = nn.functional.cross_entropy(logits.transpose(1, 2), ids, reduction="none")
             column = torch.arange(width)

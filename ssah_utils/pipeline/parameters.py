@@ -13,6 +13,7 @@ from pathlib import Path
 
 from ssah_utils import embedded, extras
 from ssah_utils.adapters import PEFT_METHODS
+from ssah_utils.device_maps import read_map
 from ssah_utils.experiments.recipes import Recipe
 from ssah_utils.loading import (
     check_numbers,
@@ -149,6 +150,10 @@ def judge(name: str, value: str, values: dict) -> None:
     check_judge(value)
 
 
+def device_map(name: str, value: str, values: dict) -> None:
+    read_map(value)
+
+
 def template(name: str, value: str, values: dict) -> None:
     if not Path(value).is_file():
         raise FileNotFoundError(f"{name} '{value}' does not exist: give the path of a Jinja file")
@@ -157,7 +162,8 @@ def template(name: str, value: str, values: dict) -> None:
 def model(name: str, value: str, values: dict) -> None:
     check_reachable(value)
     device = preferred_device()
-    check_room(value, dtype_named(values.get("dtype", "auto"), device), device)
+    device_map = values.get("device_map", "") if name != "judge_model" else ""
+    check_room(value, dtype_named(values.get("dtype", "auto"), device), device, device_map)
     check_template(value, values.get("chat_template", ""), values.get("system_prompt", ""))
 
 
@@ -171,6 +177,7 @@ RULES: tuple[tuple[str, Check], ...] = (
     ("profile", free),
     ("seed", at_least(0)),
     ("dtype", one_of(*DTYPES)),
+    ("device_map", device_map),
     ("alignment", one_of("auto", "train", "given")),
     ("positions", one_of(*POSITIONS)),
     ("ablation_mode", one_of("zero", "mean")),
@@ -257,11 +264,18 @@ def trained_model(values: dict) -> str:
 def check_trainable(stage: str, values: dict) -> None:
     """``ValueError`` for a notebook that trains a model whose weights are codes, or are to be.
 
-    ``OSError`` where training it would not fit into memory.
+    Also for one that a device map would spread over several places. ``OSError`` where training it
+    would not fit into memory.
     """
     trained = trained_model(values)
     if not trained:
         return
+    if values.get("device_map"):
+        raise ValueError(
+            f"{stage} trains the model, but device_map is '{values['device_map']}', and what is"
+            " trained has to be whole on one device: leave device_map empty (ssah plan says what"
+            " fits), or name the notebooks that do not train by --only NAME,NAME"
+        )
     if values["dtype"] in CODES:
         raise ValueError(
             f"{stage} trains the model, but dtype is '{values['dtype']}', and codes cannot be"

@@ -18,6 +18,7 @@ from pathlib import Path
 import yaml
 
 from ssah_utils import embedded, precision
+from ssah_utils.device_maps import NAMED, is_inline
 from ssah_utils.files import NOTEBOOKS, require_space, workplace
 from ssah_utils.locks import InUse, Lock
 from ssah_utils.pipeline import machine, parameters
@@ -196,7 +197,8 @@ def read_profile(profile: str, declared: dict[str, dict]) -> dict[str, dict]:
 
 def absolute(name: str, value: object) -> object:
     """Paths as seen from here: the notebook runs in another folder."""
-    if not is_path(name) or not value:
+    is_file = name == "device_map" and value not in NAMED and not is_inline(value)
+    if not (is_path(name) or is_file) or not value:
         return value
     if value in DATASETS or value in embedded.NAMES:
         return value  # ours is meant, not a folder that happens to have its name

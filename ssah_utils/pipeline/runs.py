@@ -21,7 +21,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from ssah_utils import extras, hub, precision
+from ssah_utils import device_maps, extras, hub, precision
 from ssah_utils.figures.style import save_figure, set_style
 from ssah_utils.files import (
     IN_WHEEL,
@@ -181,6 +181,8 @@ def start(stage: str, values: dict) -> Run:
         device = torch.cuda.get_device_name()
     print(f"{stage} · profile {profile} · model {model} · seed {seed}")
     print(f"python {platform.python_version()} · torch {torch.__version__} · {device}")
+    if asked := parameters.get("device_map"):
+        print(f"device_map {device_maps.describe_map(asked)}")
     return Run(stage, folder, parameters)
 
 
@@ -315,6 +317,10 @@ def machine(parameters: dict) -> dict[str, object]:
     if "dtype" in parameters:
         dtype = precision.preferred_dtype(precision.preferred_device())
         found["dtype"] = str(dtype).removeprefix("torch.")
+    if asked := parameters.get("device_map"):
+        gpus = range(torch.cuda.device_count())
+        found["devices"] = [*map(torch.cuda.get_device_name, gpus), "cpu", "disk"]
+        found["device_map"] = device_maps.read_map(asked)
     return found
 
 

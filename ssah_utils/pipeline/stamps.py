@@ -17,13 +17,16 @@ from ssah_utils.files import DATA, PACKAGE, ROOT, sha256_of, sha256_of_file
 from ssah_utils.pipeline.runs import run_folder, versions
 
 RUNNER = (
-    *("cli", "engine", "execution", "listing", "machine", "publish", "result_tables", "run"),
-    *("status", "summary", "sweep"),
+    *("cli", "engine", "execution", "listing", "machine", "memory_plan", "publish"),
+    *("result_tables", "run", "status", "summary", "sweep"),
 )
 NOT_IN_KEYS = (  # no result depends on them
     "data/README.md",
     *(f"ssah_utils/pipeline/{name}.py" for name in RUNNER),
 )
+# Parameters on which no number depends: the same products are computed wherever a matrix is kept,
+# so a result stays up to date when a model moves to other devices. What it was is in the result.
+CHANGE_NOTHING = ("device_map",)
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,8 @@ def stage_key(stage: Stage, stages: list[Stage], as_made: bool = False) -> str:
         upstream = [stage_key(other, stages) for other in inputs]
     foreign = {name for other in stages for name in other.own_files} - set(stage.own_files)
     package = {name: content for name, content in package_source().items() if name not in foreign}
-    own = [notebook_source(stage.notebook), package, stage.parameters, named_files(stage)]
+    counted = {name: one for name, one in stage.parameters.items() if name not in CHANGE_NOTHING}
+    own = [notebook_source(stage.notebook), package, counted, named_files(stage)]
     content = [*own, upstream, versions(), dtype_of(stage)]
     return sha256_of([*content, results_of_other_seeds(stage)] if stage.every_seed else content)
 

@@ -17,6 +17,7 @@ from ssah_utils import (
     fingerprints,
     hub,
     loading,
+    placement,
     precision,
     quantised,
     unit_files,
@@ -36,15 +37,16 @@ def model_places(run: Run) -> dict[str, str]:
 
 PLAIN_TEMPLATE = DATA / "plain_chat.jinja"  # for a base without a chat template
 
-# Models that are in use, by place, precision and device.
+# Models that are in use, by place, precision, device and device map.
 _in_use: WeakValueDictionary[tuple, nn.Module] = WeakValueDictionary()
 
 
 def load_model(run: Run, name: str, dtype: precision.Precision | None = None) -> nn.Module:
     """A model of 01 on the device of choice, in the run's precision unless another is given.
 
-    Only to look at. Where two names mean the same model, as the base and the aligned one of a model
-    that came aligned, both are modules of their own over the same weights.
+    By the run's ``device_map``, where there is one. Only to look at. Where two names mean the same
+    model, as the base and the aligned one of a model that came aligned, both are modules of their
+    own over the same weights.
 
     ``LookupError`` for a name that 01 has not, with the nearest that it has.
     """
@@ -53,11 +55,14 @@ def load_model(run: Run, name: str, dtype: precision.Precision | None = None) ->
         near = difflib.get_close_matches(name, places, n=1, cutoff=0)
         raise LookupError(f"01_alignment has no model '{name}'; nearest is '{near[0]}'")
     device = precision.preferred_device()
-    key = (places[name], dtype or precision.preferred_dtype(device), device)
+    device_map = run.parameters.get("device_map", "")
+    key = (places[name], dtype or precision.preferred_dtype(device), device, device_map)
     there = _in_use.get(key)
     if there is not None and next(quantised.quantised_modules(there), None) is None:
         return wrappers.over_same_weights(there)
     _in_use[key] = model = loading.load(*key)[0]
+    if spread := placement.summary(model):
+        print(f"{name}: {spread}")
     return model
 
 

@@ -6,6 +6,7 @@ Knows models, token sequences and sets of units. Does not know data sets, scores
 import contextlib
 import copy
 import ctypes
+import dataclasses
 import gc
 import io
 import json
@@ -20,7 +21,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainerCallback
 
-from ssah_utils import extras, guards, loading, models, precision, weights, wrappers
+from ssah_utils import extras, guards, loading, models, precision, ranks, weights, wrappers
 from ssah_utils.activations import inputs_of
 from ssah_utils.cache import cache_key
 from ssah_utils.files import cache_dir, complete_only, require_space, write_json
@@ -233,6 +234,7 @@ def train_sft(
     model = _inner(model)
     _refuse_codes(model)
     check_examples(model, tokenizer, examples)
+    _require_agreement(examples, config)
     with tempfile.TemporaryDirectory() as folder, _fast_cpu_training(model):
         trainer = ResponseTrainer(
             model=model,
@@ -242,6 +244,11 @@ def train_sft(
             callbacks=list(callbacks),
         )
         return _losses(trainer)
+
+
+def _require_agreement(data: list[dict], config: SFTConfig) -> None:
+    """``ValueError`` where the processes of one training were given different things to learn."""
+    ranks.require_agreement({"the data": data, "the settings": dataclasses.asdict(config)})
 
 
 def train_dpo(
@@ -272,6 +279,7 @@ def train_dpo(
     model = wrappers.unwrapped(model)
     _refuse_codes(model)
     data = tokens_of_pairs(model, tokenizer, pairs)
+    _require_agreement(pairs, config)
     with (
         tempfile.TemporaryDirectory() as folder,
         _fast_cpu_training(model),

@@ -88,7 +88,7 @@ def check_parameters(experts: nn.Module, uses: Mapping[int, int]) -> None:
             )
 
 
-def train_part(experts: nn.Module, units: Tensor, lists: shards.Lists) -> None:
+def cut_experts(experts: nn.Module, units: Tensor, lists: shards.Lists) -> None:
     """Make the entries of some units, (n_experts * d_expert,) bool, all that is trained of theirs.
 
     What belongs to no unit, the biases of the down projections, is left as it is.

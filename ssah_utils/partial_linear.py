@@ -36,7 +36,7 @@ class PartialLinear(Partial):
         return result if self.bias is None else result + self.bias.to(dtype)
 
 
-def train_part(linear: nn.Module, trained: Tensor, by_columns: bool, lists: shards.Lists) -> None:
+def cut_linear(linear: nn.Module, trained: Tensor, by_columns: bool, lists: shards.Lists) -> None:
     """Make some rows, or columns, of a linear map all that is trained of it.
 
     ``trained``: (out,) bool for rows, (in,) for columns. The bias of a map of which columns are

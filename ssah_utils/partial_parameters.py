@@ -104,8 +104,8 @@ class PartialParameter(nn.Module):
         Where processes share them out, all must ask at the same time.
         """
         self.settle()
-        block, rest = shards.gathered(self.block), self.rest
-        rest = None if rest is None else shards.gathered(rest)
+        block, rest = shards.all_of(self.block), self.rest
+        rest = None if rest is None else shards.all_of(rest)
         if block.is_meta:
             return self.whole_of(block.new_empty((len(self), *block.shape[1:]), dtype=dtype))
         if self.trained.device != block.device:
@@ -130,7 +130,7 @@ class PartialParameter(nn.Module):
     def load(self, value: Tensor) -> None:
         """Take over the values of an ordinary parameter."""
         self.settle()
-        rows = self.rows_of(shards.gathered(value))
+        rows = self.rows_of(shards.all_of(value))
         for name, where in (("block", self.trained), ("rest", self.frozen)):
             part = self._parameters[name]
             if part is None:

@@ -27,7 +27,7 @@ def n_ranks() -> int:
 
 
 @functools.cache
-def versions() -> str:
+def code_and_libraries() -> str:
     """Of this package, by its code, and of what it trains with."""
     code = hashlib.sha256()
     for path in sorted(files.PACKAGE.glob("*.py")):

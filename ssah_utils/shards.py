@@ -18,7 +18,7 @@ def is_shared_out(tensor: Tensor) -> bool:
 
 
 @torch.no_grad()
-def gathered(tensor: Tensor) -> Tensor:
+def all_of(tensor: Tensor) -> Tensor:
     """All of a tensor. Every process that holds a part of it must ask at the same time."""
     if not is_shared_out(tensor):
         return tensor.detach()
@@ -128,7 +128,7 @@ class Lists:
         seat = Seat(group, group.fsdp_params.index(was), was)
         group.fsdp_params.remove(was)
         was._post_load_hook_handle.remove()
-        values = gathered(was.sharded_param).to(was.device)
+        values = all_of(was.sharded_param).to(was.device)
         required = was.sharded_param.requires_grad
         module._parameters[name] = nn.Parameter(values, requires_grad=required)
         return seat

@@ -103,7 +103,7 @@ def _common_ground(model: nn.Module, trainable: PerUnit, train_rest: bool) -> di
         "the units to train": units,
         "whether the rest is trained": train_rest,
         "the shape of the model": shapes,
-        "the versions of ssah_utils or of libraries": ranks.versions(),
+        "the versions of ssah_utils or of libraries": ranks.code_and_libraries(),
     }
 
 
@@ -116,7 +116,7 @@ def _cut_all(model: nn.Module, plain: nn.Module, trainable: PerUnit, train_rest:
         parameter.grad = None  # an optimizer would follow it
     for experts, chosen in _mixtures(plain, trainable):
         partial_experts.check_parameters(experts, uses)
-        partial_experts.train_part(experts, chosen, lists)
+        partial_experts.cut_experts(experts, chosen, lists)
     for linear, name, trained, by_columns in _matrices(plain, trainable, train_rest):
         _check_matrix(linear, name, uses)
         # All of a float32 matrix needs no block. In a lower precision, only a block keeps small
@@ -126,7 +126,7 @@ def _cut_all(model: nn.Module, plain: nn.Module, trainable: PerUnit, train_rest:
             if not by_columns and linear.bias is not None:
                 linear.bias.requires_grad_(bool(trained.any()))
         else:
-            partial_linear.train_part(linear, trained, by_columns, lists)
+            partial_linear.cut_linear(linear, trained, by_columns, lists)
     lists.close()
 
 

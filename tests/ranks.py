@@ -379,7 +379,7 @@ def disagreements(rank: int) -> dict:
         "rest": said(lambda: enter(chosen, bool(rank))),
     }
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ranks, "versions", lambda: f"0.{rank}")
+        patch.setattr(ranks, "code_and_libraries", lambda: f"0.{rank}")
         found["version"] = said(lambda: enter(chosen))
     found["data"] = said(lambda: sft(model, examples_of(16, rank)))
     with pytest.MonkeyPatch.context() as patch:

@@ -8,6 +8,7 @@ torch. Does not know units.
 
 import functools
 import weakref
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -15,12 +16,21 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ssah_utils import placement, quantised
+from ssah_utils import placement, quantised, shards
 
 SHARDED = (
-    "the model is sharded (FSDP, DeepSpeed ZeRO-3, tensor parallelism) or offloaded:"
-    " some units are trained in one process, or in several with DistributedDataParallel"
-    " or DataParallel, where every process holds the whole model"
+    "the model is sharded by FSDP 1, DeepSpeed ZeRO-3 or tensor parallelism, or offloaded: some"
+    " units are trained in one process, or in several with DistributedDataParallel, DataParallel"
+    " or FSDP2 (fully_shard, for accelerate fsdp_version: 2)"
+)
+NOT_GATHERED = (
+    "FSDP2 has not gathered the parameters of this module: call the model to which fully_shard was"
+    " applied, not a part of it"
+)
+OUT_OF_REACH = (
+    "the model was sharded inside the block in a way that cannot be undone here (DeepSpeed ZeRO-3,"
+    " tensor parallelism, or fully_shard of a module around the model): it is left as it is inside;"
+    " wrap it before the block, and hand over the outermost module"
 )
 CODES = (
     "the model is quantised: codes cannot be moved by a small step, so its matrices cannot be"
@@ -39,21 +49,40 @@ IDLE = f"an optimizer holds only parameters that are not trained here: {MAKE_IT_
 # ----------------------------------------------------------------------------------------- sharding
 
 
-def is_sharded(module: nn.Module) -> bool:
-    """Whether this process lacks some values of the module's own parameters."""
-    if getattr(module, "_is_fsdp_managed_module", False):  # of FSDP 1 and 2
-        return True
-    marks = ("device_mesh", "ds_id")  # of DTensor (FSDP 2, tensor parallelism), of DeepSpeed
-    own = list(module.parameters(recurse=False))
-    return any(one.is_meta or any(hasattr(one, mark) for mark in marks) for one in own)
-
-
 def refuse_sharded(model: nn.Module) -> None:
-    """``ValueError`` for a model of which this process does not hold all on one device."""
+    """``ValueError`` for a model of which this process does not hold all, FSDP2's apart."""
     placement.refuse_dispatched(model, placement.TRAINING)
     n_ranks = getattr(model, "tp_size", None) or 1  # of tensor parallelism
-    if n_ranks > 1 or any(is_sharded(module) for module in model.modules()):
+    modules, lists = list(model.modules()), shards.Lists(model)
+    is_of_fsdp_1 = any(type(module).__name__ == "FullyShardedDataParallel" for module in modules)
+    is_marked = any(getattr(module, "_is_fsdp_managed_module", False) for module in modules)
+    if n_ranks > 1 or is_of_fsdp_1 or (is_marked and not lists.states):
         raise ValueError(SHARDED)
+    for module in modules:
+        for name, one in module.named_parameters(recurse=False):
+            if _is_elsewhere(one) or (shards.is_shared_out(one) and not lists.has(module, name)):
+                raise ValueError(SHARDED)
+
+
+def _is_elsewhere(parameter: Tensor) -> bool:
+    """Whether a parameter is offloaded, or in parts that DeepSpeed keeps."""
+    return parameter.is_meta or hasattr(parameter, "ds_id")
+
+
+def refuse_parts(parameter: Tensor) -> None:
+    """``ValueError`` where a forward pass finds a part of a parameter instead of all of it."""
+    if shards.is_shared_out(parameter):
+        raise ValueError(NOT_GATHERED)
+    if _is_elsewhere(parameter):
+        raise ValueError(SHARDED)
+
+
+def refuse_out_of_reach(owners: Iterable[tuple[nn.Module, str]], lists: shards.Lists) -> None:
+    """``ValueError`` where parameters, by module and name, cannot be read by this process."""
+    for module, name in owners:
+        one = getattr(module, name)
+        if _is_elsewhere(one) or (shards.is_shared_out(one) and not lists.has(module, name)):
+            raise ValueError(OUT_OF_REACH)
 
 
 def refuse_quantised(model: nn.Module) -> None:
@@ -108,8 +137,8 @@ def follow_parameters(model: nn.Module) -> None:
 
 # --------------------------------------------------------------------------------------- optimizers
 
-# Of every parameter with which no model computes any more: what stands in for it, and what to say
-# to an optimizer that does not hold that.
+# Of every parameter with which no model computes any more: module and name of what stands in for
+# it, and what to say to an optimizer that does not hold that.
 STAND_INS = WeakTensorKeyDictionary()
 OPEN: weakref.WeakSet["Watch"] = weakref.WeakSet()
 
@@ -118,24 +147,27 @@ class Watch:
     """What the optimizers that step inside a block, and after it, are held against.
 
     ``replaced``: every parameter with which the model does not compute while the block is open, and
-    what stands in for it.
+    the module whose ``block`` stands in for it: wrappers may exchange that parameter, too.
     """
 
-    def __init__(self, model: nn.Module, replaced: dict[Tensor, nn.Parameter]) -> None:
-        self.members, self.replaced = set(model.parameters()), replaced
+    def __init__(self, model: nn.Module, replaced: list[tuple[Tensor, nn.Module]]) -> None:
+        self.model, self.replaced = weakref.ref(model), replaced
         self.is_trained = False  # whether any optimizer has stepped on a trained parameter
         self.idle: weakref.WeakSet = weakref.WeakSet()  # optimizers that stepped, but on none
-        for whole, block in replaced.items():
-            STAND_INS[whole] = (block, MADE_BEFORE)
+        for whole, part in replaced:
+            STAND_INS[whole] = (part, "block", MADE_BEFORE)
         OPEN.add(self)
         _look_at_every_step()
 
-    def close(self) -> None:
-        """The block is left: the parameters that stood in are replaced from now on."""
+    def close(self, owners: list[tuple[nn.Module, str]]) -> None:
+        """The block is left: the parameters that stood in are replaced from now on.
+
+        ``owners``: of every replaced parameter, the module that holds it again, and its name there.
+        """
         OPEN.discard(self)
-        for whole, block in self.replaced.items():
+        for (whole, part), (module, name) in zip(self.replaced, owners, strict=True):
             del STAND_INS[whole]
-            STAND_INS[block] = (whole, USED_AFTER)
+            STAND_INS[part.block] = (module, name, USED_AFTER)
 
 
 @functools.cache
@@ -155,14 +187,18 @@ def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
         return
     held = {parameter for group in optimizer.param_groups for parameter in group["params"]}
     for parameter in held:
-        stand_in, complaint = STAND_INS.get(parameter, (parameter, ""))
-        if stand_in not in held:
-            raise ValueError(complaint)
+        if parameter in STAND_INS:
+            module, name, complaint = STAND_INS[parameter]
+            if module._parameters.get(name) not in held:
+                raise ValueError(complaint)
     for watch in list(OPEN):
-        own = held & watch.members
+        model = watch.model()
+        if watch.is_trained or model is None:
+            continue
+        own = held.intersection(model.parameters())
         if any(parameter.requires_grad for parameter in own):
             watch.is_trained = True
-        elif own and not watch.is_trained:
+        elif own:
             if optimizer in watch.idle:
                 raise ValueError(IDLE)
             watch.idle.add(optimizer)

@@ -1,147 +1,72 @@
 """Train some units of fused experts: the trained entries of a parameter become a small one.
 
-As ``unit_training`` does with linear maps. Here the module stays what and where it is, and whatever
-function runs its experts goes on doing so: only, in place of a parameter it finds a tensor into
-which the trained entries have just been written. Knows fused experts. Does not know architectures.
+Whatever function of transformers runs the experts goes on doing so: it finds whole parameters, put
+together for one pass. Knows fused experts. Does not know architectures.
 """
 
-import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-from ssah_utils import guards
+from ssah_utils import partial_parameters, shards
 from ssah_utils.experts import chosen_entries, layout
+from ssah_utils.partial_parameters import Partial
 
 
-class PartialParameter(nn.Module):
-    """A parameter of fused experts of which only some entries are trained: ``block``.
+class PartialExperts(Partial):
+    """What fused experts are as well while some of their units are trained.
 
-    ``whole`` is the parameter's own memory, and calling the module gives it, with the block written
-    into it. ``chosen``: (n_experts, size of ``dimension``) bool, the rows (or columns) that are
-    trained; the block is (n_trained, size of the remaining dimension), or (n_trained,) of a bias.
+    Their parameters are put together once for each pass, not once for each expert. What autograd
+    keeps of them for the way back would be a second copy of all experts of the model, so their
+    memory is given back between the two passes and filled again on the way back.
     """
 
-    whole: Tensor
-    experts: Tensor  # of every trained row, the number of its expert
-    rows: Tensor
+    def whole(self, name: str) -> Tensor:
+        of_this_pass = self.__dict__.get("wholes", {})
+        return of_this_pass[name] if name in of_this_pass else super().whole(name)
 
-    def __init__(self, original: nn.Parameter, dimension: int, chosen: Tensor) -> None:
-        super().__init__()
-        self.original = [original]  # in a list, so that it is no parameter of this module
-        self.dimension = dimension
-        experts, rows = chosen.nonzero(as_tuple=True)
-        self.register_buffer("whole", original.detach(), persistent=False)
-        self.register_buffer("experts", experts.to(original.device), persistent=False)
-        self.register_buffer("rows", rows.to(original.device), persistent=False)
-        block = self.whole[self.where].to(torch.promote_types(original.dtype, torch.float32))
-        self.block = nn.Parameter(block)
-
-    @property
-    def where(self) -> tuple:
-        """The trained entries, as an index."""
-        between = (slice(None),) * (self.dimension - 1)
-        return (self.experts, *between, self.rows)
-
-    def forward(self) -> Tensor:
-        if guards.is_sharded(self):
-            raise ValueError(guards.SHARDED)
-        return _Whole.apply(self.block, self)
-
-    @torch.no_grad()
-    def written(self) -> Tensor:
-        """The whole, after the block has been written into it.
-
-        By ``data``, of which autograd counts no version: another forward pass writes the same block
-        again, which autograd would take for a change.
-        """
-        self.whole.data[self.where] = self.block.detach().to(self.whole.dtype)
-        return self.whole.data
-
-    @torch.no_grad()
-    def merged(self) -> nn.Parameter:
-        """The ordinary parameter again: the block's entries in their places, all others untouched.
-
-        Where the model was sharded meanwhile, nobody can read the block here.
-        """
-        (original,) = self.original
-        original.data = self.whole.data if guards.is_sharded(self) else self.written()
-        return original
-
-    def _apply(self, fn, recurse: bool = True) -> nn.Module:
-        """``to``, ``half`` and the like change frozen entries; the block stays float32 at least."""
-        before = self.block.data
-        super()._apply(fn, recurse)
-        dtype = torch.promote_types(self.whole.dtype, torch.float32)
-        self.block.data = before.to(self.block.device, dtype)
-        return self
-
-    def saved(self) -> Tensor:
-        """The ordinary parameter, in the block's precision, so that resuming loses nothing."""
-        if guards.is_sharded(self):
-            raise ValueError(guards.SHARDED)
-        whole = self.whole.to(self.block.dtype, copy=True)
-        whole[self.where] = self.block.detach()
-        return whole
-
-    @torch.no_grad()
-    def load(self, value: Tensor) -> None:
-        """Take over the values of an ordinary parameter."""
-        self.whole.copy_(value)
-        self.block.copy_(value.to(self.block.device)[self.where])
-
-    def _save_to_state_dict(self, *args) -> None:
-        """Done by the module whose parameter this is, as the name is that of no module."""
-
-    _load_from_state_dict = _save_to_state_dict
-
-    def extra_repr(self) -> str:
-        return f"{len(self.rows)} of {self.whole.shape[0] * self.whole.shape[self.dimension]} rows"
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        parts = self.parts()
+        wholes = {name: part() for name, part in parts.items()}
+        self.__dict__["wholes"] = wholes
+        try:
+            output = super().forward(*args, **kwargs)
+        finally:
+            del self.__dict__["wholes"]
+        if output.requires_grad and not _is_kept_by_others():
+            for name, part in parts.items():
+                _put_off(wholes[name], part, output)
+        return output
 
 
-class PartialExperts(nn.Module):
-    """What fused experts are as well while some of their units are trained (``train_part``)."""
+def _is_kept_by_others() -> bool:
+    """Whether a compiler, a checkpoint or an offloader decides what is kept for the way back.
 
-    def parts(self) -> Iterator[tuple[str, PartialParameter]]:
-        """The partial parameters, by the names of the ordinary ones."""
-        for name, module in self._modules.items():
-            if isinstance(module, PartialParameter):
-                yield name, module
-
-    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
-        others: dict[str, Tensor] = {}
-        super()._save_to_state_dict(others, prefix, keep_vars)
-        own = {prefix + name: part.saved() for name, part in self.parts()}
-        for name in self._parameters:  # in their order
-            key = prefix + name
-            destination[key] = own[key] if key in own else others.pop(key)
-        destination.update(others)
-
-    def _load_from_state_dict(
-        self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors
-    ) -> None:
-        rest = dict(state_dict)
-        for name, part in self.parts():
-            value = rest.pop(prefix + name, None)
-            if value is None:
-                missing.append(prefix + name)
-            elif value.shape != part.whole.shape:
-                shapes = f"{tuple(value.shape)} against {tuple(part.whole.shape)}"
-                errors.append(f"size mismatch for {prefix + name}: {shapes}")
-            else:
-                part.load(value)
-        super()._load_from_state_dict(
-            rest, prefix, local_metadata, strict, missing, unexpected, errors
-        )
+    A checkpoint computes anew what it did not keep, and nobody then waits for the output's
+    gradient.
+    """
+    if torch.compiler.is_compiling():
+        return True
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
-@functools.cache
-def _partial_class(experts: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
-    """The class of fused experts, with the named parameters computed by modules of that name."""
-    computed = {name: property(lambda self, name=name: self._modules[name]()) for name in names}
-    return type(f"Partial{experts.__name__}", (PartialExperts, experts), computed)
+def _put_off(whole: Tensor, part: partial_parameters.PartialParameter, output: Tensor) -> None:
+    """Give back the memory of a whole parameter until ``output``'s gradient is there."""
+    storage, dtype = whole.untyped_storage(), whole.dtype
+    n_bytes, values = storage.nbytes(), whole.detach().data  # of which autograd counts no version
+
+    def fill(gradient: Tensor) -> None:
+        storage.resize_(n_bytes)
+        values.copy_(part.whole_of(part.rows(*part.here(), dtype)))
+
+    def free(gradient: Tensor | None = None) -> None:
+        storage.resize_(0)
+
+    output.register_hook(fill)
+    whole.register_hook(free)  # all that use it are through
+    free()
 
 
 def check_parameters(experts: nn.Module, uses: Mapping[int, int]) -> None:
@@ -163,13 +88,12 @@ def check_parameters(experts: nn.Module, uses: Mapping[int, int]) -> None:
             )
 
 
-def train_part(experts: nn.Module, units: Tensor) -> list[tuple[nn.Parameter, nn.Parameter]]:
+def cut_experts(experts: nn.Module, units: Tensor, lists: shards.Lists) -> None:
     """Make the entries of some units, (n_experts * d_expert,) bool, all that is trained of theirs.
 
-    Returns every parameter that is replaced, with what stands in for it. What belongs to no unit,
-    the biases of the down projections, is left as it is.
+    What belongs to no unit, the biases of the down projections, is left as it is.
     """
-    parts = {}
+    cuts = {}
     for name, (dimension, chosen) in chosen_entries(experts, units).items():
         parameter = getattr(experts, name)
         # All of a float32 parameter needs no block. In a lower precision, only a block keeps small
@@ -177,34 +101,6 @@ def train_part(experts: nn.Module, units: Tensor) -> list[tuple[nn.Parameter, nn
         if not units.any() or (units.all() and parameter.dtype == torch.float32):
             parameter.requires_grad_(bool(units.any()))
         else:
-            parts[name] = PartialParameter(parameter, dimension, chosen)
-    if parts:
-        experts.__class__ = _partial_class(type(experts), tuple(parts))
-        for name, part in parts.items():
-            experts._parameters[name] = None  # its place among the others is kept
-            experts._modules[name] = part
-    return [(part.original[0], part.block) for part in parts.values()]
-
-
-def merge(experts: nn.Module) -> None:
-    """Undo ``train_part``: ordinary parameters, the trained entries in their places."""
-    if not isinstance(experts, PartialExperts):
-        return
-    for name, part in list(experts.parts()):
-        del experts._modules[name]
-        experts._parameters[name] = part.merged()
-    experts.__class__ = type(experts).__bases__[1]
-
-
-class _Whole(torch.autograd.Function):
-    """A whole parameter, of whose gradient only that of the block goes on."""
-
-    @staticmethod
-    def forward(ctx, block: Tensor, part: PartialParameter) -> Tensor:
-        ctx.where, ctx.dtype = part.where, block.dtype
-        return part.written()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient[ctx.where].to(ctx.dtype), None
+            cuts[name] = (dimension, chosen)
+    if cuts:
+        partial_parameters.cut(experts, PartialExperts, cuts, lists)

@@ -25,7 +25,8 @@ def is_codes(tensor: Tensor) -> bool:
     """Whether a tensor holds a matrix as codes, not as numbers to multiply with."""
     if is_traceable_wrapper_subclass(tensor):
         inner, _ = tensor.__tensor_flatten__()
-        return any(is_codes(getattr(tensor, part)) for part in inner)
+        parts = (getattr(tensor, part) for part in inner)  # a shared-out tensor's mesh is one, too
+        return any(is_codes(part) for part in parts if isinstance(part, Tensor))
     is_float8 = tensor.is_floating_point() and tensor.element_size() < 2
     return tensor.ndim > 1 and (tensor.dtype in CODES or is_float8)
 

@@ -6,6 +6,7 @@ Knows models, token sequences and sets of units. Does not know data sets, scores
 import contextlib
 import copy
 import ctypes
+import dataclasses
 import gc
 import io
 import json
@@ -27,6 +28,7 @@ from ssah_utils import (
     models,
     placement,
     precision,
+    ranks,
     weights,
     wrappers,
 )
@@ -244,6 +246,7 @@ def train_sft(
     model = _inner(model)
     _refuse_codes(model)
     check_examples(model, tokenizer, examples)
+    _require_agreement(examples, config)
     with tempfile.TemporaryDirectory() as folder, _fast_cpu_training(model):
         trainer = ResponseTrainer(
             model=model,
@@ -253,6 +256,11 @@ def train_sft(
             callbacks=list(callbacks),
         )
         return _losses(trainer)
+
+
+def _require_agreement(data: list[dict], config: SFTConfig) -> None:
+    """``ValueError`` where the processes of one training were given different things to learn."""
+    ranks.require_agreement({"the data": data, "the settings": dataclasses.asdict(config)})
 
 
 def train_dpo(
@@ -283,6 +291,7 @@ def train_dpo(
     model = wrappers.unwrapped(model)
     _refuse_codes(model)
     data = tokens_of_pairs(model, tokenizer, pairs)
+    _require_agreement(pairs, config)
     with (
         tempfile.TemporaryDirectory() as folder,
         _fast_cpu_training(model),

@@ -15,13 +15,14 @@ from torch.nn.utils.parametrizations import weight_norm
 
 from ssah_utils import adapters, guards, precision, training
 from ssah_utils.training import SFTConfig, evaluation_copy, train_dpo, train_sft
-from ssah_utils.unit_training import PartialLinear, freezing, training_only
+from ssah_utils.unit_training import freezing, training_only
 from tests.conftest import parameters_of, same_parameters, tiny_model
 from tests.test_training import PAIRS, examples_of
 from tests.test_unit_training import (
     assert_exactly_frozen,
     batches,
     every,
+    parts_of,
     scattered,
     trainable_entries,
 )
@@ -405,6 +406,28 @@ def test_partitioned_parameters_are_refused(llama, mark):
         raise AssertionError("entered")
 
 
+@pytest.mark.parametrize("context", [training_only, freezing])
+def test_partitioning_inside_is_said_at_the_first_step_and_at_the_end(token_ids, context):
+    """As DeepSpeed does it: values that are elsewhere are not put together, and not lost."""
+    first, second = tiny_model("llama"), tiny_model("llama")
+    with (
+        pytest.raises(ValueError, match="is sharded by FSDP 1, DeepSpeed ZeRO-3") as at_step,
+        context(first, scattered(first)),
+    ):
+        for parameter in first.parameters():
+            parameter.ds_id = 0
+        first(token_ids)
+    with (
+        pytest.raises(ValueError, match="was sharded inside the block in a way") as at_end,
+        context(second, scattered(second)),
+    ):
+        held = parameters_of(second)
+        for parameter in second.parameters():
+            parameter.ds_id = 0
+    assert same_parameters(second, held)
+    assert "\n" not in f"{at_step.value}{at_end.value}"
+
+
 # ------------------------------------------------------------------------------- changes on the way
 
 
@@ -420,7 +443,7 @@ def test_another_precision_inside(tiny_models, name, dtype):
         optimizer = torch.optim.SGD(trained(model), lr=1e-2)
         step(model, optimizer)
         model.to(dtype)
-        blocks = [module.block for module in model.modules() if isinstance(module, PartialLinear)]
+        blocks = [part.block for part in parts_of(model)]
         assert {block.dtype for block in blocks} == {torch.promote_types(dtype, torch.float32)}
         kept = [block.detach().clone() for block in blocks]
         step(model, optimizer)

@@ -2,6 +2,10 @@
 
 import dataclasses
 import json
+import os
+import socket
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -12,7 +16,7 @@ from ssah_utils.files import ROOT
 from ssah_utils.per_unit import PerUnit
 from ssah_utils.unit_files import ModelInfo
 from tests import plain_trainer
-from tests.conftest import tiny_model, writers_by_name
+from tests.conftest import parameters_of, same_parameters, tiny_model, writers_by_name
 
 
 @pytest.fixture
@@ -46,6 +50,29 @@ def test_frozen_units_survive_a_plain_script(saved_llama, llama, data, tmp_path)
             kept = frozen[kind][layer]
             assert torch.equal(old.weight[:, kept], new.weight[:, kept])
             assert not (old.weight[:, ~kept] == new.weight[:, ~kept]).any()
+
+
+def test_two_processes_train_what_one_does(saved_llama, llama, data, tmp_path):
+    """By ``accelerate launch``: each on half of every batch."""
+    unit_files.save_set(tmp_path / "units.safetensors", chosen_of(llama), llama, "a set", seed=0)
+    given = [str(saved_llama), str(tmp_path / "units.safetensors"), str(data)]
+    plain_trainer.main(*given, str(tmp_path / "one"), 4)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    how = ["--cpu", "--num_processes", "2", "--num_machines", "1", "--main_process_port", port]
+    script = ["-m", "tests.plain_trainer", *given, str(tmp_path / "two"), "2"]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", *how, *script]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    done = subprocess.run(launch, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, two = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("one", "two"))
+    for (name, a), b, start in zip(
+        one.named_parameters(), two.parameters(), llama.parameters(), strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-4, msg=lambda text, name=name: name + text)
+        assert torch.equal(a == start, b == start)  # the same entries are frozen, and no others
+    assert not same_parameters(two, parameters_of(llama))
 
 
 def test_units_of_another_model_are_refused(saved_llama, llama, data, tmp_path):

@@ -1,5 +1,5 @@
-"""Two processes: data parallelism gives what one process gives; sharding is refused in one line,
-and no model is lost.
+"""Two processes give what one process gives, whether each holds the whole model or a part of it;
+what cannot be trained so is refused in one line, and no model is lost.
 """
 
 import json
@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -32,35 +33,54 @@ def tokenizer_of_words() -> PreTrainedTokenizerFast:
     )
 
 
+def in_two_processes(command: list[str], folder: Path, seconds: float = 600, **more) -> list[str]:
+    """What both ranks print. A rank that fails ends the other one, and its error is raised."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"} | more
+    ranks = []
+    try:
+        for rank in range(2):
+            own = [sys.executable, *(part.replace("RANK", str(rank)) for part in command)]
+            with (
+                open(folder / f"out{rank}", "w") as out,
+                open(folder / f"error{rank}", "w") as error,
+            ):
+                ranks.append(
+                    subprocess.Popen(own, cwd=ROOT, env=environment, stdout=out, stderr=error)
+                )
+        end = time.monotonic() + seconds
+        while any(rank.poll() is None for rank in ranks) and time.monotonic() < end:
+            if any(rank.poll() for rank in ranks):
+                break
+            time.sleep(0.2)
+        failed = [number for number, rank in enumerate(ranks) if rank.poll() != 0]
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
+    errors = [f"rank {rank}: {(folder / f'error{rank}').read_text()[-3000:]}" for rank in failed]
+    assert not failed, "\n".join(errors)
+    return [(folder / f"out{rank}").read_text() for rank in range(2)]
+
+
 @pytest.fixture(scope="module")
 def found(tmp_path_factory) -> list[dict]:
     """By both ranks. Started once: most of the time goes into imports."""
-    file: Path = tmp_path_factory.mktemp("ranks") / "store"
+    folder: Path = tmp_path_factory.mktemp("ranks")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    environment = os.environ | {
-        "MASTER_PORT": str(port),
-        "OMP_NUM_THREADS": "1",
-        "GLOO_SOCKET_IFNAME": "lo",
-    }
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.ranks", str(rank), str(file)],
-            cwd=ROOT,
-            env=environment,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
-        for rank in range(2)
-    ]
-    said = []
-    for rank in ranks:
-        out, err = rank.communicate(timeout=600)
-        assert rank.returncode == 0, err[-3000:]
-        said.append(json.loads(out.splitlines()[-1]))
-    return said
+    said = in_two_processes(
+        ["-m", "tests.ranks", "RANK", str(folder)], folder, MASTER_PORT=str(port)
+    )
+    return [json.loads(out.splitlines()[-1]) for out in said]
+
+
+def test_a_rank_that_dies_ends_the_test_at_once(tmp_path):
+    dying = "import sys, time; sys.exit('gone') if RANK else time.sleep(600)"
+    start = time.monotonic()
+    with pytest.raises(AssertionError, match="rank 1: gone"):
+        in_two_processes(["-c", dying], tmp_path)
+    assert time.monotonic() - start < 60
 
 
 @pytest.mark.parametrize("rest", [False, True])
@@ -68,7 +88,7 @@ def found(tmp_path_factory) -> list[dict]:
 @pytest.mark.parametrize("when", ["before", "inside"])
 def test_two_ranks_train_what_one_does(found, name, rest, when):
     for of_rank in found:
-        one = of_rank[f"{name}, {rest}, {when}"]
+        one = of_rank[f"DDP, {name}, {rest}, {when}"]
         assert one["given"]
         assert one["moved"] > 100 * ROUNDING
         assert one["distance"] < ROUNDING
@@ -85,36 +105,124 @@ def test_the_wrapper_keeps_its_settings_and_hooks(found):
         assert of_rank["hooks"] == {"kept": [False, False], "sum": True, "forward": 4, "spread": 0}
 
 
-@pytest.mark.parametrize(
-    "shard", ["FSDP 2", "FSDP 2 of blocks", "FSDP 1", "FSDP 1, original parameters"]
-)
-def test_sharded_models_are_refused_at_entry(found, shard):
+def test_frozen_entries_are_not_sent_at_every_forward_pass(found):
     for of_rank in found:
-        for message in of_rank[f"{shard}, before"].values():
-            assert message.startswith("ValueError: the model is sharded (FSDP")
-            assert "one process" in message
-            assert "\n" not in message
+        assert of_rank["buffers"] == {"more": 0}
 
 
-@pytest.mark.parametrize(
-    "shard", ["FSDP 2", "FSDP 2 of blocks", "FSDP 1", "FSDP 1, original parameters"]
-)
-def test_sharding_inside_is_one_line_and_loses_nothing(found, shard):
+SHARDED = [
+    "llama, False, inside",
+    "llama, True, before",
+    "gpt2, True, inside",
+    "gpt2, False, before",
+    "mixtral, False, inside",
+    "mixtral, True, before",
+    "kept gathered",
+]
+
+
+@pytest.mark.parametrize("case", SHARDED)
+def test_a_model_in_shards_is_trained_as_one_in_one_piece(found, case):
+    """Under FSDP2, whether it is sharded before the block or inside."""
     for of_rank in found:
-        one = of_rank[f"{shard}, inside"]
-        for what in ("first step", "leaving"):
-            # FSDP 1 itself refuses to lay parameters of which some are frozen into one
-            theirs = (
-                "Must flatten tensors with uniform `requires_grad`"
-                if shard == "FSDP 1"
-                else "the model is sharded (FSDP"
-            )
-            assert one[what].startswith(f"ValueError: {theirs}"), one[what]
-            assert "\n" not in one[what]
-        assert shard == "FSDP 1" or "sharded inside the block" in one["leaving"]
-        assert one["there"] == 2
-        assert one["whole"]
-        assert one["trained"]
+        one = of_rank[f"FSDP2, {case}"]
+        assert one["sharded"] and one["states"]
+        assert one["moved"] > 100 * ROUNDING
+        assert one["distance"] < ROUNDING
+        assert one["frozen"]
+
+
+@pytest.mark.parametrize("case", SHARDED)
+def test_checkpoints_of_shards_are_those_of_an_ordinary_model(found, case):
+    for of_rank in found:
+        one = of_rank[f"FSDP2, {case}"]
+        assert one["names"] and one["checkpoint"]
+        assert one["saved"] == 0
+
+
+@pytest.mark.parametrize("case", SHARDED)
+def test_leaving_gives_an_ordinary_model_that_is_still_in_shards(found, case):
+    for of_rank in found:
+        one = of_rank[f"FSDP2, {case}"]
+        assert one["still"]
+        assert one["after"] < 2 * ROUNDING  # it goes on to be trained as a whole
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+@pytest.mark.parametrize("case", ["2 to 1", "1 to 2", "2 to 2"])
+def test_resuming_on_another_number_of_ranks(found, name, case):
+    """Weights and AdamW's moments."""
+    for of_rank in found:
+        assert of_rank[f"resumed, {name}"][case] < ROUNDING
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_what_was_saved_in_shards_is_read_by_any_model(found, name):
+    for of_rank in found:
+        one = of_rank[f"resumed, {name}"]
+        assert one["names"]
+        assert one["whole"] == one["shards"] == one["shards inside"] == 0
+
+
+def test_units_need_no_more_memory_than_plain_sharding(found):
+    """Parameters and optimizer; plain sharding trains all of the model."""
+    for rank, of_rank in enumerate(found):
+        plain = of_rank["memory"]["plain"]
+        shares = {case: size / plain for case, size in of_rank["memory"].items()}
+        print(f"rank {rank}: {plain / 2**20:.2f} MiB of plain FSDP2; of that, {shares}")
+        assert shares["20% trained"] < 0.5
+        assert shares["7.5% frozen"] <= 1.0
+
+
+@pytest.mark.parametrize("way", ["loaded by all", "loaded by the first"])
+def test_accelerate_shards_saves_and_loads_units(found, way):
+    """Its own functions: in a CPU's processes, ``Accelerator`` itself knows no FSDP."""
+    for of_rank in found:
+        one = of_rank[f"accelerate, {way}"]
+        assert one["distance"] < ROUNDING
+        assert one["moved"] > 100 * ROUNDING
+        assert one["names"]
+        assert one["full"] == one["sharded"] == one["optimizer"] == 0
+
+
+def test_ranks_that_differ_are_refused_in_one_line(found):
+    what = {
+        "units": "the units to train",
+        "rest": "whether the rest is trained",
+        "version": "the versions of ssah_utils or of libraries",
+        "data": "the data",
+    }
+    for case, named in what.items():
+        first, second = (of_rank["disagreements"][case] for of_rank in found)
+        assert first == second
+        assert first.startswith(f"ValueError: the ranks differ in {named}: rank 0 has ")
+        assert "\n" not in first
+
+
+def test_a_rank_that_does_not_come_is_named(found):
+    said = found[0]["disagreements"]["absent"]
+    assert said.startswith("ValueError: rank 1 has not come to the block")
+
+
+@pytest.mark.parametrize("when", ["before", "inside"])
+def test_fsdp_1_is_refused_in_one_line_and_nothing_is_lost(found, when):
+    for of_rank in found:
+        one = of_rank[f"FSDP 1, {when}"]
+        for what, said in one.items():
+            if what.endswith("whole"):
+                assert said is True
+            else:
+                assert said.startswith("ValueError: the model is sharded by FSDP 1")
+                assert "\n" not in said
+        assert len(one) == (2 if when == "before" else 6)
+
+
+def test_an_error_in_the_block_loses_nothing(found):
+    for of_rank in found:
+        one = of_rank["failing"]
+        assert one["error"].startswith("ZeroDivisionError")
+        assert one["part"].startswith("ValueError: FSDP2 has not gathered")
+        assert one["whole"] == one["still whole"] == 0
 
 
 def test_the_packages_own_trainer_sums_over_ranks(found, monkeypatch):

@@ -18,9 +18,10 @@ from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, Trainin
 from ssah_utils import models, precision, training
 from ssah_utils.activations import channel_moments
 from ssah_utils.interventions import ablated, without_units
+from ssah_utils.partial_parameters import Partial, PartialParameter
 from ssah_utils.per_unit import KINDS, PerUnit
 from ssah_utils.training import SFTConfig, train_dpo, train_sft
-from ssah_utils.unit_training import PartialLinear, count_trainable, freezing, training_only
+from ssah_utils.unit_training import count_trainable, freezing, training_only
 from tests import mixtures
 from tests.conftest import VOCABULARY, n_hooks, parameters_of, same_parameters, tiny_model
 from tests.test_training import PAIRS, PlainTrainer, examples_of
@@ -194,8 +195,9 @@ def steps(
     return losses
 
 
-def partial_modules(model: nn.Module) -> list[PartialLinear]:
-    return [module for module in model.modules() if isinstance(module, PartialLinear)]
+def parts_of(model: nn.Module) -> list[PartialParameter]:
+    """Of weights and biases."""
+    return [module for module in model.modules() if isinstance(module, PartialParameter)]
 
 
 @torch.no_grad()
@@ -232,7 +234,7 @@ def test_frozen_entries_of_a_bfloat16_model(any_model, share, rest):
     any_model.bfloat16()
     chosen, before = scattered(any_model, share), parameters_of(any_model)
     with training_only(any_model, chosen, rest):
-        assert {module.block.dtype for module in partial_modules(any_model)} == {torch.float32}
+        assert {part.block.dtype for part in parts_of(any_model)} == {torch.float32}
         assert any_model.dtype == torch.bfloat16
         steps(any_model, 6)
     assert_exactly_frozen(any_model, before, trainable_entries(any_model, chosen, rest))
@@ -255,9 +257,7 @@ def test_rest_is_trained_around_frozen_units(any_model, choose):
 
 
 def at_a_frozen_entry_of_a_block(model: nn.Module) -> None:
-    module = model.model.layers[0].mlp.down_proj
-    frozen = next(row for row in range(70) if row not in module.trained.tolist())
-    module.whole[frozen, 0] += 1e-3
+    model.model.layers[0].mlp.down_proj.partial_weight.rest.data[5, 0] += 1e-3
 
 
 def at_a_frozen_matrix(model: nn.Module) -> None:
@@ -337,7 +337,7 @@ def test_training_equals_full_training_with_masked_gradients(
     before = parameters_of(any_model)
     expected = steps(reference, 12, optimizer, clip=0.5)
     with training_only(any_model, chosen, rest):
-        assert (share < 0.5) in {module.is_minor for module in partial_modules(any_model)}
+        assert (share < 0.5) in {part.is_minor for part in parts_of(any_model)}
         found = steps(any_model, 12, optimizer, clip=0.5)
     assert found == pytest.approx(expected, abs=1e-6)
     assert not same_parameters(any_model, before)
@@ -380,19 +380,10 @@ def test_gradients_equal_those_of_the_plain_model(any_model, token_ids, share):
     with training_only(any_model, chosen):
         any_model(token_ids, labels=token_ids).loss.backward()
         for path, module in any_model.named_modules():
-            if isinstance(module, PartialLinear):
-                whole = reference.get_submodule(path)
-                # (out, in)
-                gradient = whole.weight.grad.T if models.is_transposed(whole) else whole.weight.grad
-                expected = (gradient if module.dimension == 0 else gradient.T)[module.trained]
-                torch.testing.assert_close(module.block.grad, expected, rtol=1e-4, atol=1e-5)
-                if module.bias_block is not None:
-                    torch.testing.assert_close(
-                        module.bias_block.grad,
-                        whole.bias.grad[module.trained],
-                        rtol=1e-4,
-                        atol=1e-5,
-                    )
+            for name, part in module.parts().items() if isinstance(module, Partial) else ():
+                whole = reference.get_submodule(path).get_parameter(name)
+                expected = part.rows_of(whole.grad)[part.trained]
+                torch.testing.assert_close(part.block.grad, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_steps_too_small_for_bfloat16_add_up(llama):
@@ -466,9 +457,9 @@ def test_biases_do_not_decay(tiny_models):
     model = tiny_models("gpt2")
     with training_only(model, scattered(model)):
         decaying = Trainer.get_decay_parameter_names(None, model)
-        assert "transformer.h.0.mlp.c_fc.block" in decaying
+        assert "transformer.h.0.mlp.c_fc.partial_weight.block" in decaying
         assert not any("bias" in name for name in decaying)
-        assert any("bias_block" in name for name, _ in model.named_parameters())
+        assert any("partial_bias.block" in name for name, _ in model.named_parameters())
 
 
 # ------------------------------------------------------------------------- still the ordinary model
@@ -1127,11 +1118,12 @@ def first_of_mlp(model: nn.Module, n: int) -> PerUnit:
 
 
 def kept_for_backward(function: Callable[[], object]) -> list[Tensor]:
-    """Tensors that autograd saves while ``function`` runs, each once."""
+    """What autograd saves while ``function`` runs, each tensor once, and no parameter."""
     kept: dict[int, Tensor] = {}
 
     def keep(tensor: Tensor) -> Tensor:
-        kept[tensor.data_ptr()] = tensor
+        if not isinstance(tensor, nn.Parameter):
+            kept[tensor.data_ptr()] = tensor
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
@@ -1180,24 +1172,10 @@ def test_no_activation_is_kept_for_frozen_matrices(wide):
 
 
 def test_there_is_one_copy_of_every_weight(any_model):
-    """Frozen entries live once; only the trained ones are there twice, as block and in their
-    places.
-    """
+    """Trained and frozen entries alike are there once."""
     n_parameters = sum(parameter.numel() for parameter in any_model.parameters())
-    chosen = scattered(any_model)
-    with training_only(any_model, chosen):
-        tensors = [*any_model.parameters()]
-        for module in partial_modules(any_model):
-            tensors += [module.whole, *(module.linear[0].parameters())]
-            if module.bias_block is not None:
-                tensors.append(module.whole_bias)
-        n_bytes = sum(
-            {tensor.data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}.values()
-        )
-        n_blocks = sum(
-            p.numel()
-            for m in partial_modules(any_model)
-            for p in (m.block, m.bias_block)
-            if p is not None
-        )
-        assert n_bytes == 4 * (n_parameters + n_blocks)
+    with training_only(any_model, scattered(any_model)):
+        assert sum(parameter.numel() for parameter in any_model.parameters()) == n_parameters
+        tensors = [*any_model.parameters(), *(part.original[0] for part in parts_of(any_model))]
+        storages = {one.untyped_storage().data_ptr(): one.untyped_storage() for one in tensors}
+        assert sum(storage.nbytes() for storage in storages.values()) == 4 * n_parameters

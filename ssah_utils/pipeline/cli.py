@@ -107,6 +107,20 @@ def show(options: argparse.Namespace) -> int:
     return 0
 
 
+def plan(options: argparse.Namespace) -> int:
+    """Nothing is loaded: configurations, tokenizers and data sets are read."""
+    extras.require("notebooks", "devices")
+    from ssah_utils.pipeline import memory_plan, run
+
+    try:
+        machine = memory_plan.Machine.named(options.gpus, options.cpu)
+        stages = run.plan(options.profile, options.set, checked=False)
+        print("\n".join(memory_plan.plan_lines(stages, machine, memory_plan.own_bytes())))
+    except (ValueError, OSError) as error:
+        return failed(error, 2)
+    return 0
+
+
 def figures(options: argparse.Namespace) -> int:
     extras.require("notebooks")
     from ssah_utils.pipeline import redraw
@@ -262,6 +276,16 @@ def parsers() -> tuple[Parser, dict[str, Parser]]:
         "That is: profiles, embedded models, data sets.",
     )
     profile_option(listing)
+
+    planning = command(
+        "plan",
+        plan,
+        "Compute how much memory the notebooks of a profile need, and say what fits.",
+        "From shapes alone: no weights are read. By default for this machine.",
+    )
+    profile_option(planning)
+    planning.add_argument("--gpus", default="", metavar="NxGIB", help="e.g. 1x24 or 4x80")
+    planning.add_argument("--cpu", type=float, metavar="GIB", help="memory of the computer")
 
     drawing = command("figures", figures, "Draw all figures again from stored results.")
     drawing.add_argument(

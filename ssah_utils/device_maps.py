@@ -115,10 +115,10 @@ def check_map(
                 f"device_map splits block {number} of '{name}': '{one}' on {own[one]}, '{other}' on"
                 f" {own[other]}: give '{path}' to one device"
             )
-    check_codes(device_map, name, dtype, has_codes)
+    _check_codes(device_map, name, dtype, has_codes)
 
 
-def check_codes(
+def _check_codes(
     device_map: DeviceMap, name: str, dtype: Precision, has_codes: bool = False
 ) -> None:
     """``ValueError`` for a map that would keep codes apart from what computes with them."""

@@ -219,7 +219,7 @@ def sources(profile: str, seeds: list[int], models: list[str]) -> list[Path]:
     return found
 
 
-def place_of(source: Path) -> Path:
+def reference_folder_of(source: Path) -> Path:
     """Where the results of a run are stored; those of the main model with seed 0 on top."""
     model, seed = source.parent.name, source.name
     place = REFERENCE if model == across_models.MAIN else REFERENCE / across_models.FOLDER / model
@@ -228,7 +228,7 @@ def place_of(source: Path) -> Path:
 
 def store(source: Path) -> None:
     """Store the small results of a run: of another seed than 0, in place of those stored before."""
-    place, is_first = place_of(source), source.name == "seed-0"
+    place, is_first = reference_folder_of(source), source.name == "seed-0"
     stages = copy_results(source, place, STORED if is_first else (RESULT,))
     if not is_first:
         for stale in set(place.iterdir()) - {place / stage for stage in stages}:
@@ -252,7 +252,7 @@ def publish(profile: str, seeds: Sequence[int] = (0,), models: Sequence[str] = (
             what = f"'{embedded.TINY_RANDOM}' has random weights, for tests"
             raise ValueError(f"{what}: no claim is measured on it")
         check_intact(source)
-        if place_of(source) == REFERENCE:
+        if reference_folder_of(source) == REFERENCE:
             notebooks = published_notebooks(source)
     for source in found:
         store(source)

@@ -7,14 +7,15 @@ configurations. Reads no weights.
 """
 
 import copy
+import math
 import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
@@ -22,11 +23,11 @@ from transformers import DynamicCache, PretrainedConfig
 
 from ssah_utils import activations, models
 from ssah_utils.display import first_line
-from ssah_utils.loading import auto_class
+from ssah_utils.loading import auto_class, without_weights
 
 Work = Callable[[nn.Module], object]
 SHALLOW = (2, 4)  # blocks of the models that are run in place of deeper ones
-ADAM = 2  # numbers that AdamW keeps of each trained one
+ADAM = 2  # moments that AdamW keeps of each trained number
 
 
 class Alive(TorchDispatchMode):
@@ -65,12 +66,13 @@ class Alive(TorchDispatchMode):
 class Shapes:
     """A model by its shapes: what it holds, and what its work takes.
 
-    * ``dtype``: in which it computes. ``attention``: the implementation, ``sdpa`` or ``eager``.
+    * ``dtype``: in which it computes.
+    * ``attention``: its implementation; empty: what transformers chooses.
     """
 
     config: PretrainedConfig
     dtype: torch.dtype
-    attention: str = "sdpa"
+    attention: str = ""
 
     def peak(self, work: Work, is_autocast: bool = False) -> int:
         """Bytes that ``work(model)`` takes at most, beside weights that are there already.
@@ -78,6 +80,9 @@ class Shapes:
         Two shallow models of the same shapes tell what a block adds, as blocks are alike.
         ``ValueError`` in one line for a model whose computation depends on values.
         """
+        if self.dtype == torch.float32 and models.shape_of(without_weights(self.config)).n_experts:
+            # torch tells the shapes of grouped products in bfloat16 alone
+            return 2 * replace(self, dtype=torch.bfloat16).peak(work, is_autocast)
         n_layers = self.config.get_text_config(decoder=True).num_hidden_layers
         few = [n for n in SHALLOW if n < n_layers]
         if len(few) < len(SHALLOW):
@@ -91,7 +96,8 @@ class Shapes:
         try:
             with FakeTensorMode() as mode:
                 model = auto_class(config).from_config(config, dtype=self.dtype).eval()
-                model.set_attn_implementation(self.attention)
+                if self.attention:
+                    model.set_attn_implementation(self.attention)
             with mode, Alive(model) as alive, around:
                 work(model)
         except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:
@@ -124,7 +130,7 @@ def reading_prompts(batch: int, length: int, n_new: int = 0) -> Work:
 
     @torch.no_grad()
     def work(model: nn.Module) -> object:
-        cache = DynamicCache(config=models.text_config(model))
+        cache = DynamicCache()  # which keeps all, as ``PromptCache`` does
         kept = {"past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
         logits = model(input_ids=_ids(batch, length + max(0, n_new - 1)), **kept).logits
         if n_new:
@@ -139,7 +145,7 @@ def reading_openings(batch: int, length: int, n_read: int) -> Work:
 
     @torch.no_grad()
     def work(model: nn.Module) -> object:
-        cache = DynamicCache(config=models.text_config(model))
+        cache = DynamicCache()  # which keeps all, as ``PromptCache`` does
         kept = {"past_key_values": cache, "use_cache": True}
         first = model(input_ids=_ids(batch, length), logits_to_keep=1, **kept).logits.float()
         mask = torch.zeros(batch, 1, n_read, length + n_read, dtype=model.dtype)
@@ -188,9 +194,13 @@ def taking_moments(batch: int, length: int, n_marked: int) -> Work:
             stream = activations.StreamingMoments()
             stream.update(args[0].flatten(0, -2).index_select(0, rows))
 
+        with unset_fake_temporarily():  # which channels a writer has is read from numbers
+            found = [writer.module for writer in models.writers(model)]
+            # what fused experts see of their tokens is in no module's input, and no more than it
+            modules = [module for module in found if isinstance(module, nn.Module)]
         with models.hooking() as handles:
-            for writer in models.writers(model):
-                handles.append(writer.module.register_forward_pre_hook(hook))
+            for module in modules:
+                handles.append(module.register_forward_pre_hook(hook))
             return models.backbone_of(model)(input_ids=_ids(batch, length), use_cache=False)
 
     return work
@@ -208,14 +218,26 @@ def taking_gradients(batch: int, length: int, n_labels: int) -> Work:
     return work
 
 
-def training(batch: int, length: int, n_labels: int) -> Work:
-    """One step's passes, forward and backward, all gradients with them; no optimizer."""
+def training(batch: int, length: int, n_labels: int, trains_rest: bool) -> Work:
+    """Forward and backward pass of one step, without the gradients of blocks.
+
+    Each of these is dropped as soon as it is there, so that what is left are activations, and with
+    ``trains_rest`` the gradients of the head, which come first, and of the embedding. What is held
+    of weights, gradients and moments is ``Trained``'s.
+    """
 
     def work(model: nn.Module) -> None:
         model.train()
+        for part in models.blocks_of(model) if trains_rest else [model]:
+            for parameter in part.parameters():
+                parameter.register_post_accumulate_grad_hook(_drop_gradient)
         _loss(model, batch, length, n_labels).backward()
 
     return work
+
+
+def _drop_gradient(parameter: Tensor) -> None:
+    parameter.grad = None
 
 
 def _loss(model: nn.Module, batch: int, length: int, n_labels: int) -> Tensor:
@@ -227,6 +249,73 @@ def _loss(model: nn.Module, batch: int, length: int, n_labels: int) -> Tensor:
     return nn.functional.cross_entropy(logits.float(), _ids(1, n_labels)[0], reduction="sum")
 
 
-def optimizer_bytes(n_trained: int, dtype: torch.dtype = torch.float32) -> int:
-    """AdamW's state of so many trained numbers; of units of any model, in float32."""
-    return ADAM * n_trained * dtype.itemsize
+@dataclass(frozen=True)
+class Trained:
+    """How many numbers of a model are trained, and in how many bytes each is held.
+
+    ``n_frozen`` are the others, in ``dtype``. AdamW keeps two moments of each trained number, in
+    the precision of that number.
+    """
+
+    n_trained: int
+    n_frozen: int
+    trained_dtype: torch.dtype
+    dtype: torch.dtype
+
+    @classmethod
+    def all_of(cls, config: PretrainedConfig, dtype: torch.dtype) -> "Trained":
+        """All parameters, in one precision."""
+        return cls(n_numbers(config), 0, dtype, dtype)
+
+    @classmethod
+    def units_of(
+        cls, config: PretrainedConfig, fraction: float, train_rest: bool, dtype: torch.dtype
+    ) -> "Trained":
+        """A share of the units, and with ``train_rest`` all that belongs to none.
+
+        A trained number is float32, as blocks are (``partial_parameters``).
+        """
+        everything, owned = n_numbers(config), n_owned(config)
+        n_trained = round(fraction * owned) + (everything - owned) * train_rest
+        return cls(n_trained, everything - n_trained, torch.float32, dtype)
+
+    @property
+    def weights(self) -> int:
+        """Bytes of all weights."""
+        return self.n_trained * self.trained_dtype.itemsize + self.n_frozen * self.dtype.itemsize
+
+    @property
+    def gradients(self) -> int:
+        """Bytes of all gradients, at the end of a backward pass."""
+        return self.n_trained * self.trained_dtype.itemsize
+
+    @property
+    def moments(self) -> int:
+        """Bytes of AdamW's state."""
+        return ADAM * self.n_trained * self.trained_dtype.itemsize
+
+    def peak(self, activations: int) -> int:
+        """Bytes at most in a step with such activations.
+
+        As gradients come, activations go: either is there as a whole, but not both.
+        """
+        return self.weights + self.moments + max(activations, self.gradients)
+
+
+def n_numbers(config: PretrainedConfig) -> int:
+    """How many numbers the weights of a model are; those that two modules share count once."""
+    return sum(parameter.numel() for parameter in without_weights(config).parameters())
+
+
+def n_owned(config: PretrainedConfig) -> int:
+    """How many of them belong to units: the columns of writers, and the rows of their readers."""
+    model = without_weights(config)
+    shape, places = models.shape_of(model), {}
+    for writer in models.writers(model):
+        for parameter, dimensions, own in models.owned_entries(writer, shape):
+            found = places.setdefault(id(parameter), (parameter, dimensions, set()))
+            found[2].update(own.tolist())
+    return sum(
+        len(own) * parameter.numel() // math.prod(parameter.shape[one] for one in dimensions)
+        for parameter, dimensions, own in places.values()
+    )

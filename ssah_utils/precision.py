@@ -77,9 +77,14 @@ def training_dtype(model: nn.Module) -> torch.dtype:
     device = next(model.parameters()).device
     if device.type != "cuda":
         return torch.float32
-    n_bytes = 16 * sum(parameter.numel() for parameter in model.parameters())
-    fits = 1.3 * n_bytes < torch.cuda.get_device_properties(device).total_memory
-    return torch.float32 if fits else torch.bfloat16
+    n = sum(parameter.numel() for parameter in model.parameters())
+    n_bytes = torch.cuda.get_device_properties(device).total_memory
+    return torch.float32 if trains_in_float32(n, n_bytes) else torch.bfloat16
+
+
+def trains_in_float32(n_parameters: int, n_bytes: int) -> bool:
+    """Whether weights, gradients and AdamW's state in float32 leave some of a GPU's memory free."""
+    return 1.3 * 16 * n_parameters < n_bytes
 
 
 def to_dtype(model: nn.Module, dtype: torch.dtype) -> nn.Module:

@@ -1,4 +1,4 @@
-"""What work really takes beside the weights, in a process of its own: peak minus before, in bytes.
+"""What a model and its work really take, in a process of its own: peak minus before, in bytes.
 
     python -m tests.measured_memory openings 16 60 64                        # a random model
     python -m tests.measured_memory openings 16 60 64 --model NAME           # or a real one
@@ -8,6 +8,7 @@ Prints what was measured and what ``memory`` says. Linux alone resets a peak.
 
 import argparse
 import ctypes
+import functools
 import gc
 import json
 import re
@@ -15,9 +16,9 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig
 
-from ssah_utils import activations, loading, memory, models, prompt_cache
+from ssah_utils import activations, loading, memory, models, prompt_cache, unit_training
 
 MIDDLE = {
     "vocab_size": 32000,
@@ -65,11 +66,18 @@ def gradients(model: nn.Module, batch: int, length: int, n_marked: int) -> None:
     activations.gradient_activation(model, [batch_of(batch, length, n_marked)])
 
 
+@torch.inference_mode()
+def choices(model: nn.Module, batch: int, length: int, _: int) -> None:
+    logits = model(input_ids=torch.tensor(rows(batch, length))).logits
+    nn.functional.log_softmax(logits, dim=-1, dtype=torch.float32)
+
+
 def steps(model: nn.Module, batch: int, length: int, n_labels: int) -> None:
     """Two training steps in float32, the second with the optimizer's state there."""
     model.set_attn_implementation("eager")
-    model.train().requires_grad_(True)
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    model.train()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, fused=True)
     ids = torch.tensor(rows(batch, length))
     for _ in range(2):
         hidden = models.backbone_of(model)(input_ids=ids, use_cache=False).last_hidden_state
@@ -81,21 +89,39 @@ def steps(model: nn.Module, batch: int, length: int, n_labels: int) -> None:
         optimizer.zero_grad()
 
 
-def planned(kind: str, config, sizes: tuple[int, int, int], n_parameters: int) -> int:
-    """What ``memory`` says, from the configuration alone."""
+def fifth(model: nn.Module, *sizes: int) -> None:
+    """The same of a fifth of the units, drawn at random in every module."""
+    writers = models.writers(model)
+    chosen = [torch.rand(models.matrix_size(writer.module)[1]) < FIFTH for writer in writers]
+    drawn = models.per_unit_of(zip(writers, chosen, strict=True))
+    with unit_training.training_only(model, drawn):
+        steps(model, *sizes)
+
+
+def planned(kind: str, config: PretrainedConfig, sizes: tuple[int, int, int]) -> int:
+    """What ``memory`` says of weights and work, from the configuration alone."""
     works = {
         "openings": memory.reading_openings,
         "answers": memory.reading_prompts,
         "moments": memory.taking_moments,
         "gradients": memory.taking_gradients,
-        "steps": memory.training,
+        "choices": lambda batch, length, _: memory.choosing(batch, length),
+        "steps": functools.partial(memory.training, trains_rest=True),
+        "fifth": functools.partial(memory.training, trains_rest=False),
     }
-    attention = "eager" if kind == "steps" else "sdpa"
-    peak = memory.Shapes(config, torch.float32, attention).peak(works[kind](*sizes))
-    return peak + (memory.optimizer_bytes(n_parameters) if kind == "steps" else 0)
+    attention = "eager" if kind in TRAINED else ""
+    work = memory.Shapes(config, torch.float32, attention).peak(works[kind](*sizes))
+    if kind not in TRAINED:
+        return memory.n_numbers(config) * 4 + work
+    return TRAINED[kind](config).peak(work)
 
 
-WORK = {one.__name__: one for one in (openings, answers, moments, gradients, steps)}
+FIFTH = 0.2
+TRAINED = {
+    "steps": lambda config: memory.Trained.all_of(config, torch.float32),
+    "fifth": lambda config: memory.Trained.units_of(config, FIFTH, False, torch.float32),
+}
+WORK = {one.__name__: one for one in (openings, answers, moments, gradients, choices, steps, fifth)}
 
 
 def main() -> None:
@@ -107,21 +133,21 @@ def main() -> None:
     torch.set_num_threads(1)
     config = LlamaConfig(**MIDDLE)
     if options.model:
-        config = AutoConfig.from_pretrained(loading.resolve(options.model))
+        config = loading.config_of(options.model)
         model, _ = loading.load(options.model)
     else:
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     for parameter in model.parameters():
-        parameter.data.sum()  # read from its file, if it is mapped
-    n_parameters = sum(parameter.numel() for parameter in model.parameters())
-    WORK[options.kind if options.kind != "steps" else "moments"](model, 2, 16, 8)  # warm
+        parameter.data = parameter.data.clone()  # a file's pages would stay when it is cut in two
+    WORK["moments"](model, 2, 16, 8)  # warm
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
-    before = resident("VmRSS")
+    weights = 4 * sum(parameter.numel() for parameter in model.parameters())
+    before = resident("VmRSS") - weights
     Path("/proc/self/clear_refs").write_text("5")
     WORK[options.kind](model, *options.sizes)
     measured = resident("VmHWM") - before
-    told = planned(options.kind, config, tuple(options.sizes), n_parameters)
+    told = planned(options.kind, config, tuple(options.sizes))
     print(json.dumps({"kind": options.kind, "measured": measured, "planned": told}))
 
 

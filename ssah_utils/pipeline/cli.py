@@ -115,7 +115,7 @@ def plan(options: argparse.Namespace) -> int:
     try:
         machine = memory_plan.Machine.named(options.gpus, options.cpu)
         stages = run.plan(options.profile, options.set, checked=False)
-        print("\n".join(memory_plan.plan_lines(stages, machine, memory_plan.own_bytes())))
+        print("\n".join(memory_plan.plan_lines(stages, machine)))
     except (ValueError, OSError) as error:
         return failed(error, 2)
     return 0

@@ -97,6 +97,7 @@ def plan(
             own_files=tuple(entry.get("own_files", ())),
             every_seed=entry.get("every_seed", False),
             only_named=entry.get("only_named", False),
+            work=tuple(entry.get("work", ())),
         )
         stages.append(stage)
     return stages

@@ -44,6 +44,8 @@ class Stage:
     every_seed: bool = False
     # Whether it runs only when it is named: nothing follows from it, and it takes long.
     only_named: bool = False
+    # What takes memory in it: of ``memory_plan.LOOKING`` and ``memory_plan.TRAINING``.
+    work: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:

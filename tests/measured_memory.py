@@ -18,7 +18,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig
 
-from ssah_utils import activations, loading, memory, models, prompt_cache, unit_training
+from ssah_utils import activations, loading, models, prompt_cache, unit_training
+from ssah_utils.pipeline import memory
 
 MIDDLE = {
     "vocab_size": 32000,

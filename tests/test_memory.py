@@ -10,9 +10,9 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from ssah_utils import loading, memory, models, unit_training
+from ssah_utils import loading, models, unit_training
 from ssah_utils.files import ROOT
-from ssah_utils.pipeline import cli, run
+from ssah_utils.pipeline import cli, memory, run
 from ssah_utils.pipeline.memory_plan import (
     GIB,
     LOOKING,

@@ -15,8 +15,9 @@ import pandas as pd
 import torch
 from transformers import PretrainedConfig
 
-from ssah_utils import benchmarks, evaluation, loading, memory, precision, prompt_cache, room
+from ssah_utils import benchmarks, evaluation, loading, precision, prompt_cache, room
 from ssah_utils.files import DATA
+from ssah_utils.pipeline import memory
 from ssah_utils.pipeline.stamps import Stage
 from ssah_utils.prompts import chat, datasets, tokens
 from ssah_utils.quantisers import keeps_codes
@@ -181,7 +182,7 @@ class Planned:
         dtype = torch.float32 if "float32" in TITLES[kind] else self.dtype
         shapes = memory.Shapes(self.config, precision.computed_in(dtype))
         sizes, works = self._works(kind)
-        weights, work = n_bytes(self.config, dtype), max(map(shapes.peak, works))
+        weights, work = weight_bytes(self.config, dtype), max(map(shapes.peak, works))
         return Need(kind, TITLES[kind], sizes, notebooks, weights, 0, work, weights + work)
 
     def _works(self, kind: str) -> tuple[str, list[memory.Work]]:
@@ -244,7 +245,7 @@ def batch_of(function: Callable) -> int:
     return inspect.signature(function).parameters["batch_size"].default
 
 
-def n_bytes(config: PretrainedConfig, dtype: precision.Precision) -> int:
+def weight_bytes(config: PretrainedConfig, dtype: precision.Precision) -> int:
     """Bytes of a model's weights; tables stay numbers where matrices are codes."""
     if isinstance(dtype, torch.dtype):
         return memory.n_numbers(config) * dtype.itemsize
@@ -288,14 +289,16 @@ def plan_lines(stages: list[Stage], machine: Machine) -> list[str]:
     billions = memory.n_numbers(planned.config) / 1e9
     needs = list(planned.needs())
     width = max(len(need.title) for need in needs)
-    head = f"{planned.model}: {billions:.2f} billion parameters, {named(planned.dtype)}; {machine}"
+    head = (
+        f"{planned.model}: {billions:.2f} billion parameters, {_name_of(planned.dtype)}; {machine}"
+    )
     lines = [head, "", f"{'in GiB':{width}}  weights   state    work    peak"]
     for need in needs:
         parts = (need.weights, need.state, need.work, need.peak)
         shown = "".join(f"{n / GIB:8.1f}" for n in parts)
         lines.append(f"{need.title:{width}} {shown}  {advice(need, machine)}")
         lines.append(f"{'':{width}}   {need.sizes}: {', '.join(need.notebooks)}")
-    another = n_bytes(planned.config, planned.dtype) / GIB
+    another = weight_bytes(planned.config, planned.dtype) / GIB
     return [
         *lines,
         "",
@@ -306,5 +309,5 @@ def plan_lines(stages: list[Stage], machine: Machine) -> list[str]:
     ]
 
 
-def named(dtype: precision.Precision) -> str:
+def _name_of(dtype: precision.Precision) -> str:
     return str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype.codes

@@ -17,7 +17,7 @@ from ssah_utils.files import DATA, PACKAGE, ROOT, sha256_of, sha256_of_file
 from ssah_utils.pipeline.runs import run_folder, versions
 
 RUNNER = (
-    *("cli", "engine", "execution", "listing", "machine", "memory_plan", "publish"),
+    *("cli", "engine", "execution", "listing", "machine", "memory", "memory_plan", "publish"),
     *("result_tables", "run", "status", "summary", "sweep"),
 )
 NOT_IN_KEYS = (  # no result depends on them

@@ -41,8 +41,8 @@ def fingerprint(model: nn.Module) -> str:
         for key, value in plain.config.to_diff_dict().items()
         if key not in COSMETIC and not key.endswith("_token_id") and not key.startswith("_")
     }
-    tables = (plain.get_input_embeddings(), plain.get_output_embeddings())
-    tables = [table for table in tables if not quantised.is_quantised(table)]
+    both = (plain.get_input_embeddings(), plain.get_output_embeddings())
+    tables = [table for table in both if not quantised.is_quantised(table)]
     vocabulary = {table.weight.data_ptr() for table in tables}
     repacked = {
         name: module

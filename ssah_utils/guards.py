@@ -8,7 +8,7 @@ torch. Does not know units.
 
 import functools
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -150,7 +150,7 @@ class Watch:
     the module whose ``block`` stands in for it: wrappers may exchange that parameter, too.
     """
 
-    def __init__(self, model: nn.Module, replaced: list[tuple[Tensor, nn.Module]]) -> None:
+    def __init__(self, model: nn.Module, replaced: Sequence[tuple[Tensor, nn.Module]]) -> None:
         self.model, self.replaced = weakref.ref(model), replaced
         self.is_trained = False  # whether any optimizer has stepped on a trained parameter
         self.idle: weakref.WeakSet = weakref.WeakSet()  # optimizers that stepped, but on none

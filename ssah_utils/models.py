@@ -414,7 +414,7 @@ def column_weight(module: Hookable, dtype: torch.dtype = torch.float32) -> Tenso
     # fused experts are in floating point, or refused
     if isinstance(module, nn.Module) and quantised.is_quantised(module):
         return quantised.weight_of(module, dtype)
-    weight = placement.value_of(module, "weight")
+    weight = placement.value_of(cast("nn.Module", module), "weight")
     return weight.T if is_transposed(module) else weight
 
 

@@ -47,7 +47,7 @@ class PartialParameter(nn.Module):
         rows = self.rows_of(original.detach())
         block = rows.index_select(0, self.trained)
         self.block = nn.Parameter(block.to(torch.promote_types(self.dtype, torch.float32)))
-        self.rest = None
+        self.register_parameter("rest", None)
         if len(self.frozen):
             self.rest = nn.Parameter(rows.index_select(0, self.frozen), requires_grad=False)
         self.placement = None  # along which dimension the whole was shared out

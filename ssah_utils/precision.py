@@ -98,7 +98,7 @@ def to_dtype(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     for module in model.modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            if buffer.is_floating_point() and "inv_freq" not in name:
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_floating_point() and "inv_freq" not in name:
                 setattr(module, name, buffer.to(dtype))
     return model

@@ -259,6 +259,28 @@ def cost_table(results: dict[str, dict]) -> str:
     return markdown(rows, ["notebook", "minutes", "peak memory, GiB"])
 
 
+def recipes_table(results: dict[str, dict]) -> str:
+    """Along one training: what the model does, and its margin without units of the largest share."""
+    tables = results["A5_recipes"]["tables"]
+    path, effects = tables["path"], tables["effects_path"].set_index(["step", "fraction"])
+    fraction = path["fraction"].max()
+    rows = []
+    for step, part in path.groupby("step", sort=True):
+        intact = part[part["switched_off"] == "nothing"]
+        goals = (("harmful", "asr"), ("other_harmful", "asr"), ("helpful", "refused"))
+        cells = [mean_percent(chosen(intact, *goal)) for goal in goals]
+        off = chosen(part[part["fraction"].isin([0, fraction])], "harmful", "margin")
+        margins = off.set_index("switched_off")["mean"]
+        cells += [f"{margins[name]:+.1f}" for name in ("nothing", "safety", "random")]
+        effect = effects.loc[(step, fraction)]
+        cells += [f"{effect[name]:+.0f}" for name in ("safety", "random")]
+        rows.append([str(step), *cells])
+    share = f"{fraction:.1%} of the units"
+    header = ["step", "ASR, harmful", "ASR, other source", "harmless refused", "margin"]
+    header += [f"without {share}, safety", "random", "coherent ASR added, safety", "random"]
+    return markdown(rows, header)
+
+
 RESULT_TABLES = {
     "claims": claims_table,
     "alignment": alignment_table,
@@ -270,6 +292,7 @@ RESULT_TABLES = {
     "freezing": freezing_table,
     "adapters": adapter_table,
     "budget": budget_table,
+    "recipes": recipes_table,
     "cost": cost_table,
 }
 JUDGE_TABLES = {"judge": judge_table}

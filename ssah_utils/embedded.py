@@ -149,13 +149,17 @@ def folder_of(name: str) -> Path:
     """
     model = MODELS[name]
     check_terms(name)
-    if (model.folder / "config.json").exists() and any(model.folder.glob("*.safetensors")):
-        return model.folder  # also in shards, as earlier versions of transformers saved
-    extras.require("embedded")
-    with locked(Lock(cache_dir() / "locks" / name), LOCK_TIMEOUT):  # another may be preparing it
-        if not model.folder.exists():
-            _prepare(model)
+    if not _is_whole(model.folder):
+        extras.require("embedded")
+        with locked(Lock(cache_dir() / "locks" / name), LOCK_TIMEOUT):
+            if not _is_whole(model.folder):  # another may have prepared it meanwhile
+                _prepare(model)
     return model.folder
+
+
+def _is_whole(folder: Path) -> bool:
+    """Weights may be in shards, as earlier versions of transformers saved them."""
+    return (folder / "config.json").exists() and any(folder.glob("*.safetensors"))
 
 
 def _prepare(model: Embedded) -> None:

@@ -140,8 +140,8 @@ def test_another_model_is_stored_beside_the_main_one_and_leaves_the_notebooks(pr
 def test_one_command_stores_all_of_a_sweep_each_where_it_belongs(project, monkeypatch, capsys):
     """Two models with two seeds each; the notebooks show the main model's."""
     main = runs.find_run("reference", 0).parent
-    shutil.copytree(main, main.parent / "tiny-random-llama")
-    names = f"tiny-random-llama,{across_models.MAIN}"
+    shutil.copytree(main, main.parent / embedded.VENDOR_ALIGNED)
+    names = f"{embedded.VENDOR_ALIGNED},{across_models.MAIN}"
     seen = []
     monkeypatch.setattr(publish, "publish_claims", lambda folder: seen.append(stored()) or [])
 
@@ -153,8 +153,8 @@ def test_one_command_stores_all_of_a_sweep_each_where_it_belongs(project, monkey
     (there,) = seen
     assert there == [
         "03_units/result.json",
-        "models/tiny-random-llama/03_units/result.json",
-        "models/tiny-random-llama/seed-1/03_units/result.json",
+        f"models/{embedded.VENDOR_ALIGNED}/03_units/result.json",
+        f"models/{embedded.VENDOR_ALIGNED}/seed-1/03_units/result.json",
         "seed-1/03_units/result.json",
     ], "what follows from the results is written once, when all of them are there"
     shown = nbformat.read(project / "notebooks" / "03_units.ipynb", 4)
@@ -192,7 +192,7 @@ def test_a_model_of_random_weights_is_not_published(finished_runs, capsys):
     """Else claims would count as measured on one model more."""
     profile = finished_runs / "runs" / "smoke"
     shutil.copytree(runs.find_run("reference", 0).parent, profile / embedded.TINY_RANDOM)
-    for words in (["--profile", "smoke"], ["--profile", "smoke", "--seed", "1"]):
+    for words in (["--profile", "smoke"], ["--profile", "smoke", "--seeds", "1"]):
         assert cli.main(["publish", *words]) == 1
         (line,) = capsys.readouterr().err.splitlines()
         assert "'tiny-random-llama' has random weights" in line

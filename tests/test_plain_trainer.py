@@ -60,7 +60,16 @@ def test_two_processes_train_what_one_does(saved_llama, llama, data, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    how = ["--cpu", "--num_processes", "2", "--num_machines", "1", "--main_process_port", port]
+    # which starts several processes for GPUs alone; the script itself asks for the CPU
+    how = [
+        "--multi_gpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+        "--main_process_port",
+        port,
+    ]
     script = ["-m", "tests.plain_trainer", *given, str(tmp_path / "two"), "2"]
     launch = [sys.executable, "-m", "accelerate.commands.launch", *how, *script]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}

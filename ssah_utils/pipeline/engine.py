@@ -70,6 +70,8 @@ class Engine:
         if self.executor == "local":
             many = ["--cores", str(self.jobs * self.threads)]
         given = ["--workflow-profile", str(self.profile) if self.profile else "none"]
+        if self.executor == "slurm":  # a job that lost a step for want of memory may count as done
+            given += ["--slurm-keep-successful-logs"]
         return [
             *("--snakefile", str(SNAKEFILE), "--configfile", str(folder / "jobs.json")),
             *("--directory", str(folder), "--executor", self.executor, *many, *given),

@@ -260,7 +260,7 @@ def cost_table(results: dict[str, dict]) -> str:
 
 
 def recipes_table(results: dict[str, dict]) -> str:
-    """Along one training: what the model does, and its margin without units of the largest share."""
+    """Along one training: what the model does, and what switching units off does to it."""
     tables = results["A5_recipes"]["tables"]
     path, effects = tables["path"], tables["effects_path"].set_index(["step", "fraction"])
     fraction = path["fraction"].max()

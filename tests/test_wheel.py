@@ -96,7 +96,7 @@ def test_a_wheel_holds_all_that_is_committed_of_package_data_and_notebooks_and_i
         for name in tracked("ssah_utils", "data", "notebooks")
     }
     assert held == places
-    assert wheel.stat().st_size < 3 * 2**20
+    assert wheel.stat().st_size < 6 * 2**20  # scores of all units of three models are half of it
 
 
 def test_the_installed_package_knows_its_files_and_works_in_the_current_folder(installed):
@@ -122,7 +122,7 @@ def test_figures_are_drawn_from_the_results_that_come_with_it(installed):
     outcome = installed.run("ssah", "figures")
     assert outcome.returncode == 0, outcome.stderr
     drawn = {path.stem for path in (installed.work / "figures").glob("*.png")}
-    stages = redraw.FIGURES.keys() - redraw.ONLY_NAMED
+    stages = [one for one in redraw.FIGURES if (REFERENCE / one / "result.json").exists()]
     expected = {name for stage in stages for name in redraw.FIGURES[stage]}
     assert drawn == expected | {"ablation_by_model"}
 

@@ -9,7 +9,8 @@ import math
 import os
 import re
 import struct
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -41,15 +42,12 @@ def require_memory(name: str, n_parameters: int, dtype: Precision, device: str =
     training or a long prompt takes beside the weights is not counted.
     """
     needed = n_parameters * dtype.itemsize
-    places = {"memory": free_memory}
+    places: dict[str, Callable[[], int | None]] = {"memory": free_memory}
     if device.startswith("cuda"):
-        places["GPU memory"] = lambda: _free_on_gpu(device)
+        places["GPU memory"] = partial(_free_on_gpu, device)
     for place, look in places.items():
-        free = look()
-        if free is not None and needed > free:
-            gc.collect()  # a model that nobody uses any more may still be there
-            free = look()
-        if free is None or needed <= free:
+        free = _free_unless_enough(needed, look)
+        if free is None:
             continue
         narrow = torch.bfloat16.itemsize * n_parameters
         if narrow <= free and dtype.itemsize > torch.bfloat16.itemsize:
@@ -73,11 +71,9 @@ def require_places(name: str, needed: dict[str, int], dtype: Precision) -> None:
         if place == "disk":
             continue
         device = f"cuda:{place}" if place.isdigit() else place
-        free = _free_in(device)
-        if free is not None and n_bytes > free:
-            gc.collect()
-            free = _free_in(device)
-        if free is not None and n_bytes > free:
+        look = partial(_free_on_gpu, device) if device.startswith("cuda") else free_memory
+        free = _free_unless_enough(n_bytes, look)
+        if free is not None:
             raise OSError(
                 f"device_map puts {n_bytes / GIB:.1f} GiB of '{name}' on {device}, in"
                 f" {str(dtype).removeprefix('torch.')}, and {free / GIB:.1f} GiB are free there:"
@@ -96,8 +92,13 @@ def require_anywhere(name: str, n_bytes: int, folder: Path) -> None:
         )
 
 
-def _free_in(device: str) -> int | None:
-    return _free_on_gpu(device) if device.startswith("cuda") else free_memory()
+def _free_unless_enough(n_bytes: float, look: Callable[[], int | None]) -> int | None:
+    """How many bytes are free where that is too little; None where it is enough, or not known."""
+    free = look()
+    if free is not None and n_bytes > free:
+        gc.collect()  # a model that nobody uses any more may still be there
+        free = look()
+    return None if free is None or n_bytes <= free else free
 
 
 def free_memory() -> int | None:

@@ -24,11 +24,6 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message} ({self.prog} --help says what there is)\n")
 
 
-def split(names: str) -> list[str]:
-    """The names of a list with commas."""
-    return [name.strip() for name in names.split(",") if name.strip()]
-
-
 def failed(error: BaseException | str, code: int) -> int:
     print(f"error: {error}", file=sys.stderr)
     return code
@@ -68,13 +63,13 @@ def sweep(options: argparse.Namespace) -> int:
     """Exit codes as above; all runs are checked before the first job starts."""
     extras.require(*extras.EXTRAS)
     from ssah_utils.locks import InUse
-    from ssah_utils.pipeline import sweep
+    from ssah_utils.pipeline import run, sweep
 
     try:
         how = sweep.engine_for(
             options.executor, options.jobs, options.threads, options.workflow_profile
         )
-        seeds, models = sweep.seeds_of(options.seeds), split(options.models)
+        seeds, models = sweep.seeds_of(options.seeds), run.named(options.models)
         found = sweep.members(options.profile, seeds, models, options.set, options.only)
         if options.dry_run:
             jobs = sweep.jobs_of(found, options.only)
@@ -136,11 +131,11 @@ def figures(options: argparse.Namespace) -> int:
 
 def publish(options: argparse.Namespace) -> int:
     extras.require("notebooks")
-    from ssah_utils.pipeline import publish, sweep
+    from ssah_utils.pipeline import publish, run, sweep
 
     try:
         seeds = sweep.seeds_of(options.seeds)
-        problems = publish.publish(options.profile, seeds, split(options.models))
+        problems = publish.publish(options.profile, seeds, run.named(options.models))
     except (OSError, ValueError) as error:
         problems = str(error).splitlines()
     return max([0, *(failed(problem, 1) for problem in problems)])

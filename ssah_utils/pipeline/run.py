@@ -103,9 +103,9 @@ def plan(
     return stages
 
 
-def named(only: str) -> list[str]:
-    """The notebooks that ``--only`` names; none: all."""
-    return [name.strip() for name in only.split(",") if name.strip()]
+def named(text: str) -> list[str]:
+    """The names in a list with commas; of ``--only``, none means all notebooks."""
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def check_assigned(

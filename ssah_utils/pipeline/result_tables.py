@@ -274,10 +274,13 @@ def recipes_table(results: dict[str, dict]) -> str:
         cells += [f"{margins[name]:+.1f}" for name in ("nothing", "safety", "random")]
         effect = effects.loc[(step, fraction)]
         cells += [f"{effect[name]:+.0f}" for name in ("safety", "random")]
+        without = part[(part["fraction"] == fraction) & (part["switched_off"] == "safety")]
+        cells.append(mean_percent(chosen(without, "harmful", "degenerate")))
         rows.append([str(step), *cells])
     share = f"{fraction:.1%} of the units"
     header = ["step", "ASR, harmful", "ASR, other source", "harmless refused", "margin"]
     header += [f"without {share}, safety", "random", "coherent ASR added, safety", "random"]
+    header += ["degenerate without safety"]
     return markdown(rows, header)
 
 

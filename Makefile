@@ -1,4 +1,4 @@
-# reproduce · reference · test · test-wheel · figures · lab · lint · site · bench · bench-gpu : each target sets up what
+# quickstart · reproduce · reference · test · test-wheel · figures · lab · lint · site · bench · bench-gpu : each target sets up what
 # it needs.
 #   make reproduce PROFILE=smoke|laptop|reference
 #   make reference PROFILE=laptop SEEDS=0:3 JOBS=1    what is committed: several seeds, published
@@ -9,6 +9,7 @@ PROFILE ?= laptop
 SEEDS ?= 0:3
 JOBS ?= 1
 PIP_FLAGS ?=
+QUICK_MODEL := qwen2.5-coder-0.5b-instruct
 VENV := .venv
 BIN := $(VENV)/bin
 
@@ -17,7 +18,13 @@ OTHER_MACHINE := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INS
 NUMERICAL := $(addprefix tests/test_,activations.py evaluation.py interventions.py models.py prompt_cache.py \
   panel.py probing.py real_model.py scores.py scoring.py search.py stats.py stepwise.py training.py unit_training.py units.py)
 
-.PHONY: reproduce reference test test-wheel test-other-machine figures lab site bench bench-gpu lint clean
+.PHONY: quickstart reproduce reference test test-wheel test-other-machine figures lab site bench bench-gpu lint clean
+
+# Runs the first notebook, a few minutes, and opens it.
+quickstart: $(VENV)/installed
+	$(BIN)/ssah download $(QUICK_MODEL)
+	$(BIN)/ssah run --profile qwen-0.5b --only 00_quickstart
+	$(BIN)/python -m jupyterlab runs/qwen-0.5b/$(QUICK_MODEL)/seed-0/00_quickstart/00_quickstart.ipynb
 
 reproduce: $(VENV)/installed
 	$(BIN)/ssah run --profile $(PROFILE)

@@ -15,7 +15,7 @@ EXTRAS = {
     "eval": ("datasets", "lm_eval", "pyarrow", "scipy", "sklearn"),
     "quantised": ("accelerate", "bitsandbytes"),
     "devices": ("accelerate",),
-    "notebooks": ("ipykernel", "jupyterlab", "matplotlib", "papermill", "seaborn"),
+    "notebooks": ("ipykernel", "ipywidgets", "jupyterlab", "matplotlib", "papermill", "seaborn"),
     "sweep": ("snakemake", "snakemake_executor_plugin_slurm"),
 }
 

@@ -19,6 +19,7 @@ from ssah_utils.figures import (
     models,
     paper,
     probing,
+    quickstart,
     recipes,
     redundant_units,
     stepwise,
@@ -33,6 +34,7 @@ from ssah_utils.unit_files import load_partition
 from ssah_utils.units import to_table
 
 FIGURES: dict[str, dict[str, Callable]] = {
+    "00_quickstart": {"safety_switch": quickstart.safety_switch},
     "01_alignment": {
         "alignment_verdicts": alignment.alignment_verdicts,
         "training_loss": alignment.training_loss,
@@ -87,7 +89,8 @@ FIGURES: dict[str, dict[str, Callable]] = {
 }
 # What a drawing raises where a table, column, row or value is not there.
 LACKING = (LookupError, ValueError, TypeError, AttributeError)
-ONLY_NAMED = {"A5_recipes"}  # it runs only when it is asked for, so there may be no result
+# They run only when they are asked for, so there may be no result.
+ONLY_NAMED = {"00_quickstart", "A5_recipes"}
 FROM_UNITS = set(FIGURES["03_units"])  # the others are drawn from result.json
 
 

@@ -42,7 +42,7 @@ class Stage:
     own_files: tuple[str, ...] = ()
     # Whether it also reads what runs with other seeds have stored.
     every_seed: bool = False
-    # Whether it runs only when it is named: nothing follows from it, and it takes long.
+    # Whether it runs only when it is named: nothing follows from it.
     only_named: bool = False
     # What takes memory in it: of ``memory_plan.LOOKING`` and ``memory_plan.TRAINING``.
     work: tuple[str, ...] = ()

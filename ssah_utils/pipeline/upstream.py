@@ -54,9 +54,16 @@ def load_model(run: Run, name: str, dtype: precision.Precision | None = None) ->
     if name not in places:
         near = difflib.get_close_matches(name, places, n=1, cutoff=0)
         raise LookupError(f"01_alignment has no model '{name}'; nearest is '{near[0]}'")
+    return load_from(run, places[name], name, dtype)
+
+
+def load_from(
+    run: Run, place: str, name: str = "model", dtype: precision.Precision | None = None
+) -> nn.Module:
+    """``load_model`` of what is at a place; ``name`` is what the run calls it."""
     device = precision.preferred_device()
     device_map = run.parameters.get("device_map", "")
-    key = (places[name], dtype or precision.preferred_dtype(device), device, device_map)
+    key = (place, dtype or precision.preferred_dtype(device), device, device_map)
     there = _in_use.get(key)
     if there is not None and next(quantised.quantised_modules(there), None) is None:
         return wrappers.over_same_weights(there)

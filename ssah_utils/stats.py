@@ -224,6 +224,21 @@ def holm(p_values: list[float]) -> list[float]:
     return adjusted.tolist()
 
 
+def benjamini_hochberg(p_values: list[float]) -> list[float]:
+    """Adjusted p-values that bound the false discovery rate (Benjamini and Hochberg 1995), in the
+    order given.
+
+    >>> benjamini_hochberg([0.01, 0.04, 0.03])
+    [0.03, 0.04, 0.04]
+    """
+    p = np.asarray(p_values, dtype=float)
+    order = np.argsort(p)[::-1]
+    stepped = np.minimum.accumulate(len(p) / (len(p) - np.arange(len(p))) * p[order])
+    adjusted = np.empty_like(p)
+    adjusted[order] = np.minimum(stepped, 1)
+    return adjusted.tolist()
+
+
 def rate_table(rows: pd.DataFrame, by: list[str] | str, columns: list[str]) -> pd.DataFrame:
     """Mean of each column per group of rows, with its interval, in long form.
 

@@ -9,13 +9,15 @@ is written there is refused when it is read.
 """
 
 import ast
+import datetime
 import difflib
+import math
+import operator
 from collections.abc import Iterable
 from dataclasses import MISSING, dataclass, field, fields
 from itertools import pairwise
 from pathlib import Path
 
-import pandas as pd
 import yaml
 
 from ssah_utils import paper
@@ -24,10 +26,13 @@ from ssah_utils.pipeline.runs import Stored
 
 FILE = DATA / "claims.yaml"
 CLAIM_VERDICTS = ("replicated", "partly", "not replicated", "not measured")
-AGGREGATES = ("mean", "median", "min", "max", "sum")
+AGGREGATES = ("mean", "min", "max")
+DRAWS = ("seed", "draw")  # columns that count draws of the same thing
+SHARES = ("asr", "coherent_asr", "refused", "complied", "degenerate", "accuracy")  # metrics
 STORED_FIELDS = (
     *("id", "claim", "source", "paper", "ours", "ci_low", "ci_high", "control", "n_seeds"),
     *("verdict", "experiment", "unit", "ours_seeds", "note", "toward"),
+    *("runs", "runs_agree", "tested", "p", "p_holm", "p_bh", "changed"),
 )
 OURS = frozenset({"ours", "low", "high"})  # names of our number and its interval in a rule
 Tables = dict[str, Stored]
@@ -36,6 +41,18 @@ ARITHMETIC = (  # what a rule may consist of
     *(ast.BoolOp, ast.And, ast.Or, ast.Compare, ast.Lt, ast.LtE, ast.Gt, ast.GtE),
     *(ast.UnaryOp, ast.USub, ast.BinOp, ast.Add, ast.Sub, ast.Mult, ast.Div),
 )
+OPERATORS = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: lambda above, below: above / below if below else math.nan,
+}
+COMPARISONS = {
+    ast.Lt: operator.lt,
+    ast.LtE: operator.le,
+    ast.Gt: operator.gt,
+    ast.GtE: operator.ge,
+}
 
 
 @dataclass(frozen=True)
@@ -43,10 +60,9 @@ class Selector:
     """One number of a stored table: the column ``value`` of the row where ``where`` holds. Several
     rows need an ``aggregate``.
 
-    ``min`` and ``max`` take one row with its interval. For the others it goes from the smallest
-    ``low`` to the largest ``high``; without such columns it is the range of the values, and one
-    value has none. ``last``: only rows with the largest value of that column. ``scale`` multiplies.
-    ``otherwise``: the value where the rows hold none.
+    ``min`` and ``max`` take one row with its interval, ``mean`` has the interval of the mean
+    (``selecting.estimate``). ``last``: only rows with the largest value of that column. ``scale``
+    multiplies. ``otherwise``: the value where the rows hold none.
     """
 
     stage: str
@@ -62,7 +78,14 @@ class Selector:
 
     @property
     def has_interval(self) -> bool:
-        return bool(self.low and self.high) or self.aggregate not in ("", "min", "max")
+        return bool(self.low and self.high) or self.aggregate == "mean"
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """Between which values it must lie: shares from 0 to 1, their differences from -1 to 1."""
+        if self.where.get("metric") not in SHARES:
+            return -math.inf, math.inf
+        return (-self.scale if self.value == "difference" else 0.0), self.scale
 
 
 @dataclass(frozen=True)
@@ -84,6 +107,10 @@ class Claim:
     numbers: dict[str, Selector] = field(default_factory=dict)
     n_seeds: Selector | int = 1
     given: dict[str, dict] = field(default_factory=dict)  # by stage, what the claim speaks of
+    only_if: str = ""  # a rule without which the claim is not measured: its positive control
+    requests: str = ""  # the parameter of its stage that says over how many requests it goes
+    added: str = ""  # the date on which the claim was written down, where it is a later one
+    changed: tuple[str, ...] = ()  # "DATE: reason" of each change after a result was seen
 
     @property
     def stage(self) -> str:
@@ -156,10 +183,44 @@ def read_claim(entry: object) -> Claim:
             raise ValueError(
                 f"field '{name}': a selector or a number is needed, not {values[name]!r}"
             )
+    values["changed"] = tuple(read_change(one) for one in read_list(values, "changed"))
+    if "added" in values:
+        values["added"] = read_date(values["added"], "added")
     claim = Claim(**values)
-    for name in ("replicated", "partly"):
+    for name in ("replicated", "partly", "only_if"):
         check_rule(getattr(claim, name), known_numbers(claim), name)
     return claim
+
+
+def read_list(values: dict, name: str) -> list:
+    found = values.get(name, [])
+    if not isinstance(found, list):
+        raise ValueError(f"field '{name}': a list is needed, not {found!r}")
+    return found
+
+
+def read_change(entry: object) -> str:
+    """``DATE: reason`` of one change of a rule; ``ValueError`` says what is wrong with it."""
+    names = {"date", "reason"}
+    if not isinstance(entry, dict) or set(entry) != names:
+        raise ValueError(
+            f"field 'changed': mappings with date and reason are needed, not {entry!r}"
+        )
+    reason = entry["reason"]
+    if not isinstance(reason, str) or not reason.strip():
+        raise ValueError(f"field 'changed.reason': text is needed, not {reason!r}")
+    return f"{read_date(entry['date'], 'changed.date')}: {reason.strip()}"
+
+
+def read_date(value: object, name: str) -> str:
+    """A date in the form 2026-11-26; ``ValueError`` names the field where it is none."""
+    try:
+        found = datetime.date.fromisoformat(str(value)).isoformat()
+    except ValueError:
+        found = ""
+    if found != str(value):
+        raise ValueError(f"field '{name}': a date such as 2026-11-26 is needed, not {str(value)!r}")
+    return found
 
 
 def required(kind: type) -> list[str]:
@@ -185,7 +246,7 @@ def checked(entry: object, kind: type, inside: str) -> dict:
     for one in fields(kind):
         if one.name not in entry and one.name in required(kind):
             raise ValueError(f"field '{prefix}{one.name}': missing")
-        if one.type is str and not isinstance(entry.get(one.name, ""), str):
+        if one.type is str and one.name != "added" and not isinstance(entry.get(one.name, ""), str):
             raise ValueError(
                 f"field '{prefix}{one.name}': text is needed, not {entry[one.name]!r} (put it in"
                 " quotes)"
@@ -284,7 +345,30 @@ def _excess(left: ast.AST, right: ast.AST, ours: float) -> float:
     nodes = [*ast.walk(left), *ast.walk(right)]
     names = {node.id for node in nodes if isinstance(node, ast.Name)}
     values = dict.fromkeys(names, 1.0) | dict.fromkeys(OURS, ours)
-    first, second = (
-        pd.eval(ast.unparse(side), engine="python", local_dict=values) for side in (left, right)
-    )
-    return float(first - second)
+    return value_of(left, values) - value_of(right, values)
+
+
+def holds(rule: str, names: dict[str, float]) -> bool:
+    """Whether a checked rule is true; a comparison with a missing number (NaN) is false."""
+    return bool(rule) and _is_true(ast.parse(rule, mode="eval").body, names)
+
+
+def _is_true(node: ast.AST, names: dict[str, float]) -> bool:
+    if isinstance(node, ast.BoolOp):
+        joined = all if isinstance(node.op, ast.And) else any
+        return joined(_is_true(part, names) for part in node.values)
+    values = [value_of(side, names) for side in (node.left, *node.comparators)]
+    pairs = zip(pairwise(values), node.ops, strict=True)
+    return all(COMPARISONS[type(sign)](left, right) for (left, right), sign in pairs)
+
+
+def value_of(node: ast.AST, values: dict[str, float]) -> float:
+    """Arithmetic of a checked rule over named numbers."""
+    if isinstance(node, ast.Constant):
+        return float(node.value)
+    if isinstance(node, ast.Name):
+        return values[node.id]
+    if isinstance(node, ast.UnaryOp):
+        return -value_of(node.operand, values)
+    left, right = (value_of(side, values) for side in (node.left, node.right))
+    return OPERATORS[type(node.op)](left, right)

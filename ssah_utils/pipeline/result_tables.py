@@ -8,6 +8,7 @@ run did not produce.
 import pandas as pd
 
 from ssah_utils.figures.claims import shown_interval, two_digits
+from ssah_utils.pipeline import significance
 
 
 def interval(
@@ -236,7 +237,9 @@ def smallest_table(results: dict[str, dict]) -> str:
 
 
 def claims_table(results: dict[str, dict]) -> str:
-    """One row per claim: the paper's number, ours, control, verdict, as in claims.json."""
+    """One row per claim: the paper's number, ours, control, p-value corrected over the table, how
+    many runs alone give the verdict, and the verdict, as in claims.json.
+    """
     rows = []
     for _, row in results["08_claims"]["tables"]["claims"].iterrows():
         trainings = "" if pd.isna(row["n_seeds"]) else f"{row['n_seeds']:.0f}"
@@ -244,9 +247,31 @@ def claims_table(results: dict[str, dict]) -> str:
         ours = "" if pd.isna(row["ours"]) else f"{shown_interval(row)} {row['unit']}"
         bold = "**" if row["verdict"] == "replicated" else ""
         verdict = f"{bold}{row['verdict']}{bold}"
-        rows.append([row["claim"], paper, ours, two_digits(row["control"]), trainings, verdict])
-    header = ["claim", "in the paper", "ours [95%]", "control", "trainings", "verdict"]
-    return markdown(rows, header)
+        alone = f"{row['runs_agree']} of {row['runs']}" if row["runs"] else ""
+        cells = [row["claim"], paper, ours, two_digits(row["control"]), trainings]
+        rows.append([*cells, significance.shown_p(row["p_holm"]), alone, verdict])
+    header = ["claim", "in the paper", "ours [95%]", "control", "trainings"]
+    return markdown(rows, [*header, "p (Holm)", "runs alone", "verdict"])
+
+
+def correction(results: dict[str, dict]) -> str:
+    """Which replicated claims survive a correction over the table."""
+    return significance.said_of_correction(results["08_claims"]["tables"]["claims"])
+
+
+def power_of_sizes(results: dict[str, dict]) -> str:
+    """What the present sizes could see of every claim, and which sizes would."""
+    power = results["08_claims"]["tables"]["power"]
+    shown = significance.shown_power(power.astype({"effect": float}))
+    table = markdown(shown.to_numpy().tolist(), list(shown.columns))
+    return f"{significance.said_of_power(power)}\n\n{table}"
+
+
+def changed_rules(results: dict[str, dict]) -> str:
+    """Every change of a rule after a result was seen, with date and reason."""
+    table = results["08_claims"]["tables"]["claims"]
+    changes = table[["claim", "changed"]].explode("changed").dropna()
+    return markdown(changes.to_numpy().tolist(), ["claim", "changed"])
 
 
 def cost_table(results: dict[str, dict]) -> str:
@@ -286,6 +311,9 @@ def recipes_table(results: dict[str, dict]) -> str:
 
 RESULT_TABLES = {
     "claims": claims_table,
+    "correction": correction,
+    "power": power_of_sizes,
+    "changed rules": changed_rules,
     "alignment": alignment_table,
     "ablation": ablation_table,
     "paper": paper_table,

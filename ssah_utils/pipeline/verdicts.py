@@ -1,8 +1,9 @@
-"""Decide claims on stored results: which numbers their selectors find, and which verdict follows.
+"""Decide claims on stored results: which verdict follows from the numbers that selectors find.
 
 Knows claims and tables. Loads no model and measures nothing.
 """
 
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,188 +14,116 @@ from pandas.io.formats.style import Styler
 
 from ssah_utils.figures.claims import shown_interval, two_digits
 from ssah_utils.files import sha256_of_file
+from ssah_utils.pipeline import significance
 from ssah_utils.pipeline.claims import FILE as CLAIMS_FILE
 from ssah_utils.pipeline.claims import (
     STORED_FIELDS,
     Claim,
     Selector,
     Tables,
+    holds,
     load_claims,
-    nearest,
     toward,
 )
 from ssah_utils.pipeline.runs import Stored, differing_parameters, load_result
-
-# ---------------------------------------------------------------------------------------- selecting
-
-
-def select(selector: Selector, tables: Tables) -> tuple[float, float, float]:
-    """Value, low and high that a selector points at, NaN for an interval it has not.
-
-    Raises ``LookupError`` in one line: what was not found, what is nearest, which stage to run
-    again.
-    """
-    place, again = f"{selector.stage}, table '{selector.table}'", f": re-run {selector.stage}"
-    if selector.stage not in tables:
-        raise LookupError(f"no readable result of {selector.stage}{again}")
-    stored = tables[selector.stage]
-    if selector.table not in stored:
-        near = nearest(selector.table, stored)
-        raise LookupError(f"{selector.stage} has no table '{selector.table}'{near}{again}")
-    rows = stored[selector.table]
-    wanted = [*selector.where, selector.value, selector.low, selector.high, selector.last]
-    for column in filter(None, wanted):
-        if column not in rows:
-            near = nearest(column, rows.columns)
-            raise LookupError(f"{place}: no column '{column}'{near}{again}")
-    for column, value in selector.where.items():
-        kept = rows[matches(rows[column], value)]
-        if kept.empty:
-            near = nearest(value, rows[column].unique())
-            raise LookupError(f"{place}: no row with {column} {value!r}{near}{again}")
-        rows = kept
-    if selector.last:
-        rows = rows[rows[selector.last] == rows[selector.last].max()]
-    if len(rows) > 1 and not selector.aggregate:
-        varying = [column for column in rows if rows[column].nunique() > 1]
-        choices = ", ".join(column for column in varying if column not in wanted)
-        raise LookupError(
-            f"{place}: {len(rows)} rows match; choose by {choices} or give an aggregate"
-        )
-    return estimate(rows, selector)
-
-
-def matches(column: pd.Series, value: object) -> pd.Series:
-    """Rows equal to ``value``, or to one of a list; floats by closeness."""
-    if isinstance(value, list):
-        return column.isin(value)
-    if isinstance(value, float) and pd.api.types.is_numeric_dtype(column):
-        return pd.Series(np.isclose(column.astype(float), value), column.index)
-    return column == value
-
-
-def estimate(rows: pd.DataFrame, selector: Selector) -> tuple[float, float, float]:
-    """Value, low and high of the rows found; ``LookupError`` where they hold no numbers."""
-    place = f"{selector.stage}, table '{selector.table}'"
-
-    def numbers(column: str) -> pd.Series:
-        try:
-            return pd.to_numeric(rows[column]).astype(float) * selector.scale
-        except (ValueError, TypeError) as error:
-            what = f"{place}, column '{column}' holds no numbers"
-            raise LookupError(f"{what}: re-run {selector.stage}") from error
-
-    values = numbers(selector.value).dropna()
-    if values.empty and selector.otherwise is not None:
-        return selector.otherwise, np.nan, np.nan
-    if values.empty:
-        raise LookupError(f"{place}: '{selector.value}' is empty: re-run {selector.stage}")
-    if selector.aggregate == "min":
-        values = values.loc[[values.idxmin()]]
-    elif selector.aggregate == "max":
-        values = values.loc[[values.idxmax()]]
-    value = float(values.agg(selector.aggregate or "mean"))
-    if selector.low:
-        lows, highs = numbers(selector.low)[values.index], numbers(selector.high)[values.index]
-        return value, float(lows.min()), float(highs.max())
-    if len(values) > 1:
-        return value, float(values.min()), float(values.max())
-    return value, np.nan, np.nan
-
+from ssah_utils.pipeline.selecting import Number, mean_of_draws
 
 # ----------------------------------------------------------------------------------------- deciding
 
 
 def decide(claim: Claim, tables: Tables) -> dict:
     """One claim on one run: a row of ``STORED_FIELDS``."""
-    stated = ("id", "claim", "source", "paper", "experiment", "unit")
-    row: dict[str, object] = {name: getattr(claim, name) for name in stated}
-    row |= dict.fromkeys(("ours", "ci_low", "ci_high", "control", "n_seeds"), np.nan)
-    row |= {"verdict": "not measured", "note": ""}
-    row["toward"] = toward(claim)
-    try:
-        check_given(claim, tables)
-        found = {name: number_of(one, tables) for name, one in claim.selectors.items()}
-        n_seeds = number_of(claim.n_seeds, tables)[0]
-    except LookupError as error:
-        return row | {"note": error.args[0]}
-    names = {}
-    for name, (value, low, high) in found.items():
-        prefix = "" if name == "ours" else f"{name}_"
-        names |= {name: value, f"{prefix}low": low, f"{prefix}high": high}
-    row |= {
-        "ours": names["ours"],
-        "ci_low": names["low"],
-        "ci_high": names["high"],
-        "n_seeds": int(n_seeds),
-        "control": names.get("control", np.nan),
-    }
-    if holds(claim.replicated, names):
-        return row | {"verdict": "replicated"}
-    return row | {"verdict": "partly" if holds(claim.partly, names) else "not replicated"}
-
-
-def number_of(one: Selector | float, tables: Tables) -> tuple[float, float, float]:
-    """What a selector points at, or a number that the claim states itself, without interval."""
-    return select(one, tables) if isinstance(one, Selector) else (float(one), np.nan, np.nan)
-
-
-def check_given(claim: Claim, tables: Tables) -> None:
-    """``LookupError`` where a run had other parameters than the claim speaks of; results stored
-    without them are taken.
-    """
-    for stage, given in claim.given.items():
-        stored = tables[stage].parameters if stage in tables else {}
-        for name, value in given.items():
-            if stored.get(name, value) != value:
-                ran = f"{stage} was run with {name} {stored[name]}"
-                raise LookupError(f"{ran}, the claim speaks of {value}")
-
-
-def holds(rule: str, names: dict[str, float]) -> bool:
-    """Whether a checked rule is true; a comparison with a missing number (NaN) is false."""
-    if not rule:
-        return False
-    return bool(pd.eval(rule, engine="python", parser="pandas", local_dict=names, global_dict={}))
+    return over_runs(claim, [tables])
 
 
 def verdict_table(claims: list[Claim], runs: list[Tables]) -> pd.DataFrame:
-    """One row a claim over runs with different seeds: the mean of the runs, the envelope of their
-    intervals, one verdict.
+    """One row a claim over runs with different seeds, with p-values corrected over the table."""
+    rows = [over_runs(claim, runs) for claim in claims]
+    table = pd.DataFrame(rows, columns=list(STORED_FIELDS))
+    return significance.adjusted(table)
 
-    "Replicated" has to hold in every run that measured the claim, "not replicated" in most of them;
-    anything between is "partly". ``n_seeds`` is the sum over these runs, ``ours_seeds`` their
-    values. Where runs disagree, the note says so.
+
+def over_runs(claim: Claim, runs: list[Tables]) -> dict:
+    """One claim over runs with different seeds: a row of ``STORED_FIELDS``.
+
+    Every number that the rules name is the mean over the runs that measured it, with the interval
+    of that mean over seeds and requests (``CrossedMean``). The rules decide on these. Beside the
+    verdict: how many of the runs alone give it (``runs_agree`` of ``runs``), and where they
+    disagree, the note lists theirs. ``n_seeds`` is the sum over runs, ``ours_seeds`` their values.
     """
-    rows = [over_runs([decide(claim, tables) for tables in runs]) for claim in claims]
-    return pd.DataFrame(rows, columns=list(STORED_FIELDS))
-
-
-def over_runs(rows: list[dict]) -> dict:
-    """One row from those of several runs on the same claim."""
-    measured = [row for row in rows if row["verdict"] != "not measured"]
-    if not measured:
-        return rows[0] | {"ours_seeds": []}
-    table, verdicts = pd.DataFrame(measured), [row["verdict"] for row in measured]
-    agreed, said = set(verdicts) == {verdicts[0]}, []
-    if not agreed:
-        said.append(f"by run: {', '.join(verdicts)}")
-    if n_infinite := int(np.isinf(table["ours"]).sum()):
-        said.append(f"not reached in {n_infinite} of {len(measured)} runs")
-    if len(measured) < len(rows):
-        said.append(f"measured in {len(measured)} of {len(rows)} runs")
-    most_fail = 2 * verdicts.count("not replicated") > len(verdicts)
-    mixed = "not replicated" if most_fail else "partly"
-    return measured[0] | {
-        "ours": table["ours"].mean(),
-        "ci_low": table["ci_low"].min(),
-        "ci_high": table["ci_high"].max(),
-        "control": table["control"].mean(),
-        "n_seeds": int(table["n_seeds"].sum()),
-        "ours_seeds": table["ours"].tolist(),
-        "verdict": verdicts[0] if agreed else mixed,
+    stated = ("id", "claim", "source", "paper", "experiment", "unit")
+    row: dict[str, object] = {name: getattr(claim, name) for name in stated}
+    row |= dict.fromkeys(("ours", "ci_low", "ci_high", "control", "n_seeds"), np.nan)
+    row |= dict.fromkeys(("p", "p_holm", "p_bh"), np.nan)
+    row |= {"verdict": "not measured", "note": "", "ours_seeds": [], "runs": 0, "runs_agree": 0}
+    row |= {"toward": toward(claim), "tested": "", "changed": list(claim.changed)}
+    found, missing = significance.measured(claim, runs)
+    if not found:
+        return row | {"note": missing[0]}
+    numbers = over_seeds(claim, [one.numbers for one in found])
+    if failed := not_met(claim, numbers):
+        return row | {"note": failed}
+    verdict = verdict_of(claim, numbers)
+    alone = [verdict_of(claim, one.numbers) for one in found]
+    ours, tested = [one.numbers["ours"][0] for one in found], significance.tested(claim, found)
+    said = [] if set(alone) == {verdict} else [f"by run: {', '.join(alone)}"]
+    if n_infinite := int(np.isinf(ours).sum()):
+        said.append(f"not reached in {n_infinite} of {len(found)} runs")
+    if len(found) < len(runs):
+        said.append(f"measured in {len(found)} of {len(runs)} runs")
+    value, low, high = numbers["ours"]
+    return row | {
+        "ours": value,
+        "ci_low": low,
+        "ci_high": high,
+        "control": numbers.get("control", (np.nan,))[0],
+        "n_seeds": sum(int(one.n_seeds) for one in found),
+        "ours_seeds": ours,
+        "verdict": verdict,
+        "runs": len(found),
+        "runs_agree": alone.count(verdict),
+        "tested": tested.comparison.what if tested else "",
+        "p": tested.p if tested else np.nan,
         "note": "; ".join(said),
     }
+
+
+def over_seeds(claim: Claim, runs: list[dict[str, Number]]) -> dict[str, Number]:
+    """Every number of a claim over runs, by name."""
+    numbers = {}
+    for name, selector in claim.selectors.items():
+        bounds = selector.bounds if isinstance(selector, Selector) else (-np.inf, np.inf)
+        numbers[name] = mean_of_draws([run[name] for run in runs], bounds)
+    return numbers
+
+
+def verdict_of(claim: Claim, numbers: dict[str, Number]) -> str:
+    """By the claim's rules, the first that is true."""
+    if not_met(claim, numbers):
+        return "not measured"
+    names = names_of(numbers)
+    if holds(claim.replicated, names):
+        return "replicated"
+    return "partly" if holds(claim.partly, names) else "not replicated"
+
+
+def not_met(claim: Claim, numbers: dict[str, Number]) -> str:
+    """Why the claim's positive control forbids to measure it; ``""`` where it does not."""
+    names = names_of(numbers)
+    if not claim.only_if or holds(claim.only_if, names):
+        return ""
+    used = dict.fromkeys(name for name in names if re.search(rf"\b{name}\b", claim.only_if))
+    values = ", ".join(f"{name} {two_digits(names[name])}" for name in used)
+    return f"measured only if {claim.only_if}, but {values}"
+
+
+def names_of(numbers: dict[str, Number]) -> dict[str, float]:
+    """What a rule may name, with its value: numbers and the ends of their intervals."""
+    names = {}
+    for name, (value, low, high) in numbers.items():
+        prefix = "" if name == "ours" else f"{name}_"
+        names |= {name: value, f"{prefix}low": low, f"{prefix}high": high}
+    return names
 
 
 # ------------------------------------------------------------------------------------- in notebooks
@@ -262,6 +191,13 @@ def stages_of(claims: list[Claim]) -> list[str]:
 def stored_verdicts(folder: Path, claims: list[Claim]) -> tuple[pd.DataFrame, list[str]]:
     """The claims table of a run and of its other seeds, and one line per result that could not be
     read.
+    """
+    runs, problems = stored_runs(folder, claims)
+    return verdict_table(claims, runs), problems
+
+
+def stored_runs(folder: Path, claims: list[Claim]) -> tuple[list[Tables], list[str]]:
+    """Tables of a run and of its other seeds, and one line per result that could not be read.
 
     Another seed may lack stages: it then says nothing on their claims.
     """
@@ -279,7 +215,7 @@ def stored_verdicts(folder: Path, claims: list[Claim]) -> tuple[pd.DataFrame, li
                 unreadable.append(f"{stage} was run with another {what}, so it is left out")
         runs.append(tables)
         problems += [f"{other.name}/{line}" for line in unreadable]
-    return verdict_table(claims, runs), problems
+    return runs, problems
 
 
 def swapped(claims: list[Claim]) -> list[Claim]:
@@ -298,7 +234,8 @@ def to_records(table: pd.DataFrame) -> list[dict]:
         if isinstance(value, list):
             return [plain(one) for one in value]
         if isinstance(value, (float, np.floating)):
-            return None if not np.isfinite(value) else round(float(value), 6)
+            # eight digits first, as result.json has them: both files then round the same way
+            return None if not np.isfinite(value) else round(round(float(value), 8), 6)
         return int(value) if isinstance(value, np.integer) else value
 
     records = []

@@ -34,8 +34,11 @@ def sets() -> dict[str, PerUnit | None]:
     return {"nothing": None, "safety": drawn(0.1), SOME: drawn(0.3), RANDOM + SOME: drawn(0.3)}
 
 
+SETS = sets()
+
+
 def known(unaligned=None) -> dict[str, TrainingMethod]:
-    return defence_methods.methods(sets(), REFUSALS, HARMLESS, unaligned, STRENGTHS, "SOME")
+    return defence_methods.methods(SETS, REFUSALS, HARMLESS, unaligned, STRENGTHS, "SOME")
 
 
 def path(losses, last_margins) -> LossPath:
@@ -52,7 +55,7 @@ def kept(losses, study, fresh, safe) -> KeptMargins:
 
 
 def test_middle_units_are_as_many_of_each_kind_around_the_middle():
-    chosen = sets()[SOME]
+    chosen = SETS[SOME]
     found = frozen_sets.middle_units(chosen)
     for kind, own in found.items():
         assert own.sum() == chosen[kind].sum()
@@ -76,8 +79,7 @@ def test_every_method_has_a_control_that_is_a_method():
 
 def test_a_method_and_its_control_differ_in_the_idea_alone():
     found = known(tiny_model("llama"))
-    chosen = sets()
-    assert found["pulled_random"].how["defence"] == PulledToStart(10.0, chosen[RANDOM + SOME])
+    assert found["pulled_random"].how["defence"] == PulledToStart(10.0, SETS[RANDOM + SOME])
     assert found["mixed_10"].how["defence"] == Mixed(0.1, REFUSALS)
     assert found["mixed_harmless"].how["defence"] == Mixed(0.1, HARMLESS)
     vector, control = (found[name].how["defence"] for name in ("vector", "vector_random"))
@@ -100,7 +102,7 @@ def test_without_an_unaligned_version_its_methods_are_left_out_and_no_other_name
 def test_two_methods_together_do_both():
     found = known(tiny_model("llama"))
     both = defence_methods.combined(found[SOME], found["mixed_3"])
-    assert both.how == {"frozen": sets()[SOME], "defence": Mixed(0.03, REFUSALS)}
+    assert both.how == {"frozen": SETS[SOME], "defence": Mixed(0.03, REFUSALS)}
     assert (both.id, both.control) == ("combination", SOME)
     both = defence_methods.combined(found["vector"], found["mixed_3"])
     first, second = both.how["defence"].parts
@@ -159,6 +161,11 @@ def test_gains_are_read_at_the_loss_that_both_reach():
     ).set_index("condition")
     for column in ("gain", "low", "high"):
         assert ours[column] == full.loc[SOME, column]
+
+
+def test_where_full_fine_tuning_has_not_learned_nobody_can_be_said_to():
+    risen = {("a", name, 0): kept([2, 3], 0, 0, 0) for name in ("nothing", SOME)}
+    assert np.isnan(defended.learned_share(risen, "a", SOME))
 
 
 def test_only_repetitions_of_both_are_compared():

@@ -158,10 +158,15 @@ def methods(
     words = {"some": some, "low_rate": strengths.low_rate, "most": max(mixed)}
     found = {name: _named(name, own_how, words) for name, own_how in how.items()}
     for share in mixed:
-        name, title = f"mixed_{100 * share:g}", f"{share:.0%} refusals mixed in"
+        name, title = mixed_name(share), f"{share:.0%} refusals mixed in"
         defence = {"defence": Mixed(share, refusals)}
         found[name] = TrainingMethod(name, title, "data", "mixed_harmless", defence)
     return found
+
+
+def mixed_name(share: float) -> str:
+    """The id of the method that mixes in a share of refusals: ``mixed_3`` for 0.03."""
+    return f"mixed_{100 * share:g}"
 
 
 def _named(name: str, how: Mapping[str, object], words: Mapping[str, object]) -> TrainingMethod:

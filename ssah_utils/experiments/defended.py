@@ -84,7 +84,9 @@ def compared(runs: Runs, task: str, name: str, other: str, seed: int = 0) -> dic
 
 
 def learned_share(runs: Runs, task: str, name: str) -> float:
-    """The fall in task loss that a method reached, over that of full fine-tuning; 1: as much."""
+    """The fall in task loss that a method reached, over that of full fine-tuning; 1: as much. NaN
+    where full fine-tuning has not learned.
+    """
 
     def fall(what: str) -> float:
         paths = [
@@ -92,7 +94,8 @@ def learned_share(runs: Runs, task: str, name: str) -> float:
         ]
         return sum(path.losses[0] - path.lowest_loss for path in paths) / len(paths)
 
-    return fall(name) / fall(FULL)
+    whole = fall(FULL)
+    return fall(name) / whole if whole > 0 else float("nan")
 
 
 def gain_table(runs: Runs, known: Mapping[str, TrainingMethod], seed: int = 0) -> pd.DataFrame:
@@ -122,10 +125,11 @@ def gain_table(runs: Runs, known: Mapping[str, TrainingMethod], seed: int = 0) -
 
 def best_two(gains: pd.DataFrame) -> list[str]:
     """The two methods to combine: the largest gains on the requests of the study, of two different
-    mechanisms, among those that learn. No adapter, no control, no choice of the learning rate.
+    mechanisms; those that learn come first. No adapter, no control, no choice of the learning rate.
     """
     usable = gains[~gains["mechanism"].isin(["adapter", "rate"]) & ~gains["is_control"]]
-    usable = usable[usable["learned"] >= LEARNED].sort_values("gain", ascending=False)
+    usable = usable.assign(learns=usable["learned"] >= LEARNED)
+    usable = usable.sort_values(["learns", "gain"], ascending=False)
     return usable.drop_duplicates("mechanism")["method"].tolist()[:2]
 
 

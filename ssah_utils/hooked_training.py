@@ -96,7 +96,7 @@ class AfterStep(TrainerCallback):
 
 
 @contextmanager
-def kept_weights(fast: nn.Module, model: nn.Module, hooks: Sequence[Hooks]) -> Iterator[None]:
+def with_kept_weights(fast: nn.Module, model: nn.Module, hooks: Sequence[Hooks]) -> Iterator[None]:
     """Inside the block, ``fast``, a copy of ``model`` to measure on, has the weights that the hooks
     make of those of ``model``, in the precision of training.
     """

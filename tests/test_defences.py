@@ -48,7 +48,7 @@ def trained(tokenizer, defence=None, model=None, callbacks=(), config=CONFIG, fr
         made = functools.partial(hooked_training.HookedTrainer, hooks)
         training.train_sft(model, tokenizer, DATA, config, callbacks, made)
         fast = training.evaluation_copy(model, torch.float32)
-        with hooked_training.kept_weights(fast, model, hooks):
+        with hooked_training.with_kept_weights(fast, model, hooks):
             kept = {name: one.clone() for name, one in fast.state_dict().items()}
     return model, kept
 
@@ -514,7 +514,7 @@ def test_what_is_kept_is_only_looked_at():
     hooks[0].weights = lambda state: {"model.norm.weight": 0 * state["model.norm.weight"]}
     before = parameters_of(model)
     for one in (fast, model):  # off the CPU, it is the model itself
-        with hooked_training.kept_weights(one, model, hooks):
+        with hooked_training.with_kept_weights(one, model, hooks):
             assert not one.model.norm.weight.any()
         assert same_parameters(one, before)
 

@@ -69,10 +69,9 @@ def test_what_a_defence_looks_at_is_in_no_attack_and_refused(study):
     end = study.tokenizer.decode([refusals[0]["labels"][-1]])
     assert all(decoded(study, one).removesuffix(end) in known for one in refusals)
     asked = study.splits["calibration"]["harmful"]["prompt"].tolist()
-    (rendered,) = render(study.tokenizer, asked[-6:-5])
+    (rendered,) = render(study.tokenizer, asked[N_OPENED : N_OPENED + 1])
     ids = study.tokenizer(rendered, add_special_tokens=False)["input_ids"]
     assert refusals[0]["input_ids"][: len(ids)] == ids
-    assert len(asked) - 6 >= N_OPENED
     assert len(study.attacks()["openings only"]) == N_OPENED
 
 

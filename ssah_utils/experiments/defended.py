@@ -123,14 +123,21 @@ def gain_table(runs: Runs, known: Mapping[str, TrainingMethod], seed: int = 0) -
     return pd.DataFrame(rows)
 
 
+def ranked(gains: pd.DataFrame) -> pd.DataFrame:
+    """Gains on one task without controls, from the largest down; ``learns``: those come first."""
+    found = gains[~gains["is_control"]]
+    found = found.assign(learns=found["learned"] >= LEARNED)
+    return found.sort_values(["learns", "gain"], ascending=False)
+
+
 def best_two(gains: pd.DataFrame) -> list[str]:
-    """The two methods to combine: the largest gains on the requests of the study, of two different
-    mechanisms; those that learn come first. No adapter, no control, no choice of the learning rate.
+    """The two methods to combine: the first of ``ranked`` that act on different things.
+
+    No adapter, and no choice of the learning rate. Ranks are by the requests of the study, so what
+    counts for the two together are fresh ones.
     """
-    usable = gains[~gains["mechanism"].isin(["adapter", "rate"]) & ~gains["is_control"]]
-    usable = usable.assign(learns=usable["learned"] >= LEARNED)
-    usable = usable.sort_values(["learns", "gain"], ascending=False)
-    return usable.drop_duplicates("mechanism")["method"].tolist()[:2]
+    usable = gains[~gains["mechanism"].isin(["adapter", "rate"])]
+    return ranked(usable).drop_duplicates("mechanism")["method"].tolist()[:2]
 
 
 # ------------------------------------------------------------------------------------------- cards

@@ -127,12 +127,14 @@ class FineTuningStudy:
         progress: evaluation.Progress = evaluation._silent,
     ) -> tuple[list[Example], list[Example]]:
         """What a defence may look at: refusals of harmful requests, and, for controls, as many
-        harmless requests with the aligned model's own answers. Both of the calibration part; no
-        attack has these requests.
+        harmless requests with the aligned model's own answers. Both of the calibration part; an
+        attack has these requests only where there are no others. At most ``n`` of each.
         """
         system_prompt = self.parameters["system_prompt"]
         parts = self.splits["calibration"]
-        harmful, harmless = (parts[name]["prompt"].tolist()[-n:] for name in ("harmful", "helpful"))
+        harmful = parts["harmful"]["prompt"].tolist()
+        harmful = harmful[N_OPENED:][:n] or harmful[-n:]
+        harmless = parts["helpful"]["prompt"].tolist()[-len(harmful) :]
         rendered = chat.render(self.tokenizer, harmless, system_prompt)
         answers = evaluation.cached_answers(
             self.aligned, self.tokenizer, rendered, answer_tokens, progress=progress

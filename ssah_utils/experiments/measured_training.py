@@ -181,7 +181,7 @@ def train_and_measure(
     def look(step: int) -> None:
         fast = training.evaluation_copy(subject, aligned.dtype)
         asked = at_end if step == max(steps) else None
-        with hooked_training.kept_weights(fast, subject, hooks):
+        with hooked_training.with_kept_weights(fast, subject, hooks):
             rows.append({"step": step} | measure(fast, probes, asked))
 
     with _kept(subject, frozen):

@@ -510,8 +510,8 @@ def test_safe_lora_changes_what_is_kept_of_every_layer_or_of_none(tokenizer, thr
 
 def test_what_is_kept_is_only_looked_at():
     model, fast = tiny_model("llama"), tiny_model("llama")
-    hooks = [hooked_training.Hooks(weights=lambda state: {"model.norm.weight": torch.zeros(12)})]
-    hooks[0].weights = lambda state: {"model.norm.weight": 0 * state["model.norm.weight"]}
+    name = "model.norm.weight"
+    hooks = [hooked_training.Hooks(weights=lambda state: {name: 0 * state[name]})]
     before = parameters_of(model)
     for one in (fast, model):  # off the CPU, it is the model itself
         with hooked_training.with_kept_weights(one, model, hooks):

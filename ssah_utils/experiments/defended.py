@@ -146,10 +146,10 @@ def best_two(gains: pd.DataFrame) -> list[str]:
 CRITERIA = {
     "learns": f"learns at least {LEARNED:.0%} as much as full fine-tuning, on every task",
     "keeps": "keeps more margin than full fine-tuning at equal task loss",
-    "fresh": "also on requests that nothing was calibrated on",
-    "control": "and more than its control",
-    "second": "also on the second task",
-    "selective": "its margin rises less on safe requests that sound harmful",
+    "fresh": "does so on requests that nothing was calibrated on, too",
+    "control": "keeps more than its control does",
+    "second": "does so on the second task, too",
+    "selective": "raises the margin less on safe requests that only sound harmful",
 }
 
 

@@ -71,3 +71,23 @@ def safety_first(parted: UnitPartition, z_safety: PerUnit, z_utility: PerUnit) -
     place = torch.empty(z_safety.n_units, dtype=torch.float64)  # whole numbers are exact
     place[torch.cat(ordered)] = -torch.arange(z_safety.n_units, dtype=place.dtype)
     return z_safety.unflatten(place)
+
+
+def middle_units(like: PerUnit) -> PerUnit:
+    """As many units of each kind as in a set, in the blocks around the middle of the model.
+
+    After Safety layers (Li et al., 2408.17003), which are contiguous blocks in the middle,
+    frozen whole. Here whole blocks are taken from the middle outwards, and of the last one as many
+    units as are left.
+    """
+
+    def taken(chosen: torch.Tensor) -> torch.Tensor:
+        n_layers, n_channels = chosen.shape
+        found, n_left = torch.zeros_like(chosen), int(chosen.sum())
+        for layer in sorted(range(n_layers), key=lambda layer: abs(2 * layer - n_layers + 1)):
+            n_here = min(n_left, n_channels)
+            found[layer, :n_here] = True
+            n_left -= n_here
+        return found
+
+    return like.map(taken)

@@ -83,15 +83,19 @@ class ResponseTrainer(Trainer):
     def _response_loss(
         self, plain: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Tensor | None
     ) -> Tensor:
+        logits, labels = self.response_logits(plain, inputs)
+        total = cross_entropy(logits, labels, reduction="sum")
+        return total / (len(labels) if num_items_in_batch is None else num_items_in_batch)
+
+    def response_logits(self, plain: nn.Module, inputs: dict) -> tuple[Tensor, Tensor]:
+        """Where a label is: logits, (n_labels, vocabulary) float32, and labels, (n_labels,)."""
         labels = inputs["labels"][:, 1:]
         carries_loss = labels != IGNORED
         read = {name: inputs[name] for name in ("input_ids", "attention_mask")}
         with self.accelerator.autocast():  # the Trainer puts it around model.forward only
             hidden = models.backbone_of(plain)(**read, use_cache=False).last_hidden_state
-            hidden = hidden[:, :-1][carries_loss]  # (n_labels, d_model)
-            logits = models.logits_of(plain, hidden)  # (n_labels, vocabulary)
-        total = cross_entropy(logits.float(), labels[carries_loss], reduction="sum")
-        return total / (carries_loss.sum() if num_items_in_batch is None else num_items_in_batch)
+            logits = models.logits_of(plain, hidden[:, :-1][carries_loss])
+        return logits.float(), labels[carries_loss]
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
         norm = super()._clip_grad_norm(model)
@@ -231,11 +235,13 @@ def train_sft(
     examples: list[dict[str, list[int]]],
     config: SFTConfig,
     callbacks: tuple[TrainerCallback, ...] = (),
+    made: Callable[..., ResponseTrainer] = ResponseTrainer,
 ) -> list[float]:
     """Supervised fine-tuning of what is trainable, in place; returns the loss of every step.
 
     A float32 model is trained under bfloat16 autocast where that is native, every model without
-    dropout. A wrapper of ``torch.compile`` or of data parallelism is taken off. Raises
+    dropout. A wrapper of ``torch.compile`` or of data parallelism is taken off. ``made`` makes the
+    trainer, where another kind is wanted (``defences``). Raises
     ``ValueError`` for examples without a response token or beyond the model's positions, and for a
     quantised model without an adapter; ``FloatingPointError`` for a loss or gradient that is not
     finite.
@@ -248,7 +254,7 @@ def train_sft(
     check_examples(model, tokenizer, examples)
     _require_agreement(examples, config)
     with tempfile.TemporaryDirectory() as folder, _fast_cpu_training(model):
-        trainer = ResponseTrainer(
+        trainer = made(
             model=model,
             args=training_arguments(folder, config, model),
             train_dataset=with_prompt_length(examples),

@@ -3,7 +3,7 @@
 Does not know prompts, scores or sets of units.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import cast
 
 import torch
@@ -15,6 +15,7 @@ from ssah_utils.architectures import ModelShape
 from ssah_utils.models import (
     Hookable,
     Writer,
+    check_per_unit,
     column_weight,
     owned_entries,
     per_unit_of,
@@ -87,3 +88,28 @@ def _squared_gradients(writer: Writer, shape: ModelShape) -> Tensor:
         squared = squared.sum(others) if others else squared
         total += squared.flatten().cpu()[places]
     return total
+
+
+def unit_entries(
+    model: nn.Module, units: PerUnit
+) -> Iterator[tuple[nn.Parameter, tuple[Tensor, ...], tuple[int, ...]]]:
+    """What the units of a set own: parameter, indices of its rows, and the order of dimensions in
+    which those that count rows come first: ``parameter.permute(order)[indices]`` is what they own.
+
+    A value row that several units share is there where any of them is in the set. Raises what
+    ``check_per_unit`` raises.
+    """
+    units, shape = check_per_unit(model, units).as_set(), shape_of(model)
+    owned: dict[int, list] = {}
+    for writer in writers(model):
+        chosen = units[writer.kind][writer.layer, writer.channels].cpu()
+        for parameter, dimensions, places in owned_entries(writer, shape):
+            known = owned.setdefault(id(parameter), [parameter, dimensions, []])
+            known[2].append(places[chosen])
+    for parameter, dimensions, parts in owned.values():
+        places = torch.cat(parts).unique().to(parameter.device)
+        others = [one for one in range(parameter.ndim) if one not in dimensions]
+        order = (*dimensions, *others)
+        sizes = [parameter.shape[one] for one in dimensions]
+        if len(places):
+            yield parameter, torch.unravel_index(places, sizes), order

@@ -21,6 +21,7 @@ from ssah_utils.per_unit import PerUnit
 from ssah_utils.pipeline import cli, redraw, runs
 from ssah_utils.unit_files import ModelInfo, ScoreInfo
 from tests import test_figures_finders as stability
+from tests.test_figures_defences import defence_tables
 from tests.test_figures_stepwise import direction_tables
 
 matplotlib.use("Agg")
@@ -153,6 +154,7 @@ TABLES = {
     "04_ablation": ablation_tables,
     "A1_judge": judge_tables,
     "A3_finders": stability.finder_tables,
+    "A4_defences": defence_tables,
 }
 # drawn from small tables elsewhere
 for trained in ("05_transfer", "06_freezing", "07_redundant_units", "08_claims"):

@@ -12,6 +12,7 @@ import torch
 from ssah_utils import (
     adapters,
     benchmarks,
+    defences,
     embedded,
     evaluation,
     fingerprints,
@@ -125,6 +126,52 @@ def test_rows_are_what_the_probes_find_in_the_model_trained_alone(
     assert rows[0]["task_loss"] != rows[1]["task_loss"]
     if how != "whole":
         assert rows[-1]["task_loss"] != trained(steps=[3])[-1]["task_loss"]
+
+
+def test_what_a_defence_keeps_is_measured_and_not_what_goes_on_training(
+    trained, loaded, examples, probes
+):
+    unaligned, _ = loading.load(embedded.TINY_RANDOM)
+    with torch.no_grad():
+        unaligned.model.layers[0].mlp.down_proj.weight.mul_(1.5)
+    rows = trained(defence=defences.SafetyVector(0.5, unaligned))
+    for row in rows:
+        alone = plainly_trained(examples, loaded[1], n_steps=row["step"])
+        with torch.no_grad():
+            vector = -0.5 * loaded[0].model.layers[0].mlp.down_proj.weight
+            alone.model.layers[0].mlp.down_proj.weight.add_(0.5 * vector)
+        expected = measured_training.measure(alone, probes)
+        assert row["task_loss"] == pytest.approx(expected["task_loss"], rel=1e-5)
+        assert row["margin"] == pytest.approx(expected["margin"], rel=1e-3, abs=1e-4)
+    assert rows[-1]["task_loss"] != trained()[-1]["task_loss"]
+
+
+def test_a_defence_and_its_strength_are_part_of_the_key(tuning, examples, monkeypatch):
+    weak, strong = defences.PulledToStart(0.1), defences.PulledToStart(50.0)
+    rows = tuning.follow(examples, STEPS, defence=weak)
+    assert tuning.follow(examples, STEPS, defence=defences.Together((strong,))) != rows
+
+    def never(*_, **__):
+        raise AssertionError("trained again")
+
+    monkeypatch.setattr(training, "train_sft", never)
+    assert tuning.follow(examples, STEPS, defence=defences.PulledToStart(0.1)) == rows
+    for other in (None, strong, defences.Together((weak,))):
+        with pytest.raises(AssertionError, match="trained again"):
+            tuning.follow(examples, STEPS, defence=other)
+
+
+def test_margins_on_several_sources_have_names_of_their_own(loaded):
+    margin = MarginProbe(loaded[1], ["How?", "Why not?"])
+    fresh = MarginProbe(loaded[1], ["Where?"], name=measured_training.FRESH)
+    found = measured_training.measure(loaded[0], (margin, fresh))
+    assert list(found) == ["margin", "fresh_margin"]
+    assert found["fresh_margin"] == evaluation.refusal_margin(*loaded, ["Where?"]).tolist()
+    rows = [{"step": step, "task_loss": 2.0 - step} | found for step in (0, 1)]
+    table = measured_training.path_table(rows)
+    assert table.columns.tolist() == ["step", "task_loss", "margin", "fresh_margin"]
+    path = measured_training.loss_path(rows, measured_training.FRESH)
+    assert path.margins[0].tolist() == found["fresh_margin"]
 
 
 def test_the_panel_is_asked_at_the_end_alone_and_keeps_no_text(trained, asked, loaded, examples):

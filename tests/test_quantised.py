@@ -749,6 +749,7 @@ def test_kernels_that_need_another_machine_are_one_line(folder, monkeypatch, err
 TRAINS = {
     "01_alignment": {"alignment": "train", "learning_rate": 1e-4, "dtype": "auto"},
     "05_transfer": {"learning_rate": 1e-4, "dtype": "auto"},
+    "A4_defences": {"learning_rate": 1e-4, "dtype": "auto"},
     "07_redundant_units": {"learning_rate": 1e-4, "dtype": "auto", "start_model": ""},
 }
 LOOKS = {

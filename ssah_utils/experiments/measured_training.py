@@ -1,17 +1,17 @@
 """One fine-tuning and what is measured on its way: the unit of which experiments on training are
 made.
 
-A model is trained on examples, whole, with some units frozen, or by an adapter; at chosen steps
-*probes* look at it, and at the end a panel does. What is found is plain JSON, so that
+A model is trained on examples, whole, with some units frozen, by an adapter, or with a defence; at
+chosen steps *probes* look at it, and at the end a panel does. What is found is plain JSON, so that
 ``cache.cached(train_and_measure, ...)`` keeps it under everything that went in. Knows models, token
 sequences, sets of units and measurements. Does not know data sets or notebooks.
 """
 
 import contextlib
+import functools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import TypeVar
 
 import numpy as np
@@ -23,8 +23,10 @@ from transformers import PreTrainedTokenizerBase
 from ssah_utils import (
     adapters,
     cache,
+    defences,
     evaluation,
     fingerprints,
+    hooked_training,
     loading,
     precision,
     scoring,
@@ -33,6 +35,7 @@ from ssah_utils import (
     unit_training,
     units,
 )
+from ssah_utils.defences import Defence
 from ssah_utils.experiments import panel, transfer
 from ssah_utils.experiments.frontier import LossPath
 from ssah_utils.per_unit import PerUnit
@@ -41,7 +44,10 @@ from ssah_utils.settings import SFTConfig, training_seed
 
 Row = dict[str, object]
 T = TypeVar("T")
-SCALARS = ("task_loss", "margin", "exact_match", "left")  # what probes find, in this order
+# Names of margins on other requests: of another source, and on safe ones that sound harmful.
+FRESH, SAFE = "fresh_margin", "safe_margin"
+# what probes find, in this order
+SCALARS = ("task_loss", "margin", FRESH, SAFE, "exact_match", "left")
 
 
 # ------------------------------------------------------------------------------------------- probes
@@ -74,15 +80,19 @@ class TaskProbe:
 
 @dataclass(frozen=True)
 class MarginProbe:
-    """How far the model is on the side of refusal: ``margin`` of every harmful request, in nats."""
+    """How far the model is on the side of refusal: ``margin`` of every harmful request, in nats.
+
+    ``name``: that of what is found, where requests of several sources are looked at.
+    """
 
     tokenizer: PreTrainedTokenizerBase
     requests: list[str]
     system_prompt: str = ""
+    name: str = "margin"
 
     def measure(self, model: nn.Module) -> Row:
         margin = evaluation.refusal_margin(model, self.tokenizer, self.requests, self.system_prompt)
-        return {"margin": margin.tolist()}
+        return {self.name: margin.tolist()}
 
 
 @dataclass(frozen=True)
@@ -141,6 +151,7 @@ def train_and_measure(
     at_end: panel.Panel | None = None,
     frozen: PerUnit | None = None,
     adapter: str = "",
+    defence: Defence | None = None,
 ) -> list[Row]:
     """Fine-tune a copy of a model; one row per checkpoint: ``step``, what the probes found, at the
     end ``panel``.
@@ -150,6 +161,7 @@ def train_and_measure(
     * ``steps``: optimizer steps after which the probes look; the last ends the training.
     * ``frozen``: units that stay as they are; None trains everything.
     * ``adapter``: a method of ``adapters``; then its parameters alone are trained.
+    * ``defence``: one of ``defences``. What the probes look at is what it keeps.
 
     ``ValueError`` where ``place`` holds another model, the last step is not the config's, or both
     ``frozen`` and ``adapter`` are given.
@@ -168,10 +180,15 @@ def train_and_measure(
 
     def look(step: int) -> None:
         fast = training.evaluation_copy(subject, aligned.dtype)
-        rows.append({"step": step} | measure(fast, probes, at_end if step == max(steps) else None))
+        asked = at_end if step == max(steps) else None
+        with hooked_training.with_kept_weights(fast, subject, hooks):
+            rows.append({"step": step} | measure(fast, probes, asked))
 
     with _kept(subject, frozen):
-        training.train_sft(subject, tokenizer, examples, config, (training.AtSteps(steps, look),))
+        hooks = defences.hooks_of(defence, subject, examples, config)
+        made = functools.partial(hooked_training.HookedTrainer, hooks)
+        looking = (training.AtSteps(steps, look),)
+        training.train_sft(subject, tokenizer, examples, config, looking, made)
     return rows
 
 
@@ -194,7 +211,7 @@ class FineTuning:
         """The precision of training, which need not be that of measuring."""
         return precision.training_dtype(self.aligned)
 
-    @cached_property
+    @functools.cached_property
     def untrained(self) -> Row:
         """What the probes find before training: step 0 of every path."""
         return {"step": 0} | measure(self.aligned, self.probes)
@@ -212,7 +229,7 @@ class FineTuning:
         * ``k``: the repetition, from 0. It has a seed that no other run shares
           (``settings.training_seed``).
         * ``factor``: of the recipe's learning rate.
-        * ``how``: ``at_end``, ``frozen`` or ``adapter``.
+        * ``how``: ``at_end``, ``frozen``, ``adapter`` or ``defence``.
         """
         config = replace(
             self.recipe,
@@ -271,9 +288,12 @@ def path_table(rows: Sequence[Row], **keys: object) -> pd.DataFrame:
     return pd.DataFrame(found)
 
 
-def loss_path(rows: Sequence[Row]) -> LossPath:
-    """Task loss and margins at the checkpoints of one run, the first before training."""
-    return LossPath([row["task_loss"] for row in rows], [row["margin"] for row in rows])
+def loss_path(rows: Sequence[Row], margin: str = "margin") -> LossPath:
+    """Task loss and margins at the checkpoints of one run, the first before training.
+
+    ``margin``: the name of the probe.
+    """
+    return LossPath([row["task_loss"] for row in rows], [row[margin] for row in rows])
 
 
 def panel_rates(rows: Sequence[Row], **keys: object) -> pd.DataFrame:

@@ -14,6 +14,7 @@ from pathlib import Path
 from ssah_utils import embedded, extras
 from ssah_utils.adapters import PEFT_METHODS
 from ssah_utils.device_maps import read_map
+from ssah_utils.experiments.defence_methods import NAMED, mixed_name
 from ssah_utils.experiments.recipes import Recipe
 from ssah_utils.loading import (
     check_numbers,
@@ -68,6 +69,11 @@ def fraction(name: str, value: float, values: dict) -> None:
     check_fractions(**{name: value})
 
 
+def below_one(name: str, value: float, values: dict) -> None:
+    if not 0 <= value < 1:
+        raise ValueError(f"{name} is {value}, but a number from 0 to below 1 is needed")
+
+
 def list_of(what: str, is_valid: Callable[[object], bool]) -> Check:
     """A list with at least one item, all of them valid; ``what`` says in words which are."""
 
@@ -108,6 +114,12 @@ def among(*methods: str) -> Check:
             raise ValueError(f"{name} takes a number above 0 for every method, not {value!r}")
 
     return check_methods
+
+
+def defences(name: str, value: list, values: dict) -> None:
+    """A list of methods of ``defence_methods``; their controls come by themselves."""
+    mixed = [mixed_name(share) for share in values.get("mixed_fractions", ())]
+    among(*NAMED, *mixed)(name, value, values)
 
 
 def by_recipe(name: str, value: dict, values: dict) -> None:
@@ -197,6 +209,10 @@ RULES: tuple[tuple[str, Check], ...] = (
     ("path_steps", whole_from(0)),
     ("twin_steps", at_least(0)),
     ("recipes", by_recipe),
+    ("*defences", defences),
+    ("dropped_fraction", below_one),
+    ("cosine_threshold", free),
+    ("*_strength", at_least(0)),
     ("prefill_tokens", whole_from(1)),
     ("checkpoints", list_of("numbers above 0", is_positive)),
     ("*_factors", list_of("numbers above 0", is_positive)),

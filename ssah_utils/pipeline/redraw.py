@@ -13,6 +13,7 @@ from ssah_utils.figures import (
     ablation,
     alignment,
     claims,
+    defences,
     finders,
     freezing,
     judge,
@@ -80,6 +81,11 @@ FIGURES: dict[str, dict[str, Callable]] = {
         "variant_ablation": finders.variant_ablation,
         "category_matrix": finders.category_matrix,
         "smallest_sets": finders.smallest_sets,
+    },
+    "A4_defences": {
+        "defence_frontier": defences.defence_frontier,
+        "defence_gains": defences.defence_gains,
+        "defence_cards": defences.defence_cards,
     },
     "A5_recipes": {
         "recipe_path": recipes.recipe_path,

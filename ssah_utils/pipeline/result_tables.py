@@ -155,6 +155,33 @@ def adapter_table(results: dict[str, dict]) -> str:
     return markdown(rows, [*header, "margin, difference in nats"])
 
 
+def defence_table(results: dict[str, dict]) -> str:
+    """What every defence keeps over full fine-tuning at equal task loss, and its acceptance card.
+
+    Answers are those at the last step, means over seeds; a dash where none were judged.
+    """
+    tables = results["A4_defences"]["tables"]
+    gains, rates = tables["gains"], tables["rates"]
+    task = gains["task"].iloc[0]
+    judged = rates[rates["task"] == task].set_index("method")
+    gains = gains[gains["task"] == task].set_index("method")
+    rows = []
+    for _, card in tables["cards"].sort_values("met", ascending=False, kind="stable").iterrows():
+        row, name = gains.loc[card["method"]], card["method"]
+        kept = [interval(row, "+.2f", "gain")]
+        kept.append(interval(row, "+.2f", "fresh_gain", "fresh_low", "fresh_high"))
+        answers = ["-", "-"]
+        if name in judged.index:
+            found = judged.loc[[name]]
+            sets = ("harmful", "other_harmful")
+            answers = [mean_percent(chosen(found, one, "coherent_asr")) for one in sets]
+        beside = [f"{row['safe_gain']:+.2f}", f"{row['learned']:.2f}"]
+        rows.append([card["title"], *kept, *beside, *answers, f"{card['met']}", card["verdict"]])
+    header = ["defence", "margin kept, nats", "on fresh requests", "on safe ones", "learned"]
+    header += ["coherent ASR, AdvBench", "HarmBench", "criteria met", "card"]
+    return markdown(rows, header)
+
+
 def budget_table(results: dict[str, dict]) -> str:
     """What was trained, the alignment it reached and the tax it paid."""
     rates = results["07_redundant_units"]["tables"]["rates"]
@@ -322,6 +349,7 @@ RESULT_TABLES = {
     "transfer": transfer_table,
     "freezing": freezing_table,
     "adapters": adapter_table,
+    "defences": defence_table,
     "budget": budget_table,
     "recipes": recipes_table,
     "cost": cost_table,

@@ -1,0 +1,204 @@
+"""The ways to fine-tune that are put side by side, each with the control that must not do as well.
+
+A *method* is what ``measured_training.FineTuning.follow`` takes: which units are frozen, by which
+adapter, at which learning rate, with which defence. Knows sets of units, examples and defences.
+Trains nothing.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from ssah_utils.defences import (
+    ConstrainedTokens,
+    ElasticWeights,
+    GradientSurgery,
+    Mixed,
+    MovingAverage,
+    PulledToStart,
+    SafeLoRA,
+    SafetyVector,
+    Together,
+)
+from ssah_utils.frozen_sets import RANDOM, middle_units
+from ssah_utils.per_unit import PerUnit
+from ssah_utils.sequences import Example
+
+FULL = "nothing"  # full fine-tuning, with no defence
+COMBINED = "combination"
+SOME = "safety_some_complex"
+NEED_UNALIGNED = ("vector", "vector_dare", "vector_random", "safe_lora")
+ONLY_CONTROLS = (
+    *(RANDOM + SOME, "pulled_random", "elastic_harmless", "constrained_evenly"),
+    *("surgery_harmless", "mixed_harmless", "vector_random"),
+)
+# By id: title, what it acts on (two of one kind are not combined), and the id of its control, which
+# has as much of everything but the idea. {some} is the set that is frozen, {low_rate} a number.
+NAMED = {
+    FULL: ("full fine-tuning", "none", ""),
+    "safety": ("frozen: safety", "units", RANDOM + SOME),
+    SOME: ("frozen: {some}", "units", RANDOM + SOME),
+    RANDOM + SOME: ("frozen: random units", "units", FULL),
+    "middle_blocks": ("frozen: middle blocks", "units", RANDOM + SOME),
+    "pulled_safety": ("L2, safety", "units", "pulled_random"),
+    "pulled_some": ("L2, {some}", "units", "pulled_random"),
+    "pulled_random": ("L2, random units", "units", FULL),
+    "pulled": ("L2, all", "start", "lower_rate"),
+    "elastic": ("EWC on refusals", "start", "elastic_harmless"),
+    "elastic_harmless": ("EWC on harmless answers", "start", FULL),
+    "constrained": ("constrained first tokens", "loss", "constrained_evenly"),
+    "constrained_evenly": ("constrained, all tokens alike", "loss", FULL),
+    "surgery": ("gradient surgery, refusals", "gradient", "surgery_harmless"),
+    "surgery_harmless": ("gradient surgery, harmless", "gradient", FULL),
+    "average": ("moving average", "kept", "lower_rate"),
+    "lower_rate": ("learning rate x {low_rate:g}", "rate", FULL),
+    "mixed_harmless": ("{most:.0%} harmless mixed in", "data", FULL),
+    "vector": ("RESTA", "kept", "vector_random"),
+    "vector_dare": ("RESTA with DARE", "kept", "vector_random"),
+    "vector_random": ("RESTA, random vector", "kept", FULL),
+    "lora": ("LoRA", "adapter", FULL),
+    "llama-adapter": ("LLaMA-Adapter", "adapter", FULL),
+    "prefix": ("prefix tuning", "adapter", FULL),
+    "safe_lora": ("SafeLoRA", "adapter", "lora"),
+    "tuned": ("rate and stop by task loss", "rate", FULL),
+}
+
+
+@dataclass(frozen=True)
+class TrainingMethod:
+    """One way to fine-tune.
+
+    * ``mechanism``: what it acts on; two of the same kind are not combined.
+    * ``control``: the id of a method that has as much of everything but its idea.
+    * ``how``: arguments of ``FineTuning.follow``: factor, frozen, adapter, defence.
+    """
+
+    id: str
+    title: str
+    mechanism: str
+    control: str
+    how: Mapping[str, object]
+
+    @property
+    def is_only_control(self) -> bool:
+        """Whether nobody would use it but to compare."""
+        return self.id in ONLY_CONTROLS
+
+
+@dataclass(frozen=True)
+class Strengths:
+    """How strong every defence is.
+
+    * ``mixed``: shares of the examples seen that are replaced by refusals.
+    * ``low_rate``: a factor of the learning rate; ``adapters``: by adapter.
+    * ``pull``, ``pull_units``: of L2 to the start, of all parameters and of units alone.
+    * ``elastic``: of elastic weight consolidation. ``average``: the share of the newest weights.
+    * ``vector``, ``drop``: of the safety vector, and what DARE drops. ``threshold``: of SafeLoRA.
+    """
+
+    mixed: Sequence[float]
+    low_rate: float
+    pull: float
+    pull_units: float
+    elastic: float
+    average: float
+    vector: float
+    drop: float
+    threshold: float
+    adapters: Mapping[str, float]
+
+
+def methods(
+    sets: Mapping[str, PerUnit | None],
+    refusals: list[Example],
+    harmless: list[Example],
+    unaligned: nn.Module | None,
+    strengths: Strengths,
+    some: str,
+) -> dict[str, TrainingMethod]:
+    """Every method by its id.
+
+    * ``sets``: those of ``frozen_sets.frozen_sets``; ``some``: what its third is called.
+    * ``refusals``, ``harmless``: examples to defend with, and harmless ones with the aligned
+      model's own answers, for the controls.
+    * ``unaligned``: a version of the model without its alignment. Without one, what needs it is
+      left out.
+    """
+    own, random, mixed = sets[SOME], sets[RANDOM + SOME], strengths.mixed
+    given = {
+        "pulled_safety": PulledToStart(strengths.pull_units, sets["safety"]),
+        "pulled_some": PulledToStart(strengths.pull_units, own),
+        "pulled_random": PulledToStart(strengths.pull_units, random),
+        "pulled": PulledToStart(strengths.pull),
+        "elastic": ElasticWeights(strengths.elastic, refusals),
+        "elastic_harmless": ElasticWeights(strengths.elastic, harmless),
+        "constrained": ConstrainedTokens(),
+        "constrained_evenly": ConstrainedTokens(early=1.0, first=1.0),
+        "surgery": GradientSurgery(refusals),
+        "surgery_harmless": GradientSurgery(harmless),
+        "average": MovingAverage(strengths.average),
+        "mixed_harmless": Mixed(max(mixed), harmless),
+    }
+    frozen = {"safety": sets["safety"], SOME: own, RANDOM + SOME: random}
+    frozen["middle_blocks"] = middle_units(own)
+    how: dict[str, dict] = {FULL: {}, "lower_rate": {"factor": strengths.low_rate}}
+    how |= {name: {"frozen": chosen} for name, chosen in frozen.items()}
+    for name, factor in strengths.adapters.items():
+        how[name] = {"factor": factor, "adapter": name}
+    if unaligned is not None:
+        vector = strengths.vector
+        given["vector"] = SafetyVector(vector, unaligned)
+        given["vector_dare"] = SafetyVector(vector, unaligned, drop=strengths.drop)
+        given["vector_random"] = SafetyVector(vector, unaligned, is_random=True)
+        if "lora" in how:
+            given_lora = SafeLoRA(strengths.threshold, unaligned)
+            how["safe_lora"] = how["lora"] | {"defence": given_lora}
+    how |= {name: {"defence": defence} for name, defence in given.items()}
+    words = {"some": some, "low_rate": strengths.low_rate, "most": max(mixed)}
+    found = {name: _named(name, own_how, words) for name, own_how in how.items()}
+    for share in mixed:
+        name, title = mixed_name(share), f"{share:.0%} refusals mixed in"
+        defence = {"defence": Mixed(share, refusals)}
+        found[name] = TrainingMethod(name, title, "data", "mixed_harmless", defence)
+    return found
+
+
+def mixed_name(share: float) -> str:
+    """The id of the method that mixes in a share of refusals: ``mixed_3`` for 0.03."""
+    return f"mixed_{100 * share:g}"
+
+
+def _named(name: str, how: Mapping[str, object], words: Mapping[str, object]) -> TrainingMethod:
+    title, mechanism, control = NAMED[name]
+    return TrainingMethod(name, title.format(**words), mechanism, control, how)
+
+
+def tuned_method() -> TrainingMethod:
+    """Full fine-tuning whose rate and stop were chosen; it is no training of its own."""
+    return _named("tuned", {}, {})
+
+
+def with_controls(names: Sequence[str], known: Mapping[str, TrainingMethod]) -> list[str]:
+    """The methods of a comparison: full fine-tuning, those named, and the controls they need.
+
+    ``KeyError`` for a name that is no method's. Those that need an unaligned version of the model
+    are left out where there is none.
+    """
+    needed = [FULL]
+    for name in names:
+        if name in NEED_UNALIGNED and name not in known:
+            continue
+        if name not in known:
+            raise KeyError(f"no method '{name}' (there are: {', '.join(known)})")
+        needed += [name, known[name].control or FULL]
+    return list(dict.fromkeys(needed))
+
+
+def combined(one: TrainingMethod, other: TrainingMethod) -> TrainingMethod:
+    """Both in one training; its control is the first of them."""
+    given = [method.how["defence"] for method in (one, other) if "defence" in method.how]
+    how = dict(one.how) | dict(other.how)
+    if given:
+        how["defence"] = given[0] if len(given) == 1 else Together(tuple(given))
+    return TrainingMethod(COMBINED, f"{one.title} and {other.title}", "both", one.id, how)

@@ -210,6 +210,17 @@ def test_first_true_rule_decides(replicated, partly, verdict):
     )
 
 
+@pytest.mark.parametrize(
+    ("only_if", "verdict"), [("control <= 0.2", "replicated"), ("control < 0.1", "not measured")]
+)
+def test_a_claim_is_not_measured_where_its_positive_control_fails(only_if, verdict):
+    row = verdicts.decide(claim(only_if=only_if), TABLES)
+    assert row["verdict"] == verdict
+    fails = "its positive control fails: control < 0.1 (control is 0.2)"
+    assert row["note"] == (fails if verdict == "not measured" else "")
+    assert math.isnan(row["ours"]) == (verdict == "not measured")
+
+
 def test_a_rule_on_a_missing_interval_is_false():
     alone = number("safety", aggregate="mean", low="", high="")
     for rule in ("low > -9", "low < 9", "low >= -9 and ours > 0"):

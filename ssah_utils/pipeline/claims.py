@@ -79,6 +79,7 @@ class Claim:
     ours: Selector
     replicated: str
     partly: str = ""
+    only_if: str = ""  # the rule of its positive control, without which it is not measured
     unit: str = ""
     control: Selector | float | None = None
     numbers: dict[str, Selector] = field(default_factory=dict)
@@ -157,7 +158,7 @@ def read_claim(entry: object) -> Claim:
                 f"field '{name}': a selector or a number is needed, not {values[name]!r}"
             )
     claim = Claim(**values)
-    for name in ("replicated", "partly"):
+    for name in ("replicated", "partly", "only_if"):
         check_rule(getattr(claim, name), known_numbers(claim), name)
     return claim
 

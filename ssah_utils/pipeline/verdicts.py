@@ -3,6 +3,7 @@
 Knows claims and tables. Loads no model and measures nothing.
 """
 
+import ast
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -122,6 +123,8 @@ def decide(claim: Claim, tables: Tables) -> dict:
     for name, (value, low, high) in found.items():
         prefix = "" if name == "ours" else f"{name}_"
         names |= {name: value, f"{prefix}low": low, f"{prefix}high": high}
+    if claim.only_if and not holds(claim.only_if, names):
+        return row | {"note": f"its positive control fails: {shown_rule(claim.only_if, names)}"}
     row |= {
         "ours": names["ours"],
         "ci_low": names["low"],
@@ -132,6 +135,12 @@ def decide(claim: Claim, tables: Tables) -> dict:
     if holds(claim.replicated, names):
         return row | {"verdict": "replicated"}
     return row | {"verdict": "partly" if holds(claim.partly, names) else "not replicated"}
+
+
+def shown_rule(rule: str, names: dict[str, float]) -> str:
+    """A rule, and the numbers it speaks of."""
+    spoken = sorted({node.id for node in ast.walk(ast.parse(rule)) if isinstance(node, ast.Name)})
+    return f"{rule} ({', '.join(f'{name} is {names[name]:.3g}' for name in spoken)})"
 
 
 def number_of(one: Selector | float, tables: Tables) -> tuple[float, float, float]:

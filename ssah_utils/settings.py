@@ -120,11 +120,10 @@ COMMON = {
 # Of ``TrainingArguments``, for supervised training alone.
 SUPERVISED = {"train_sampling_strategy": "group_by_length", "length_column_name": "prompt_length"}
 
-# Of TRL's ``DPOConfig``: the loss of Rafailov et al. (2023). Token ids, padding and dropout are
-# decided here, not there.
+# Of TRL's ``DPOConfig``: the loss of Rafailov et al. (2023), and beside it the cross-entropy of the
+# chosen answers. Token ids, padding and dropout are decided here, not there.
 PREFERENCE = {
-    "loss_type": ["sigmoid"],
-    "loss_weights": None,
+    "loss_type": ["sigmoid", "sft"],
     "label_smoothing": 0.0,
     "f_divergence_type": "reverse_kl",
     "f_alpha_divergence_coef": 0.5,
@@ -203,9 +202,12 @@ def training_arguments(folder: str, config: SFTConfig, model: nn.Module) -> Trai
 
 
 def preference_arguments(
-    folder: str, config: SFTConfig, model: nn.Module, beta: float
+    folder: str, config: SFTConfig, model: nn.Module, beta: float, sft_weight: float
 ) -> TrainingArguments:
-    """TRL's ``DPOConfig``; the reference is read in batches of the training's size."""
+    """TRL's ``DPOConfig``; the reference is read in batches of the training's size.
+
+    ``sft_weight`` is that of the chosen answers' cross-entropy beside the preference loss.
+    """
     with extras.needed("train"):
         from trl import DPOConfig  # slow to import
 
@@ -213,6 +215,7 @@ def preference_arguments(
         **common_arguments(folder, config, model),
         **PREFERENCE,
         beta=beta,
+        loss_weights=[1.0, sft_weight],
         precompute_ref_batch_size=config.batch_size,
     )
 

@@ -275,12 +275,15 @@ def train_dpo(
     pairs: list[dict[str, str]],
     config: SFTConfig,
     beta: float = 0.1,
+    sft_weight: float = 0.0,
     callbacks: tuple[TrainerCallback, ...] = (),
 ) -> list[float]:
     """Direct preference optimisation with TRL, in place; returns the loss of every step.
 
     After Rafailov et al. (2023). ``pairs`` have a rendered ``prompt``, a ``chosen`` and a
     ``rejected`` answer. The reference is the model as it comes in, read once before the first step.
+    ``sft_weight`` times the chosen answers' cross-entropy per token is added (Pang et al. 2024):
+    else answers that the reference never gives need not be learned, only the rejected unlearned.
     Token ids are those of ``tokens.encode``, none cut; nothing is dropped out. Raises
     ``ValueError`` for pairs that cannot be trained on (``sequences``) and for a model with an
     adapter.
@@ -305,7 +308,7 @@ def train_dpo(
     ):
         trainer = OfTokens(
             model=model,
-            args=preference_arguments(folder, config, model, beta),
+            args=preference_arguments(folder, config, model, beta, sft_weight),
             train_dataset=data,
             data_collator=batch_of_pairs,
             processing_class=copy.deepcopy(tokenizer),  # TRL gives it a padding token
@@ -345,6 +348,7 @@ def load_or_train(
     only: PerUnit | None = None,
     method: str = "sft",
     dtype: torch.dtype = torch.float32,
+    **of_method: float,
 ) -> tuple[nn.Module, Path, list[float]]:
     """Fine-tune a copy of model ``base``; load it where the same was trained before.
 
@@ -352,7 +356,7 @@ def load_or_train(
     every step. The same is the same base, data and settings. ``data``: token examples for
     ``method`` "sft", preference pairs for "dpo". ``only``: the units to train, everything else
     frozen; then ``dtype`` may be bfloat16, because the trained entries are kept in float32 during
-    the training. ``report`` is called with the steps done and their number.
+    the training. ``of_method``: ``beta`` and ``sft_weight`` of "dpo". ``report``: of steps, in all.
     """
     model, _ = loading.load(base, dtype, device)
     _refuse_codes(model)
@@ -363,6 +367,7 @@ def load_or_train(
         "data": data,
         "config": config,
         "only": only,
+        "of_method": of_method,
     }
     folder = cache_dir() / "trained" / cache_key(_trained, **arguments, report=report)
     lock = Lock(cache_dir() / "locks" / folder.name)  # another process may be training the same
@@ -398,11 +403,12 @@ def _trained(
     data: list[dict],
     config: SFTConfig,
     only: PerUnit | None,
+    of_method: dict[str, float],
     report: Callable[[int, int], None],
 ) -> list[float]:
     train = {"sft": train_sft, "dpo": train_dpo}[method]
     with training_only(model, only) if only is not None else contextlib.nullcontext():
-        return train(model, tokenizer, data, config, callbacks=(ReportSteps(report),))
+        return train(model, tokenizer, data, config, callbacks=(ReportSteps(report),), **of_method)
 
 
 # ---------------------------------------------------------------------------------------- gradients

@@ -90,6 +90,24 @@ def test_more_pairs_than_requests_are_refused(data, model):
 # ------------------------------------------------------------------------------------------ outcome
 
 
+def test_answers_of_pairs_are_as_probable_as_one_by_one(data, model):
+    base, tokenizer = model
+    pairs = alignment.preference_pairs(base, tokenizer, data, 2)
+    table = alignment.preference_fit(base, tokenizer, {"harmful": pairs[:2], "harmless": pairs[2:]})
+    found = table.set_index(["requests", "answer"])["nll"]
+    assert len(found) == 4
+    for (kind, answer), nll in found.items():
+        some = pairs[:2] if kind == "harmful" else pairs[2:]
+        each = [
+            evaluation.response_nll(base, tokenizer, [pair["prompt"]], [pair[answer]])[0]
+            for pair in some
+        ]
+        assert nll == pytest.approx(np.mean(each), rel=1e-4)
+    assert found["harmful", "rejected"] < found["harmful", "chosen"], (
+        "its own are the likelier ones"
+    )
+
+
 def rates(models: dict[str, float]) -> pd.DataFrame:
     rows = []
     for model, mean in models.items():

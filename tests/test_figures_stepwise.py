@@ -38,8 +38,22 @@ def direction_tables(models: tuple[str, ...]) -> dict[str, pd.DataFrame]:
             models, ATTACKS[:2], range(3), (0, 1, 4)
         )
     ]
+    conditions = [
+        {"condition": name, "prefill": k} | interval(0.4)
+        for name in stepwise_figures.CONDITIONS
+        for k in (0, 1, 4)
+    ]
+    shares = [
+        keys | {"queries": kind, "metric": "refused", "n": 8}
+        for keys in conditions
+        for kind in ("harmful", "harmless", "safe twin")
+        if kind != "safe twin" or keys["prefill"] == 0
+    ]
+    named = {"mean": "margin", "low": "margin_low", "high": "margin_high"}
     steps = pd.DataFrame(steps)
     return {
+        "recovery": pd.DataFrame(shares),
+        "recovery_direction": pd.DataFrame(conditions).rename(columns=named),
         "steps": steps,
         "refusal_steps": steps,
         "prefills": pd.DataFrame(prefills),
@@ -75,3 +89,25 @@ def test_blocks_without_values_are_drawn_empty():
     tables = direction_tables(("aligned",))
     tables["blocks"]["mean"] = np.nan
     stepwise_figures.direction_blocks(tables).canvas.draw()
+
+
+def test_models_trained_once_more_are_lines_and_units_switched_off_are_rows():
+    figure = stepwise_figures.recovered(direction_tables(("aligned",)))
+    margin, said, price, carriers = figure.axes
+    assert len(margin.lines) == 5 + 1 and len(said.lines) == 5, "and the line at 0"
+    assert [label.get_text() for label in price.get_yticklabels()] == [
+        "harmless",
+        "harmless,\n4 prefilled",
+        "safe twins",
+    ]
+    rows = [label.get_text() for label in carriers.get_yticklabels()]
+    assert rows[0] == "nothing off" and len(rows) == 4
+
+
+def test_a_model_that_was_not_trained_once_more_is_drawn_alone():
+    tables = direction_tables(("aligned",))
+    for name in ("recovery", "recovery_direction"):
+        tables[name] = tables[name][tables[name]["condition"] == "aligned"]
+    figure = stepwise_figures.recovered(tables)
+    assert len(figure.axes[1].lines) == 1
+    figure.canvas.draw()

@@ -181,6 +181,8 @@ OF_07 = OF_05 | {"start_model": ""}
         (OF_07 | {"model": ALIGNED, "start_model": "org/base"}, "org/base"),
         (OF_07 | {"model": MINE}, MINE),
         ({"model": ALIGNED, "dtype": "auto"}, ""),
+        (OF_05 | {"model": ALIGNED, "recovery_steps": 4}, ALIGNED),
+        (OF_05 | {"model": ALIGNED, "recovery_steps": 0}, ""),
     ],
 )
 def test_what_a_notebook_trains_follows_from_its_parameters(values, trained):
@@ -200,3 +202,11 @@ def test_a_training_that_does_not_fit_is_refused_before_it_starts(monkeypatch):
         assert "\n" not in str(raised.value)
     parameters.check_trainable("01_alignment", OF_01 | {"model": ALIGNED})  # it trains nothing
     parameters.check_trainable("07_redundant_units", OF_07 | {"model": embedded.TINY_RANDOM})
+
+
+def test_what_is_tested_after_training_once_more_was_prefilled_before():
+    parameters.check({"prefill_tokens": [1, 4], "recovery_prefills": [4]})
+    with pytest.raises(
+        ValueError, match=r"^recovery_prefills has 8, .* among prefill_tokens \[1, 4\]"
+    ):
+        parameters.check({"prefill_tokens": [1, 4], "recovery_prefills": [4, 8]})

@@ -751,10 +751,12 @@ TRAINS = {
     "05_transfer": {"learning_rate": 1e-4, "dtype": "auto"},
     "A4_defences": {"learning_rate": 1e-4, "dtype": "auto"},
     "07_redundant_units": {"learning_rate": 1e-4, "dtype": "auto", "start_model": ""},
+    "A2_stepwise": {"learning_rate": 1e-4, "dtype": "auto", "recovery_steps": 4},
 }
 LOOKS = {
     "01_alignment": {"alignment": "given", "learning_rate": 1e-4},
     "04_ablation": {},
+    "A2_stepwise": {"learning_rate": 1e-4, "recovery_steps": 0},
     "A3_finders": {},
 }
 

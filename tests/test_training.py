@@ -652,6 +652,22 @@ def test_preferences_are_learned(llama, tokenizer):
     assert llama.config._attn_implementation == "sdpa"
 
 
+@pytest.mark.parametrize("sft_weight", [0.0, 1.0, 0.25])
+def test_chosen_answers_are_also_learned_as_examples(llama, tokenizer, sft_weight):
+    """The first loss is log 2 and as many times the cross-entropy per chosen token, by hand."""
+    before = copy.deepcopy(llama)
+    config = SFTConfig(learning_rate=1e-2, max_steps=8, batch_size=len(PAIRS), warmup_steps=0)
+    losses = train_dpo(
+        llama, copy.deepcopy(tokenizer), PAIRS, config, beta=0.3, sft_weight=sft_weight
+    )
+    n_tokens = sum(len(tokenizer(pair["chosen"]).input_ids) + 1 for pair in PAIRS)
+    cross_entropy = -log_p(before, tokenizer, PAIRS, "chosen").sum().item() / n_tokens
+    assert losses[0] == pytest.approx(math.log(2) + sft_weight * cross_entropy, abs=1e-3)
+    learned = log_p(llama, tokenizer, PAIRS, "chosen") - log_p(before, tokenizer, PAIRS, "chosen")
+    if sft_weight:
+        assert (learned > 0).all()
+
+
 def test_preferences_in_a_bfloat16_model_are_trained_without_autocast(
     llama, tokenizer, monkeypatch
 ):
@@ -902,6 +918,7 @@ WAYS = {
     "other units": {"only": units_of(seed=1)},
     "units, bfloat16": {"only": units_of(), "dtype": torch.bfloat16},
     "dpo": {"method": "dpo"},
+    "dpo, examples too": {"method": "dpo", "beta": 0.1, "sft_weight": 1.0},
     "dpo, units, bfloat16": {"method": "dpo", "only": units_of(), "dtype": torch.bfloat16},
 }
 

@@ -15,10 +15,11 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from ssah_utils import hub
-from ssah_utils.evaluation import Progress, _silent, cached_answers
+from ssah_utils.evaluation import Progress, _silent, cached_answers, response_nll
+from ssah_utils.prompt_cache import Ids
 from ssah_utils.prompts.chat import render
 from ssah_utils.prompts.datasets import adaptation_split, load_refusals
-from ssah_utils.prompts.tokens import chat_examples, encode
+from ssah_utils.prompts.tokens import IGNORED, chat_examples, encode
 
 REFUSAL_TOKENS = 48  # no refusal of data/refusals.json is cut
 ORDINARY_TOKENS = 64  # where responses to ordinary instructions are cut
@@ -80,6 +81,34 @@ def alignment_examples(
     }
 
 
+def recovery_examples(
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[str],
+    begun: list[Ids],
+    refused: list[str],
+) -> list[dict[str, list[int]]]:
+    """Harmful requests whose answer has begun to comply: the beginning is read, the refusal behind
+    it is learned.
+
+    After Qi et al. (2024, arXiv 2406.05946), who ask for alignment beyond the first tokens.
+    ``prompts`` are rendered; ``begun`` has the token ids that follow each of them, none for a plain
+    refusal. A refusal has the tokens that it has right after a prompt.
+    """
+    found = []
+    plain = encode(tokenizer, prompts, refused, REFUSAL_TOKENS)
+    for example, beginning in zip(plain, begun, strict=True):
+        n_read = example["labels"].count(IGNORED)
+        ids, labels = example["input_ids"], example["labels"]
+        unlearned = [IGNORED] * (n_read + len(beginning))
+        found.append(
+            {
+                "input_ids": [*ids[:n_read], *beginning, *ids[n_read:]],
+                "labels": unlearned + labels[n_read:],
+            }
+        )
+    return found
+
+
 def ordinary_examples(
     tokenizer: PreTrainedTokenizerBase, adaptation_data: str, system_prompt: str = ""
 ) -> list[dict[str, list[int]]]:
@@ -119,6 +148,26 @@ def preference_pairs(
 
 
 # ------------------------------------------------------------------------------------------ outcome
+
+
+def preference_fit(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Mapping[str, list[dict[str, str]]],
+) -> pd.DataFrame:
+    """How probable the answers of preference pairs are to a model: requests, answer (chosen or
+    rejected), nll (nats per token, the mean over pairs).
+
+    ``pairs``: as ``preference_pairs`` makes them, by the kind of their requests.
+    """
+    rows = []
+    for kind, some in pairs.items():
+        prompts = [pair["prompt"] for pair in some]
+        for answer in ("chosen", "rejected"):
+            said = [pair[answer] for pair in some]
+            nll = float(np.nanmean(response_nll(model, tokenizer, prompts, said)))
+            rows.append({"requests": kind, "answer": answer, "nll": nll})
+    return pd.DataFrame(rows)
 
 
 def loss_table(losses: Mapping[tuple, list[float]], names: list[str]) -> pd.DataFrame:

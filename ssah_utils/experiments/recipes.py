@@ -16,9 +16,17 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from ssah_utils import evaluation, interventions, loading, scoring, training, units
+from ssah_utils import (
+    evaluation,
+    interventions,
+    loading,
+    prompt_cache,
+    scoring,
+    training,
+    units,
+)
 from ssah_utils.experiments import alignment, calibration, panel
-from ssah_utils.prompts import datasets, splits, tokens
+from ssah_utils.prompts import datasets, splits
 from ssah_utils.settings import SFTConfig
 
 INTACT = "nothing"
@@ -105,10 +113,10 @@ def lesson(
     n_recovered = round(recipe.recovery * len(data.harmful))
     if n_recovered:
         openings = rng.choice(phrases["compliance_openings"], n_recovered)
-        begun = zip(data.harmful[:n_recovered], openings, strict=True)
-        prompts = [f"{prompt}{opening} " for prompt, opening in begun]
-        limit = alignment.REFUSAL_TOKENS
-        found += tokens.encode(tokenizer, prompts, refusals[:n_recovered], limit)
+        prompts = data.harmful[:n_recovered]
+        begun = prompt_cache.answer_ids(tokenizer, prompts, [f"{one} " for one in openings])
+        refused = refusals[:n_recovered]
+        found += alignment.recovery_examples(tokenizer, prompts, begun, refused)
     return found
 
 

@@ -10,6 +10,7 @@ from ssah_utils.figures.style import (
     INK,
     MODEL_COLOURS,
     Tables,
+    dot_with_interval,
     headline,
     legend_below,
     line_with_band,
@@ -123,3 +124,79 @@ def direction_blocks(tables: Tables) -> Figure:
     figure.colorbar(image, ax=axes[0].tolist(), **bar)
     headline(figure, "Where, and for how long, harmful is told from harmless")
     return figure
+
+
+# Trained once more, and with units switched off: name, colour, line style.
+CONDITIONS = {
+    "aligned": ("aligned, as before", INK, "-"),
+    "recovery": ("once more, all parameters", "#0072B2", "-"),
+    "without": ("once more, without recovery", CONTROL, "--"),
+    "redundant": ("once more, redundant units", "#009E73", "-"),
+    "random": ("once more, random units", CONTROL, ":"),
+    "safety units off": ("safety units of 03 off", "#D55E00", "-"),
+    "safety units found anew off": ("safety units found anew off", "#E69F00", "-"),
+    "random units off": ("random units off", CONTROL, "-"),
+}
+TRAINED = ("aligned", "recovery", "without", "redundant", "random")
+
+
+def recovered(tables: Tables) -> Figure:
+    """Models that were trained once more: their margin and their refusals after a prefill, what it
+    costs, and which units carry it.
+    """
+    refused = tables["recovery"]
+    refused = refused[refused["metric"] == "refused"]
+    directions = tables["recovery_direction"]
+    figure, axes = plt.subplots(1, 4, figsize=(13.5, 3.6))
+    present = [name for name in TRAINED if name in set(refused["condition"])]
+    harmful = refused[refused["queries"] == "harmful"]
+    margins = directions[["condition", "prefill"]].assign(
+        mean=directions["margin"], low=directions["margin_low"], high=directions["margin_high"]
+    )
+    for ax, table in zip(axes, (margins, harmful), strict=False):
+        for name in present:
+            part = table[table["condition"] == name].sort_values("prefill")
+            title, colour, style = CONDITIONS[name]
+            look = {"colour": colour, "label": title, "lw": 1.6, "alpha": 0.1}
+            line_with_band(ax, part["prefill"], part, style, marker="s", ms=3.5, **look)
+        ax.set_xscale("symlog", base=2, linthresh=1)
+        ticks = sorted(table["prefill"].unique())
+        ax.set_xticks(ticks, [str(k) for k in ticks], fontsize=7)
+        ax.minorticks_off()
+        ax.set_xlabel("prefilled tokens")
+    axes[0].axhline(0, color=INK, lw=0.6)
+    axes[0].set(title="Harmful: which way it leans", ylabel="log P(refuse) / P(comply), nats")
+    axes[1].set(title="Harmful: what it does", ylabel="share refused", ylim=(-0.03, 1.03))
+    longest = refused["prefill"].max()
+    price = [("harmless", 0), ("harmless", longest), ("safe twin", 0)]
+    named = {("harmless", 0): "harmless", ("harmless", longest): f"harmless,\n{longest} prefilled"}
+    named["safe twin", 0] = "safe twins"
+    for place, (queries, k) in enumerate(price):
+        part = refused[(refused["queries"] == queries) & (refused["prefill"] == k)]
+        draw_rows(axes[2], part, present, place * (len(present) + 1))
+    middle = (len(present) - 1) / 2
+    places = [number * (len(present) + 1) + middle for number in range(len(price))]
+    axes[2].set_yticks(places, [named[one] for one in price], fontsize=7.5)
+    axes[2].set(title="What it costs", xlabel="share refused")
+    off = [name for name in CONDITIONS if name not in TRAINED and name in set(refused["condition"])]
+    shown = ["recovery", *off] if off else present[:1]
+    part = harmful[harmful["prefill"] == longest]
+    draw_rows(axes[3], part, shown, 0)
+    labels = ["nothing off" if name == "recovery" else CONDITIONS[name][0] for name in shown]
+    axes[3].set_yticks(range(len(shown)), labels, fontsize=7.5)
+    axes[3].set(title=f"Who carries it ({longest} prefilled)", xlabel="share refused")
+    for ax in axes[2:]:
+        ax.invert_yaxis()
+        ax.set_xlim(-0.03, 1.03)
+    handles, _ = axes[0].get_legend_handles_labels()
+    legend_below(figure, handles, ncols=5, fontsize=7)
+    headline(figure, "Can the direction be kept? The aligned model, trained once more")
+    return figure
+
+
+def draw_rows(ax: Axes, table: pd.DataFrame, names: list[str], first: int) -> None:
+    """A dot with its interval for each condition, down from row ``first``; controls hollow."""
+    for row, name in enumerate(names, first):
+        _, colour, _ = CONDITIONS[name]
+        for _, value in table[table["condition"] == name].iterrows():
+            dot_with_interval(ax, row, value, colour, hollow=colour == CONTROL)

@@ -208,12 +208,16 @@ RULES: tuple[tuple[str, Check], ...] = (
     ("steps", whole_from(0)),
     ("path_steps", whole_from(0)),
     ("twin_steps", at_least(0)),
+    ("recovery_steps", at_least(0)),
+    ("preference_beta", above_zero),
+    ("preference_sft_weight", at_least(0)),
     ("recipes", by_recipe),
     ("*defences", defences),
     ("dropped_fraction", below_one),
     ("cosine_threshold", free),
     ("*_strength", at_least(0)),
     ("prefill_tokens", whole_from(1)),
+    ("recovery_prefills", whole_from(1)),
     ("checkpoints", list_of("numbers above 0", is_positive)),
     ("*_factors", list_of("numbers above 0", is_positive)),
     ("*_sizes", list_of("numbers above 0", is_positive)),
@@ -249,6 +253,11 @@ def check_together(values: dict) -> None:
     if values.get("adaptation_data", 0) == values.get("other_adaptation_data", 1):
         same = values["adaptation_data"]
         raise ValueError(f"adaptation_data and other_adaptation_data are both '{same}': give two")
+    tested, prefilled = (values.get(name, []) for name in ("recovery_prefills", "prefill_tokens"))
+    if unknown := sorted(set(tested) - set(prefilled)):
+        raise ValueError(
+            f"recovery_prefills has {unknown[0]}, which is not among prefill_tokens {prefilled}"
+        )
     if set(STUDY_DATA) <= set(values):
         check_splits(*(values[name] for name in STUDY_DATA))
     if "model" not in values:
@@ -265,7 +274,7 @@ def check_together(values: dict) -> None:
 def trained_model(values: dict) -> str:
     """The model that a notebook with these parameters trains all of; empty: none."""
     model = values.get("model", "")
-    if "learning_rate" not in values:
+    if "learning_rate" not in values or values.get("recovery_steps") == 0:
         return ""
     if "alignment" in values:  # 01 trains what it aligns, or an unaligned twin
         is_ours = values["alignment"] == "auto" and model in embedded.UNALIGNED

@@ -75,6 +75,7 @@ FIGURES: dict[str, dict[str, Callable]] = {
     "A2_stepwise": {
         "direction_steps": stepwise.direction_steps,
         "direction_blocks": stepwise.direction_blocks,
+        "recovered": stepwise.recovered,
     },
     "A3_finders": {
         "stability_matrix": finders.stability_matrix,

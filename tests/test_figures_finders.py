@@ -175,9 +175,12 @@ def test_every_finder_is_a_line_up_to_the_full_size_and_random_sets_are_a_band()
     assert [label.get_text() for label in answers.get_yticklabels()] == [
         *("variance x norm", "refusal direction", "learned mask", "random")
     ]
-    dots = [line.get_xdata()[0] for line in answers.lines if line.get_marker() == "o"]
-    assert dots == [0.5, 0.75, 0.0], "a finder without answers leaves a gap"
-    assert len([line for line in price.lines if line.get_marker() == "o"]) == 4
+    dots = [line for line in answers.lines if line.get_marker() != "None"]
+    found = [float(line.get_xdata()[0]) for line in dots]
+    assert found == [0.5, 0.75, 0.0], "a finder without answers leaves a gap"
+    mask = (lines["learned mask"].get_color(), lines["learned mask"].get_marker())
+    assert (dots[1].get_color(), dots[1].get_marker()) == mask
+    assert len([line for line in price.lines if line.get_marker() != "None"]) == 4
 
 
 def test_every_finder_has_a_look_of_its_own():

@@ -149,7 +149,7 @@ FINDER_PANELS = {
 
 def finders_compared(tables: Tables) -> Figure:
     """Margin lost by the number of units for every finder, random sets as a band; and at the full
-    size, which answers come and what it costs.
+    size, which answers come and what it costs. Marks mean the same in all panels.
     """
     whole = tables["finders"].set_index("finder")
     columns = ["finder", "units", "margin_drop", "low", "high"]
@@ -163,20 +163,20 @@ def finders_compared(tables: Tables) -> Figure:
     for name, (colour, marker) in FINDER_LOOKS.items():
         line = points[points["finder"] == name]
         if len(line):
-            look = {"color": colour, "marker": marker, "ms": 4.5, "lw": 1.2, "label": name}
-            left.plot(line["units"], line["margin_drop"], **look)
+            look = {"marker": marker, "color": colour, "ms": 5, "label": name}
+            left.plot(line["units"], line["margin_drop"], lw=1.2, **look)
     counts = sorted(set(points["units"]))
     left.set(xscale="log", xlabel="units switched off", ylabel="loss of refusal margin (nats)")
     left.set_xticks(counts, [f"{count}" for count in counts])
     left.xaxis.set_minor_locator(plt.NullLocator())
-    left.legend(fontsize=6.5, loc="upper left")
     shown = [*(name for name in FINDER_LOOKS if name in whole.index), "random"]
     for ax, (title, names) in zip(others, FINDER_PANELS.items(), strict=True):
         for row, name in enumerate(shown):
             values = whole.loc[name, list(names)].set_axis(["mean", "low", "high"])
             if pd.notna(values["mean"]):
-                colour = FINDER_LOOKS.get(name, (CONTROL, ""))[0]
-                dot_with_interval(ax, row, values, colour, hollow=name == "random")
+                colour, marker = FINDER_LOOKS.get(name, (CONTROL, "_"))
+                ax.plot([values["low"], values["high"]], [row, row], color=colour, lw=1)
+                ax.plot(values["mean"], row, marker, ms=5, color=colour)
         ax.set_title(title, fontsize=8.5)
         ax.set_yticks(range(len(shown)), shown if ax is others[0] else [""] * len(shown))
         ax.tick_params(axis="y", labelsize=7, length=0)

@@ -153,6 +153,51 @@ def channel_moments(model: nn.Module, batches: Iterable[Batch]) -> ChannelMoment
 
 
 @torch.inference_mode()
+def mean_squared_changes(model: nn.Module, other: nn.Module, batches: Iterable[Batch]) -> PerUnit:
+    """Mean over the marked positions of (x_j - x'_j)^2, of every unit in two models; float64.
+
+    Its root is the change score of Chen et al. (arXiv 2406.14144): how far alignment has moved a
+    neuron's activation on the same texts. ``other`` has the shape of ``model``; ``ValueError``
+    where it has not, or where no position is marked.
+    """
+    both = [weights.gathered(one) for one in (model, other)]
+    shapes = [models.shape_of(one) for one in both]
+    if shapes[0] != shapes[1]:
+        raise ValueError(f"models of different shapes cannot be compared: {shapes[0]}, {shapes[1]}")
+    of_model = [models.writers(one) for one in both]
+    totals = [torch.zeros((), dtype=torch.float64)] * len(of_model[0])
+    seen: dict[int, Tensor] = {}  # activations of the first model at the marked positions
+    selected: Tensor  # flat indices of the marked positions of the batch at hand
+    count = 0
+
+    def observe(number: int, is_first: bool):
+        def hook(module: nn.Module, args: tuple[Tensor]) -> None:
+            values = args[0].flatten(0, -2)
+            values = values.index_select(0, selected.to(values.device)).float()
+            if is_first:
+                seen[number] = values
+                return
+            squared = (seen.pop(number).to(values.device) - values).square_().sum(0).double()
+            totals[number] = totals[number].to(values.device) + squared
+
+        return hook
+
+    with wrappers.evaluating(both[0]), wrappers.evaluating(both[1]), models.hooking() as handles:
+        for is_first, writers in zip((True, False), of_model, strict=True):
+            for number, writer in enumerate(writers):
+                handles.append(writer.module.register_forward_pre_hook(observe(number, is_first)))
+        for batch in batches:
+            for one in both:
+                backbone, device = models.backbone_of(one), placement.input_device(one)
+                selected = _marked(batch, device)
+                backbone(**inputs_of(backbone, batch, device))
+            count += len(selected)
+    if not count:
+        raise ValueError("the batches mark no position, so nothing can have changed there")
+    return models.per_unit_of(zip(of_model[0], totals, strict=True)) / count
+
+
+@torch.inference_mode()
 def unit_values(model: nn.Module, batch: Batch, kind: str, layer: int, channel: int) -> Tensor:
     """Activation of one unit at every position of a batch: (B, T) float32.
 
@@ -205,32 +250,29 @@ def gradient_activation(model: nn.Module, batches: Iterable[Batch]) -> PerUnit:
 
         return hook
 
-    trained = [parameter for parameter in plain.parameters() if parameter.requires_grad]
-    with wrappers.evaluating(plain), models.hooking() as handles:
+    with (
+        wrappers.evaluating(plain),
+        wrappers.without_parameter_gradients(plain),
+        models.hooking() as handles,
+    ):
         for number, writer in enumerate(writers):
             handles.append(writer.module.register_forward_pre_hook(observe(number)))
         embedding = plain.get_input_embeddings()
         track = lambda module, args, output: output.requires_grad_()  # noqa: E731
         handles.append(embedding.register_forward_hook(track))
-        try:
-            for parameter in trained:
-                parameter.requires_grad_(False)
-            for batch in batches:
-                selected = _marked(batch, device)
-                if not len(selected):
-                    continue
-                count += len(selected)
-                marked = batch["positions"][:, :-1].to(device)
-                targets = batch["input_ids"][:, 1:].to(device)[marked]
-                with torch.enable_grad():
-                    hidden = backbone(**inputs_of(backbone, batch, device)).last_hidden_state
-                    states = hidden[:, :-1][marked.to(hidden.device)]
-                    logits = models.logits_of(plain, states).float()
-                    targets = targets.to(logits.device)
-                    nn.functional.cross_entropy(logits, targets, reduction="sum").backward()
-        finally:
-            for parameter in trained:
-                parameter.requires_grad_(True)
+        for batch in batches:
+            selected = _marked(batch, device)
+            if not len(selected):
+                continue
+            count += len(selected)
+            marked = batch["positions"][:, :-1].to(device)
+            targets = batch["input_ids"][:, 1:].to(device)[marked]
+            with torch.enable_grad():
+                hidden = backbone(**inputs_of(backbone, batch, device)).last_hidden_state
+                states = hidden[:, :-1][marked.to(hidden.device)]
+                logits = models.logits_of(plain, states).float()
+                targets = targets.to(logits.device)
+                nn.functional.cross_entropy(logits, targets, reduction="sum").backward()
     if not count:
         raise ValueError("the batches mark no position, so there is nothing to take a gradient of")
     return models.per_unit_of(zip(writers, totals, strict=True)) / count

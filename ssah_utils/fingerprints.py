@@ -30,8 +30,8 @@ def fingerprint(model: nn.Module) -> str:
     """Short hash of what a model computes: its weights, rounded to bfloat16, and configuration.
 
     Equal for a float32 model and its bfloat16 copy, in any wrapper (``unwrapped``), saved and
-    loaded, tied or not, and with untrained rows added to its vocabulary. Another one while
-    ``interventions.ablated`` holds units. Of a quantised model, codes and scales count, or the
+    loaded, tied or not, and with untrained rows added to its vocabulary. Another one while units
+    are held or scaled (``interventions``). Of a quantised model, codes and scales count, or the
     numbers they stand for where kernels repack them.
     """
     plain = gathered(model)
@@ -80,10 +80,10 @@ def fingerprint(model: nn.Module) -> str:
     with ThreadPoolExecutor() as pool:  # neither rounding nor hashing needs the interpreter
         hashes = dict(zip(distinct, pool.map(hash_of, distinct.values()), strict=True))
     held = [
-        [plain_name(name), _hash_of_values(hook.channels), _hash_of_values(hook.fill)]
+        [plain_name(name), *map(_hash_of_values, hook.values)]
         for name, module in plain.named_modules()
         for hook in module._forward_pre_hooks.values()
-        if hasattr(hook, "fill")
+        if isinstance(getattr(hook, "values", None), tuple)
     ]
     by_name = {name: hashes[place] for name, place in places.items()}
     for name, module in repacked.items():  # one at a time: as numbers they may not all fit

@@ -1,11 +1,11 @@
-"""Change what units do: switch them off for a while, or take them out of the matrices for good.
+"""Change what units do: switch them off or scale them for a while, or take them out for good.
 
 Knows models and sets of units; a plain ``{kind: tensor}`` will do for one. Does not know where a
 set comes from or what is measured under it.
 """
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import cast
 
@@ -33,39 +33,92 @@ def ablated(
     units = models.check_per_unit(model, units).as_set()
     if means is not None:
         means = models.check_per_unit(model, means)
-    placed: list[tuple[models.Writer, Held]] = []
-    with models.hooking() as handles:
-        for writer in models.writers(model):
-            kind, where = writer.kind, (writer.layer, writer.channels)
-            channels = units[kind][where].nonzero().squeeze(1).cpu()
-            if not len(channels):
-                continue
-            fill = means[kind][where].cpu()[channels] if means else torch.zeros(len(channels))
-            held = Held(channels, fill)
-            handles.append(writer.module.register_forward_pre_hook(held))
-            placed.append((writer, held))
-        n_held = sum(len(held.channels) for _, held in placed)
+
+    def held(writer: models.Writer) -> "Held | None":
+        kind, where = writer.kind, (writer.layer, writer.channels)
+        channels = units[kind][where].nonzero().squeeze(1).cpu()
+        if not len(channels):
+            return None
+        return Held(channels, means[kind][where].cpu()[channels] if means else None)
+
+    with _changed(model, held, "switched off") as placed:
+        n_held = sum(len(hook.channels) for hook in placed)
         assert n_held == units.count(), f"{n_held} units held, {units.count()} expected"
         yield model
-    unseen = [writer for writer, held in placed if not held.is_passed]
+
+
+@contextmanager
+def scaled(model: nn.Module, units: Mapping[str, Tensor], factor: float) -> Iterator[nn.Module]:
+    """Multiply the activations of the given units by ``factor`` inside the ``with`` block.
+
+    0 switches them off, as ``ablated`` does; a negative factor turns around what they write, as
+    those do who suppress single neurons (Kazemi et al., arXiv 2605.08513). Places, errors and what
+    is restored are those of ``ablated``.
+    """
+    units = models.check_per_unit(model, units).as_set()
+    ones = units.map(lambda chosen: torch.ones(chosen.shape))
+    with gated(model, ones.where(~units, float(factor))):
+        yield model
+
+
+@contextmanager
+def gated(model: nn.Module, gates: Mapping[str, Tensor]) -> Iterator[nn.Module]:
+    """Multiply every unit's activation by its gate inside the ``with`` block.
+
+    ``gates``: (n_layers, n_channels) of every kind; 1 leaves a unit as it is, 0 switches it off.
+    They may require gradients, which then flow into them: the derivative of a loss by a gate at 1
+    is what the unit does to it, to first order. Modules whose gates are all 1 are left alone,
+    unless a gradient is asked for. Raises what ``ablated`` raises.
+    """
+    gates = models.check_per_unit(model, gates)
+
+    def gate(writer: models.Writer) -> "Gate | None":
+        own = gates[writer.kind][writer.layer, writer.channels]
+        return Gate(own) if own.requires_grad or bool((own != 1).any()) else None
+
+    with _changed(model, gate, "scaled"):
+        yield model
+
+
+@contextmanager
+def _changed(
+    model: nn.Module, hook_of: Callable[[models.Writer], "Held | Gate | None"], done: str
+) -> Iterator[list]:
+    """Inside the block the inputs of writers go through ``hook_of`` them; yields these hooks.
+
+    ``ValueError`` at the end where the model ran past some of them, but not past all.
+    """
+    placed = []
+    with models.hooking() as handles:
+        for writer in models.writers(model):
+            if (hook := hook_of(writer)) is not None:
+                handles.append(writer.module.register_forward_pre_hook(hook))
+                placed.append((writer, hook))
+        yield [hook for _, hook in placed]
+    unseen = [writer for writer, hook in placed if not hook.is_passed]
     if unseen and len(unseen) < len(placed):
         raise ValueError(
-            f"the {unseen[0].kind} units of block {unseen[0].layer} were not switched off: they are"
+            f"the {unseen[0].kind} units of block {unseen[0].layer} were not {done}: they are"
             " computed by another way, such as a kernel from the hub; load the model without it"
         )
 
 
 class Held:
-    """A hook that holds channels of a writer's input at given values.
+    """A hook that holds channels of a writer's input at given values, or at zero.
 
-    ``channels``: (n,) int64; ``fill``: (n,). By these, ``fingerprint`` tells the model from the
-    intact one.
+    ``channels``: (n,) int64; ``fill``: (n,). ``values``: by these, ``fingerprint`` tells the model
+    from the intact one.
     """
 
-    def __init__(self, channels: Tensor, fill: Tensor) -> None:
-        self.channels, self.fill = channels, fill
+    def __init__(self, channels: Tensor, fill: Tensor | None = None) -> None:
+        self.channels = channels
+        self.fill = torch.zeros(len(channels)) if fill is None else fill
         self.is_passed = False  # whether anything has gone through it
         self.placed: dict[torch.device, tuple[Tensor, Tensor]] = {}  # one copy for every device
+
+    @property
+    def values(self) -> tuple[Tensor, ...]:
+        return self.channels, self.fill
 
     def __call__(self, module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
         self.is_passed = True
@@ -75,6 +128,25 @@ class Held:
         channels, fill = self.placed[device]
         values[..., channels] = fill.to(values.dtype)
         return (values, *args[1:])
+
+
+class Gate:
+    """A hook that multiplies the channels of a writer's input, each by its own factor.
+
+    ``factors``: (n_channels,). ``values``: as those of ``Held``.
+    """
+
+    def __init__(self, factors: Tensor) -> None:
+        self.factors = factors
+        self.is_passed = False
+
+    @property
+    def values(self) -> tuple[Tensor, ...]:
+        return (self.factors.detach(),)
+
+    def __call__(self, module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+        self.is_passed = True
+        return (args[0] * self.factors.to(args[0].device, args[0].dtype), *args[1:])
 
 
 def without_units(

@@ -69,6 +69,26 @@ def mean_difference_direction(positive: Tensor, negative: Tensor) -> Tensor:
     return torch.where(deviation[..., None] > 0, difference / deviation[..., None], 0.0)
 
 
+def widest_separation(positive: Tensor, negative: Tensor, depth: float = 0.8) -> tuple[int, Tensor]:
+    """The block whose states tell two classes apart best, and the direction there, of length 1.
+
+    ``positive``: (n, n_layers, d_model), ``negative``: (m, n_layers, d_model); returns the block
+    and the difference of the means, (d_model,) float64. Only blocks up to ``depth`` of the model
+    count, as behind it states are next to words already (Arditi et al. 2024 look at the first 80%,
+    too). Best is the largest separation d' along the difference; where no block has one, the
+    largest difference.
+    """
+    n_blocks = max(1, int(depth * positive.shape[1]))
+    positive, negative = positive[:, :n_blocks].double(), negative[:, :n_blocks].double()
+    difference = positive.mean(0) - negative.mean(0)  # (n_blocks, d_model)
+    separation = (difference * mean_difference_direction(positive, negative)).sum(-1)
+    if not separation.any():
+        separation = difference.norm(dim=-1)
+    block = int(separation.argmax())
+    length = difference[block].norm()
+    return block, difference[block] / length if length > 0 else difference[block]
+
+
 def projection(states: Tensor, direction: Tensor) -> Tensor:
     """Scalar product with a direction: (n, ..., d_model), (..., d_model) -> (n, ...) float64."""
     return (states.double() * direction.double()).sum(-1)

@@ -54,6 +54,15 @@ def mean_absolute_columns(model: nn.Module) -> PerUnit:
     return _of_columns(model, lambda weight: weight.abs().mean(0))
 
 
+def columns_along(model: nn.Module, direction: Tensor) -> PerUnit:
+    """Scalar product of every writer column with a direction (d_model,), in float64.
+
+    What a unit of activation 1 adds to the residual stream along it, before any norm of the block.
+    """
+    direction = direction.double()
+    return _of_columns(model, lambda weight: direction.to(weight.device) @ weight)
+
+
 def _of_columns(model: nn.Module, function: Callable[[Tensor], Tensor]) -> PerUnit:
     """``function`` of every writer's weight: (d_model, n_channels) float64 -> (n_channels,)."""
     model = gathered(model)

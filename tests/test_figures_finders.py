@@ -17,6 +17,7 @@ VARIANTS = {
     "category: Physical": "category",
     "score: WIFN": "score",
 }
+FINDERS = ["variance x norm", "learned mask", "refusal direction"]
 
 
 def finder_tables() -> dict[str, pd.DataFrame]:
@@ -73,7 +74,29 @@ def finder_tables() -> dict[str, pd.DataFrame]:
             {"greedy": 1.0, "score": 0.6, "random": 0.01}.items(), (1, 4, 8)
         )
     ]
+    found = {
+        "finder": [*FINDERS, "random"],
+        "units": 8,
+        "margin_drop": [4.0, 6.0, 2.0, 0.1],
+        "low": [3.5, 5.0, 1.0, -0.1],
+        "high": [4.5, 7.0, 3.0, 0.3],
+        "coherent_asr": [0.5, 0.75, np.nan, 0.0],
+        "coherent_low": [0.3, 0.5, np.nan, 0.0],
+        "coherent_high": [0.7, 0.9, np.nan, 0.2],
+        "answer_nll": [0.1, 0.2, 0.3, 0.0],
+        "nll_low": [0.0, 0.1, 0.2, 0.0],
+        "nll_high": [0.2, 0.3, 0.4, 0.1],
+    }
+    curve = [
+        {"finder": name, "fraction": n / 1000, "units": n, "margin_drop": size * n}
+        | {"low": size * n - 0.1, "high": size * n + 0.1}
+        for n, (name, size) in itertools.product(
+            (1, 4), zip([*FINDERS, "random"], (0.5, 0.7, 0.2, 0.01), strict=True)
+        )
+    ]
     return {
+        "finders": pd.DataFrame(found),
+        "finder_curve": pd.DataFrame(curve),
         "jaccard": pd.DataFrame(overlaps),
         "rates": pd.DataFrame(rates),
         "categories": pd.DataFrame(categories),
@@ -139,3 +162,26 @@ def test_smallest_sets_have_one_line_per_order_and_the_targets():
     assert [4.0, 4.0] in [list(line.get_ydata()) for line in left.lines], "half of the whole set, 8"
     assert [line.get_label() for line in right.lines] == ["greedy", "score", "random"]
     assert [label.get_text() for label in left.get_xticklabels()] == ["1", "4", "8"]
+
+
+def test_every_finder_is_a_line_up_to_the_full_size_and_random_sets_are_a_band():
+    left, answers, price = finders.finders_compared(finder_tables()).axes
+    lines = {line.get_label(): line for line in left.lines}
+    assert set(lines) == {*FINDERS, "random"}
+    assert list(lines["learned mask"].get_xdata()) == [1, 4, 8]
+    assert list(lines["learned mask"].get_ydata()) == pytest.approx([0.7, 2.8, 6.0])
+    assert len({(line.get_color(), line.get_marker()) for line in lines.values()}) == 4
+    assert len(left.collections) == 1, "one band"
+    assert [label.get_text() for label in answers.get_yticklabels()] == [
+        *("variance x norm", "refusal direction", "learned mask", "random")
+    ]
+    dots = [line for line in answers.lines if line.get_marker() != "None"]
+    found = [float(line.get_xdata()[0]) for line in dots]
+    assert found == [0.5, 0.75, 0.0], "a finder without answers leaves a gap"
+    mask = (lines["learned mask"].get_color(), lines["learned mask"].get_marker())
+    assert (dots[1].get_color(), dots[1].get_marker()) == mask
+    assert len([line for line in price.lines if line.get_marker() != "None"]) == 4
+
+
+def test_every_finder_has_a_look_of_its_own():
+    assert len(set(finders.FINDER_LOOKS.values())) == len(finders.FINDER_LOOKS)

@@ -77,8 +77,8 @@ def test_contrasts_are_those_computed_by_hand_from_a_subset(llama, examples, of_
 
 def test_the_gradient_contrast_is_of_standardised_products(llama, examples):
     batches = {side: tokens.token_batches(examples[side]) for side in SIDES}
-    found = finders.by_gradient(llama, batches)
     products = {side: activations.gradient_activation(llama, batches[side]) for side in SIDES}
+    found = finders.by_gradient(products)
     for kind in per_unit.KINDS:
         for layer in range(3):
             expected = z(products["harmful"][kind][layer]) - z(products["helpful"][kind][layer])

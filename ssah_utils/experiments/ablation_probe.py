@@ -6,6 +6,7 @@ models through their Hugging Face interface, and sets of units.
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,7 +33,8 @@ class AblationProbe:
     * ``n_judged``: so many of them, from the first on, are also answered and judged.
     * ``kept``: harmless requests (id, category, prompt) with the intact model's ``response``, whose
       probability is followed; or None.
-    * ``means``: what ablated units are held at; None for zero.
+    * ``means``: what switched-off units are held at; None for zero.
+    * ``factor``: what their activations are multiplied by instead; ``ValueError`` beside ``means``.
     * ``n_openings``: openings of either side in the margin; None for all.
     """
 
@@ -46,15 +48,24 @@ class AblationProbe:
     kept: pd.DataFrame | None = None
     means: PerUnit | None = None
     n_openings: int | None = None
+    factor: float = 0.0
 
     def __post_init__(self) -> None:
+        if self.factor and self.means is not None:
+            raise ValueError("units are held at means or multiplied by a factor, not both")
         if self.base is self.model:
             raise ValueError("the base is the model that is ablated: load it a second time")
+
+    def switched(self, chosen: PerUnit) -> AbstractContextManager[nn.Module]:
+        """The model while ``chosen`` is switched off, in the way of this probe."""
+        if self.factor:
+            return interventions.scaled(self.model, chosen, self.factor)
+        return interventions.ablated(self.model, chosen, self.means)
 
     def margins(self, chosen: PerUnit) -> np.ndarray:
         """Refusal margin of every request while ``chosen`` is switched off: (n_requests,) nats."""
         prompts = self.requests["prompt"].tolist()
-        with interventions.ablated(self.model, chosen, self.means):
+        with self.switched(chosen):
             return evaluation.refusal_margin(
                 self.model, self.tokenizer, prompts, self.system_prompt, self.n_openings
             )
@@ -65,7 +76,7 @@ class AblationProbe:
         """
         table = self.requests[["id", "category"]].reset_index(drop=True).assign(set="harmful")
         table["margin"] = self.margins(chosen)
-        with interventions.ablated(self.model, chosen, self.means):
+        with self.switched(chosen):
             if self.n_judged:
                 asked = self.requests[: self.n_judged]
                 judged = evaluation.answer_and_judge(

@@ -5,18 +5,17 @@ data; its safety set is the top of that ranking (``units.top_units``). Knows mom
 batches; where requests come from is not known here.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-from torch import Tensor, nn
+import torch
 
 from ssah_utils import activations, scores, scoring, units
 from ssah_utils.activations import ChannelMoments
 from ssah_utils.per_unit import PerUnit
 
-Batches = Iterable[dict[str, Tensor]]
 REFERENCE = "reference"  # the name of the set that others are compared with
 
 # ------------------------------------------------------------------------------------------- scores
@@ -42,15 +41,51 @@ def by_weighted_norm(moments: Mapping[str, ChannelMoments], mean_absolute: PerUn
     return contrast(found)
 
 
-def by_gradient(model: nn.Module, batches: Mapping[str, Batches]) -> PerUnit:
-    """Contrast of gradient times activation: what zeroing a unit does to the loss, to first
-    order.
+def by_gradient(products: Mapping[str, PerUnit]) -> PerUnit:
+    """Contrast of gradient times activation: what zeroing a unit does to the loss, to first order.
+
+    ``products``: ``activations.gradient_activation`` of both sides.
+    """
+    return contrast({side: scores.zscore_per_module(product) for side, product in products.items()})
+
+
+def by_change(squared_changes: Mapping[str, PerUnit]) -> PerUnit:
+    """Contrast of the change score: how far alignment has moved a unit's activation.
+
+    Root-mean-square difference between the aligned and the unaligned model on the same texts, the
+    aligned model's answers: the safety neurons of Chen et al. (arXiv 2406.14144). They rank the raw
+    score on one set of requests; here it is standardised within its module, and the same score on
+    harmless requests is taken off, as in all contrasts here. ``squared_changes``:
+    ``activations.mean_squared_changes`` of both sides.
     """
     found = {}
     for side in ("harmful", "helpful"):
-        score = activations.gradient_activation(model, batches[side])
+        score = squared_changes[side].map(torch.sqrt)
         found[side] = scores.zscore_per_module(score)
     return contrast(found)
+
+
+def by_direction(columns_along: PerUnit, means: Mapping[str, PerUnit]) -> PerUnit:
+    """What a unit adds, at the last prompt position, to the distance between harmful and harmless
+    requests along the refusal direction.
+
+    Its column's product with the direction times the difference of its mean activations. Summed
+    over all units of the blocks below, and with the embedding, this is the distance itself, where
+    nothing else writes. The direction is the difference of means of Arditi et al. (arXiv
+    2406.11717); they take it out of the residual stream, and do not look at units. Not
+    standardised: all units write to one stream, in one measure.
+    """
+    return columns_along * (means["harmful"] - means["helpful"])
+
+
+def by_first_token(log_odds: PerUnit, kl: PerUnit) -> PerUnit:
+    """What a unit does for a refusing first token, less what it does to harmless first tokens.
+
+    Safety is the refusal log-odds on harmful requests, to first order; utility is the KL of the
+    next token from the intact model's on harmless ones, to second order (``attribution``). Both
+    are standardised within their module.
+    """
+    return scores.zscore_per_module(log_odds) - scores.zscore_per_module(kl)
 
 
 # ----------------------------------------------------------------------------------------- requests

@@ -129,3 +129,59 @@ def smallest_sets(tables: Tables) -> Figure:
         ax.xaxis.set_minor_locator(plt.NullLocator())
     right.legend(fontsize=7, loc="upper left")
     return figure
+
+
+FINDER_LOOKS = {  # colour and marker of a finder, so that no two are told apart by colour alone
+    "variance x norm": (INK, "o"),
+    "WIFN": ("#0072B2", "s"),
+    "set difference": ("#56B4E9", "D"),
+    "gradient x activation": ("#009E73", "^"),
+    "activation change": ("#E69F00", "v"),
+    "refusal direction": ("#CC79A7", "P"),
+    "first-token KL": ("#D55E00", "X"),
+    "learned mask": ("#B8A500", "*"),
+}
+FINDER_PANELS = {
+    "harmful: coherent ASR": ("coherent_asr", "coherent_low", "coherent_high"),
+    "harmless: rise of NLL": ("answer_nll", "nll_low", "nll_high"),
+}
+
+
+def finders_compared(tables: Tables) -> Figure:
+    """Margin lost by the number of units for every finder, random sets as a band; and at the full
+    size, which answers come and what it costs. Marks mean the same in all panels.
+    """
+    whole = tables["finders"].set_index("finder")
+    columns = ["finder", "units", "margin_drop", "low", "high"]
+    points = pd.concat([tables["finder_curve"][columns], tables["finders"][columns]])
+    points = points.sort_values("units")
+    ratios = {"width_ratios": [2.2, 1, 1]}
+    figure, (left, *others) = plt.subplots(1, 3, figsize=(9.6, 3.2), gridspec_kw=ratios)
+    random = points[points["finder"] == "random"]
+    look = {"colour": CONTROL, "y": "margin_drop", "alpha": 0.3}
+    line_with_band(left, random["units"], random, "--", **look, lw=1, label="random")
+    for name, (colour, marker) in FINDER_LOOKS.items():
+        line = points[points["finder"] == name]
+        if len(line):
+            look = {"marker": marker, "color": colour, "ms": 5, "label": name}
+            left.plot(line["units"], line["margin_drop"], lw=1.2, **look)
+    counts = sorted(set(points["units"]))
+    left.set(xscale="log", xlabel="units switched off", ylabel="loss of refusal margin (nats)")
+    left.set_xticks(counts, [f"{count}" for count in counts])
+    left.xaxis.set_minor_locator(plt.NullLocator())
+    shown = [*(name for name in FINDER_LOOKS if name in whole.index), "random"]
+    for ax, (title, names) in zip(others, FINDER_PANELS.items(), strict=True):
+        for row, name in enumerate(shown):
+            values = whole.loc[name, list(names)].set_axis(["mean", "low", "high"])
+            if pd.notna(values["mean"]):
+                colour, marker = FINDER_LOOKS.get(name, (CONTROL, "_"))
+                ax.plot([values["low"], values["high"]], [row, row], color=colour, lw=1)
+                ax.plot(values["mean"], row, marker, ms=5, color=colour)
+        ax.set_title(title, fontsize=8.5)
+        ax.set_yticks(range(len(shown)), shown if ax is others[0] else [""] * len(shown))
+        ax.tick_params(axis="y", labelsize=7, length=0)
+        ax.grid(axis="y", lw=0.3)
+        ax.invert_yaxis()
+    others[0].set_xlim(-0.03, 1.03)
+    headline(figure, "Whose units carry safety, at equal size (95% intervals; random: band)")
+    return figure

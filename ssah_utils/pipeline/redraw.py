@@ -81,6 +81,7 @@ FIGURES: dict[str, dict[str, Callable]] = {
         "stability_matrix": finders.stability_matrix,
         "variant_ablation": finders.variant_ablation,
         "category_matrix": finders.category_matrix,
+        "finders_compared": finders.finders_compared,
         "smallest_sets": finders.smallest_sets,
     },
     "A4_defences": {

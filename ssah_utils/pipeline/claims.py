@@ -345,7 +345,7 @@ def _excess(left: ast.AST, right: ast.AST, ours: float) -> float:
     nodes = [*ast.walk(left), *ast.walk(right)]
     names = {node.id for node in nodes if isinstance(node, ast.Name)}
     values = dict.fromkeys(names, 1.0) | dict.fromkeys(OURS, ours)
-    return value_of(left, values) - value_of(right, values)
+    return evaluated(left, values) - evaluated(right, values)
 
 
 def holds(rule: str, names: dict[str, float]) -> bool:
@@ -357,18 +357,18 @@ def _is_true(node: ast.AST, names: dict[str, float]) -> bool:
     if isinstance(node, ast.BoolOp):
         joined = all if isinstance(node.op, ast.And) else any
         return joined(_is_true(part, names) for part in node.values)
-    values = [value_of(side, names) for side in (node.left, *node.comparators)]
+    values = [evaluated(side, names) for side in (node.left, *node.comparators)]
     pairs = zip(pairwise(values), node.ops, strict=True)
     return all(COMPARISONS[type(sign)](left, right) for (left, right), sign in pairs)
 
 
-def value_of(node: ast.AST, values: dict[str, float]) -> float:
+def evaluated(node: ast.AST, values: dict[str, float]) -> float:
     """Arithmetic of a checked rule over named numbers."""
     if isinstance(node, ast.Constant):
         return float(node.value)
     if isinstance(node, ast.Name):
         return values[node.id]
     if isinstance(node, ast.UnaryOp):
-        return -value_of(node.operand, values)
-    left, right = (value_of(side, values) for side in (node.left, node.right))
+        return -evaluated(node.operand, values)
+    left, right = (evaluated(side, values) for side in (node.left, node.right))
     return OPERATORS[type(node.op)](left, right)

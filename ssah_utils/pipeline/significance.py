@@ -21,7 +21,7 @@ import pandas as pd
 
 from ssah_utils.crossed import CrossedMean, combined
 from ssah_utils.figures.claims import two_digits
-from ssah_utils.pipeline.claims import Claim, Selector, Tables, value_of
+from ssah_utils.pipeline.claims import Claim, Selector, Tables, evaluated
 from ssah_utils.pipeline.selecting import Number, matches, select
 from ssah_utils.stats import benjamini_hochberg, holm
 
@@ -146,7 +146,7 @@ def excess(comparison: Comparison, numbers: dict[str, Number]) -> Number:
 
     def at(**moved: float) -> float:
         given = values | moved
-        return value_of(comparison.more, given) - value_of(comparison.less, given)
+        return evaluated(comparison.more, given) - evaluated(comparison.less, given)
 
     value = at()
     ends = [[at(**{name: end}) - value for end in numbers[name][1:]] for name in comparison.names]

@@ -31,7 +31,6 @@ FINDINGS = {
         "aligned-closer-to-refusal",
         "safety-units-exclusive",
         "redundant-units-no-utility",
-        "redundant-units-no-safety",
         "budget-beats-random",
     ),
 }

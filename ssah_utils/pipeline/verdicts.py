@@ -101,7 +101,7 @@ def verdict_of(claim: Claim, numbers: dict[str, Number]) -> str:
     """By the claim's rules, the first that is true."""
     if not_met(claim, numbers):
         return "not measured"
-    names = names_of(numbers)
+    names = named_values(numbers)
     if holds(claim.replicated, names):
         return "replicated"
     return "partly" if holds(claim.partly, names) else "not replicated"
@@ -109,7 +109,7 @@ def verdict_of(claim: Claim, numbers: dict[str, Number]) -> str:
 
 def not_met(claim: Claim, numbers: dict[str, Number]) -> str:
     """Why the claim's positive control forbids to measure it; ``""`` where it does not."""
-    names = names_of(numbers)
+    names = named_values(numbers)
     if not claim.only_if or holds(claim.only_if, names):
         return ""
     used = dict.fromkeys(name for name in names if re.search(rf"\b{name}\b", claim.only_if))
@@ -117,7 +117,7 @@ def not_met(claim: Claim, numbers: dict[str, Number]) -> str:
     return f"measured only if {claim.only_if}, but {values}"
 
 
-def names_of(numbers: dict[str, Number]) -> dict[str, float]:
+def named_values(numbers: dict[str, Number]) -> dict[str, float]:
     """What a rule may name, with its value: numbers and the ends of their intervals."""
     names = {}
     for name, (value, low, high) in numbers.items():

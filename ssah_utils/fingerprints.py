@@ -31,7 +31,7 @@ def fingerprint(model: nn.Module) -> str:
 
     Equal for a float32 model and its bfloat16 copy, in any wrapper (``unwrapped``), saved and
     loaded, tied or not, and with untrained rows added to its vocabulary. Another one while units
-    are held or scaled (``interventions``). Of a quantised model, codes and scales count, or the
+    are held or multiplied (``interventions``). Of a quantised model, codes and scales count, or the
     numbers they stand for where kernels repack them.
     """
     plain = gathered(model)

@@ -1,4 +1,4 @@
-"""Change what units do: switch them off or scale them for a while, or take them out for good.
+"""Change what units do: switch them off or multiply them for a while, or take them out for good.
 
 Knows models and sets of units; a plain ``{kind: tensor}`` will do for one. Does not know where a
 set comes from or what is measured under it.
@@ -48,7 +48,7 @@ def ablated(
 
 
 @contextmanager
-def scaled(model: nn.Module, units: Mapping[str, Tensor], factor: float) -> Iterator[nn.Module]:
+def multiplied(model: nn.Module, units: Mapping[str, Tensor], factor: float) -> Iterator[nn.Module]:
     """Multiply the activations of the given units by ``factor`` inside the ``with`` block.
 
     0 switches them off, as ``ablated`` does; a negative factor turns around what they write, as
@@ -76,7 +76,7 @@ def gated(model: nn.Module, gates: Mapping[str, Tensor]) -> Iterator[nn.Module]:
         own = gates[writer.kind][writer.layer, writer.channels]
         return Gate(own) if own.requires_grad or bool((own != 1).any()) else None
 
-    with _changed(model, gate, "scaled"):
+    with _changed(model, gate, "multiplied"):
         yield model
 
 

@@ -36,9 +36,9 @@ def straight_through(logits: Tensor, n_off: int) -> Tensor:
     Forward the mask is binary; backward a gate moves with its logit, one for one, as if it had not
     been rounded (straight-through estimator, Bengio et al., arXiv 1308.3432). (n,) -> (n,).
     """
-    off = torch.zeros_like(logits)
-    off[logits.topk(n_off).indices] = 1
-    return 1 - (off.detach() + logits - logits.detach())
+    gates = torch.ones_like(logits)
+    gates[logits.topk(n_off).indices] = 0
+    return gates - (logits - logits.detach())  # what is taken off is exactly 0
 
 
 def learn_mask(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ssah_utils.fingerprints import fingerprint
-from ssah_utils.interventions import ablated, gated, scaled, without_units
+from ssah_utils.interventions import ablated, gated, multiplied, without_units
 from ssah_utils.per_unit import KINDS, PerUnit
 from tests import mixtures
 from tests.conftest import (
@@ -450,7 +450,7 @@ def test_gradients_flow_through_an_ablation_but_not_to_what_is_off(llama, token_
 # ------------------------------------------------------------------------------------------ scaling
 
 
-def multiplied(model: nn.Module, gates: PerUnit) -> nn.Module:
+def with_columns_times(model: nn.Module, gates: PerUnit) -> nn.Module:
     """A copy whose columns are multiplied, each by its gate."""
     clone = mixtures.plain(copy.deepcopy(model))
     with torch.no_grad():
@@ -464,8 +464,8 @@ def multiplied(model: nn.Module, gates: PerUnit) -> nn.Module:
 def test_scaled_units_are_multiplied_columns(any_model, token_ids, factor):
     chosen, before = scattered(any_model), logits(any_model, token_ids)
     gates = chosen.map(lambda mask: torch.where(mask, factor, 1.0))
-    expected = logits(multiplied(any_model, gates), token_ids)
-    with scaled(any_model, chosen, factor) as inside:
+    expected = logits(with_columns_times(any_model, gates), token_ids)
+    with multiplied(any_model, chosen, factor) as inside:
         assert inside is any_model
         assert_close(logits(any_model, token_ids), expected)
     assert torch.equal(logits(any_model, token_ids), before) and n_hooks(any_model) == 0
@@ -477,8 +477,8 @@ def test_scaled_units_of_experts_are_multiplied_columns_too(tiny_models, token_i
     model = tiny_models(name)
     chosen = scattered(model)
     gates = chosen.map(lambda mask: torch.where(mask, -2.0, 1.0))
-    expected = logits(multiplied(model, gates), token_ids)
-    with scaled(model, chosen, -2):
+    expected = logits(with_columns_times(model, gates), token_ids)
+    with multiplied(model, chosen, -2):
         assert_close(logits(model, token_ids), expected)
     assert n_hooks(model) == 0
 
@@ -487,14 +487,14 @@ def test_scaled_by_zero_is_ablated_bit_for_bit(any_model, token_ids):
     chosen = with_a_whole_kv_group(any_model)
     with ablated(any_model, chosen):
         expected = logits(any_model, token_ids)
-    with scaled(any_model, chosen, 0):
+    with multiplied(any_model, chosen, 0):
         assert torch.equal(logits(any_model, token_ids), expected)
 
 
 def test_every_unit_has_a_gate_of_its_own(llama, token_ids):
     gates = random_means(llama)
     with gated(llama, gates):
-        assert_close(logits(llama, token_ids), logits(multiplied(llama, gates), token_ids))
+        assert_close(logits(llama, token_ids), logits(with_columns_times(llama, gates), token_ids))
 
 
 def test_gates_of_one_put_no_hook_unless_a_gradient_is_asked_for(llama):
@@ -526,17 +526,17 @@ def test_gradients_reach_the_gates(llama, token_ids):
 def test_scaling_composes_with_holding(llama, token_ids):
     chosen, others = scattered(llama, seed=0), scattered(llama, seed=1) & ~scattered(llama, seed=0)
     gates = others.map(lambda mask: torch.where(mask, -2.0, 1.0))
-    with ablated(llama, chosen), scaled(llama, others, -2):
+    with ablated(llama, chosen), multiplied(llama, others, -2):
         found = logits(llama, token_ids)
-    assert_close(found, logits(edited(multiplied(llama, gates), chosen), token_ids))
+    assert_close(found, logits(edited(with_columns_times(llama, gates), chosen), token_ids))
 
 
 def test_a_scaled_model_is_another_model(llama):
     chosen = scattered(llama)
     intact = fingerprint(llama)
-    with scaled(llama, chosen, -1):
+    with multiplied(llama, chosen, -1):
         turned = fingerprint(llama)
-    with scaled(llama, chosen, -2):
+    with multiplied(llama, chosen, -2):
         assert len({intact, turned, fingerprint(llama)}) == 3
     with ablated(llama, chosen):
         assert fingerprint(llama) not in (intact, turned)
@@ -546,22 +546,22 @@ def test_a_scaled_model_is_another_model(llama):
 @pytest.mark.parametrize("compile_it", COMPILED.values(), ids=COMPILED)
 def test_a_compiled_model_is_scaled_too(shallow_llama, token_ids, compile_it):
     llama, chosen = shallow_llama, scattered(shallow_llama)
-    with scaled(llama, chosen, -2):
+    with multiplied(llama, chosen, -2):
         expected = logits(llama, token_ids)
     torch._dynamo.reset()
     model = compile_it(llama)
     logits(model, token_ids)
-    with scaled(model, chosen, -2):
+    with multiplied(model, chosen, -2):
         assert_close(logits(model, token_ids), expected)
 
 
 def test_scaling_refuses_what_is_no_set_of_the_model(llama):
     with (
         pytest.raises(TypeError, match="a set of units is of bool"),
-        scaled(llama, random_means(llama), -1),
+        multiplied(llama, random_means(llama), -1),
     ):
         raise AssertionError("entered")
     wrong = {kind: mask[:, 1:] for kind, mask in scattered(llama).items()}
-    with pytest.raises(ValueError, match="units, the model has"), scaled(llama, wrong, -1):
+    with pytest.raises(ValueError, match="units, the model has"), multiplied(llama, wrong, -1):
         raise AssertionError("entered")
     assert n_hooks(llama) == 0

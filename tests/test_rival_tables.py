@@ -189,7 +189,7 @@ def test_single_units_are_judged_under_the_factor_that_is_strongest_elsewhere(
         means = []
         for factor in (0.0, *ways):
             prompts = selection.requests["prompt"].tolist()
-            with interventions.scaled(selection.model, unit, factor):
+            with interventions.multiplied(selection.model, unit, factor):
                 margins = evaluation.refusal_margin(
                     selection.model, selection.tokenizer, prompts, n_openings=1
                 )

@@ -17,7 +17,8 @@ from ssah_utils.per_unit import KINDS, PerUnit
 from ssah_utils.pipeline.claims import load_claims
 from tests.conftest import tiny_model, writers_by_name
 
-HARMFUL, HARMLESS = 90, 91  # the last token of a request says which it is
+HARMFUL, HARMLESS = 90, 91  # the word that says which it is, the last of a request ...
+LAST = [92]  # ... or the last but this, which is the same for all, as a chat template's end is
 REFUSING, COMPLYING = 5, 7  # first tokens
 OPENINGS = {"refusal": [[REFUSING, 6], [REFUSING, 8, 12]], "compliance": [[COMPLYING, 9, 11]]}
 PLANTED = {1: [3, 40], 2: [8]}  # channels of feed-forward units, by block
@@ -27,31 +28,35 @@ NAMES = [
 ]
 
 
-def requests(last: int, first: int, n: int = 8) -> list[dict[str, list[int]]]:
-    generator = torch.Generator().manual_seed(last)
+def requests(word: int, first: int, end: list[int], n: int = 8) -> list[dict[str, list[int]]]:
+    generator = torch.Generator().manual_seed(word)
     found = []
     for row in range(n):
         body = torch.randint(15, 85, (3 + row % 3,), generator=generator).tolist()
         answer = [first, *torch.randint(15, 85, (4,), generator=generator).tolist()]
-        found.append(
-            {"input_ids": [*body, last, *answer], "labels": [-100] * (len(body) + 1) + answer}
-        )
+        asked = [*body, word, *end]
+        found.append({"input_ids": asked + answer, "labels": [-100] * len(asked) + answer})
     return found
 
 
-EXAMPLES = {"harmful": requests(HARMFUL, REFUSING), "helpful": requests(HARMLESS, COMPLYING)}
+def both_kinds(end: list[int]) -> dict[str, list[dict[str, list[int]]]]:
+    sides = {"harmful": (HARMFUL, REFUSING), "helpful": (HARMLESS, COMPLYING)}
+    return {side: requests(*what, end) for side, what in sides.items()}
+
+
+EXAMPLES, TEMPLATED = both_kinds([]), both_kinds(LAST)
 
 
 @torch.no_grad()
-def inputs_at_last(model: nn.Module, layer: int) -> dict[str, Tensor]:
+def inputs_at_last(model: nn.Module, layer: int, examples: dict) -> dict[str, Tensor]:
     """What a feed-forward reads at the last position of every request: by side, (n, d_model)."""
     found = {}
-    for side, examples in EXAMPLES.items():
+    for side, own in examples.items():
         seen = []
         handle = model.model.layers[layer].mlp.register_forward_pre_hook(
             lambda module, args, seen=seen: seen.append(args[0][0, -1])
         )
-        for example in examples:
+        for example in own:
             model(torch.tensor([example["input_ids"][: rivals.n_prompt(example)]]))
         handle.remove()
         found[side] = torch.stack(seen)
@@ -59,18 +64,18 @@ def inputs_at_last(model: nn.Module, layer: int) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def planted(model: nn.Module) -> nn.Module:
+def planted(model: nn.Module, examples: dict = EXAMPLES, written: float = 1.0) -> nn.Module:
     """A copy in which some units are on at the end of harmful requests, and write a refusal."""
     clone = copy.deepcopy(model)
     head = clone.lm_head.weight
     towards = head[REFUSING] - head[COMPLYING]
     for layer, channels in PLANTED.items():
-        mlp, read = clone.model.layers[layer].mlp, inputs_at_last(clone, layer)
+        mlp, read = clone.model.layers[layer].mlp, inputs_at_last(clone, layer, examples)
         means = torch.stack([read[side].mean(0) for side in ("harmful", "helpful")])
         row = torch.linalg.pinv(means) @ torch.tensor([3.0, 0.0])
         for channel in channels:
             mlp.gate_proj.weight[channel] = mlp.up_proj.weight[channel] = row
-            mlp.down_proj.weight[:, channel] = towards / towards.norm()
+            mlp.down_proj.weight[:, channel] = written * towards / towards.norm()
     return clone
 
 
@@ -81,10 +86,12 @@ def planted_set(model: nn.Module) -> PerUnit:
     return PerUnit(chosen) > 0
 
 
-def evidence_of(model: nn.Module, unaligned: nn.Module | None, **more) -> rivals.Evidence:
-    moments = {side: scoring.moments_per_request(model, EXAMPLES[side]) for side in EXAMPLES}
+def evidence_of(
+    model: nn.Module, unaligned: nn.Module | None, examples: dict = EXAMPLES, **more
+) -> rivals.Evidence:
+    moments = {side: scoring.moments_per_request(model, own) for side, own in examples.items()}
     how = {"n_steps": 3, "n_rows": 3, "price": 1.0} | more
-    return rivals.Evidence(model, unaligned, EXAMPLES, moments, 2.0, OPENINGS, **how)
+    return rivals.Evidence(model, unaligned, examples, moments, 2.0, OPENINGS, **how)
 
 
 @pytest.fixture(scope="module")
@@ -97,10 +104,10 @@ def with_units(intact) -> nn.Module:
     return planted(intact)
 
 
-def found_in(model: nn.Module, unaligned: nn.Module) -> dict[str, rivals.Found]:
+def found_in(model: nn.Module, unaligned: nn.Module, examples: dict = EXAMPLES):
     chosen = planted_set(model)
-    compared = rivals.all_finders(evidence_of(model, unaligned), chosen.count())
-    return rivals.find(compared, 8, 8, chosen.share)
+    compared = rivals.all_finders(evidence_of(model, unaligned, examples), chosen.count())
+    return rivals.find_all(compared, 8, 8, chosen.share)
 
 
 @pytest.fixture(scope="module")
@@ -119,14 +126,36 @@ def found_without(intact):
     return found_in(intact, other)
 
 
+# These two ask for another planting, below.
+AT_ONCE = [name for name in NAMES if name not in ("activation change", "refusal direction")]
+
+
+@pytest.mark.parametrize("name", AT_ONCE)
+def test_a_finder_finds_planted_units(found, with_units, name):
+    assert found[name].chosen.count() == 3
+    chosen = found[name].chosen & planted_set(with_units)
+    assert chosen.count() >= 2, found[name].chosen.names()
+
+
+def test_the_activation_change_finds_units_that_alignment_alone_has_moved(intact):
+    """They write next to nothing here: what reads them would have changed as well."""
+    quiet = planted(intact, written=0.01)
+    assert found_in(quiet, intact)["activation change"].chosen.equals(planted_set(quiet))
+
+
+def test_the_refusal_direction_finds_units_behind_a_template(intact):
+    """Where requests end alike: else the last words tell them apart before any unit does."""
+    model = planted(intact, TEMPLATED, written=0.6)
+    found = found_in(model, intact, TEMPLATED)["refusal direction"]
+    assert found.chosen.equals(planted_set(model))
+    without = found_in(intact, planted(intact), TEMPLATED)["refusal direction"]
+    assert not (without.chosen & planted_set(model)).any()
+
+
 @pytest.mark.parametrize("name", NAMES)
-def test_every_finder_finds_planted_units_and_none_where_none_are(
-    found, found_without, with_units, name
-):
-    planted_units = planted_set(with_units)
-    assert found[name].chosen.count() == found_without[name].chosen.count() == 3
-    assert (found[name].chosen & planted_units).count() >= 2, found[name].chosen.names()
-    assert (found_without[name].chosen & planted_units).count() == 0
+def test_no_finder_finds_them_where_none_are_planted(found_without, intact, name):
+    assert found_without[name].chosen.count() == 3
+    assert not (found_without[name].chosen & planted_set(intact)).any()
 
 
 def test_the_finders_have_their_names_the_papers_first(found):
@@ -181,7 +210,7 @@ def test_seconds_count_what_was_measured_before(found):
 def test_too_few_requests_are_refused_in_one_line(intact):
     compared = rivals.all_finders(evidence_of(intact, None), 3)
     with pytest.raises(ValueError, match="at least 4 requests of each kind"):
-        rivals.find(compared, 3, 8, 0.01)
+        rivals.find_all(compared, 3, 8, 0.01)
 
 
 # ------------------------------------------------------------------------------------ what they see
@@ -220,8 +249,8 @@ def test_models_of_different_shapes_are_not_compared(intact):
 
 
 def test_what_units_add_along_a_direction_is_all_that_tells_the_requests_apart(intact):
-    """Summed over all units it is the distance of the means, but for the embedding."""
-    evidence = evidence_of(intact, None)
+    """Summed over all units it is the distance of the means."""
+    evidence = evidence_of(intact, None, TEMPLATED)
     batches = evidence.last_positions(Subset(range(8), range(8)))
     means, states = {}, {}
     for side in rivals.SIDES:
@@ -230,10 +259,8 @@ def test_what_units_add_along_a_direction_is_all_that_tells_the_requests_apart(i
     direction = torch.randn(42, generator=torch.Generator().manual_seed(2)).double()
     along = weights.columns_along(intact, direction)
     found = finders.by_direction(along, means).flatten().sum()
-    embedded = intact.model.embed_tokens.weight.detach().double()
-    distance = states["harmful"] - states["helpful"]
-    expected = (distance - embedded[HARMFUL] + embedded[HARMLESS]) @ direction
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    distance = states["harmful"] - states["helpful"]  # the embedding of the last token is the same
+    torch.testing.assert_close(found, distance @ direction, rtol=1e-4, atol=1e-4)
 
 
 def test_the_widest_separation_is_where_classes_lie_apart_for_their_spread():

@@ -59,7 +59,7 @@ class AblationProbe:
     def switched(self, chosen: PerUnit) -> AbstractContextManager[nn.Module]:
         """The model while ``chosen`` is switched off, in the way of this probe."""
         if self.factor:
-            return interventions.scaled(self.model, chosen, self.factor)
+            return interventions.multiplied(self.model, chosen, self.factor)
         return interventions.ablated(self.model, chosen, self.means)
 
     def margins(self, chosen: PerUnit) -> np.ndarray:

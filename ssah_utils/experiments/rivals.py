@@ -70,7 +70,7 @@ class Found:
     agreement_of_halves: float
 
 
-def find(
+def find_all(
     compared: Mapping[str, Finder],
     n_harmful: int,
     n_helpful: int,

@@ -39,7 +39,11 @@ from ssah_utils.files import (
 )
 from ssah_utils.per_unit import PerUnit
 
-READS_DATA = {"ssah_utils.prompts.datasets", "ssah_utils.evaluation"}
+READS_DATA = {
+    "ssah_utils.prompts.datasets",
+    "ssah_utils.evaluation",
+    "ssah_utils.judge.learned",
+}
 SILENT = {"progress", "report"}  # arguments that only show how far a function is
 T = TypeVar("T")
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ssah_utils import fingerprints, placement, prompt_cache, wrappers
 from ssah_utils.cache import cached
-from ssah_utils.judge.rules import rejudged
+from ssah_utils.judge.decisions import judged
 from ssah_utils.prompts.arithmetic import is_correct
 from ssah_utils.prompts.chat import end_tokens, render
 from ssah_utils.prompts.datasets import load_refusals
@@ -140,15 +140,13 @@ def answer_and_judge(
     """Answer every request of a data set and judge the answers.
 
     Columns: id, category, prompt, response, base_nll (nats per token of the answer under ``base``,
-    so that ``rules.rejudged`` can decide again under other rules), verdict, and as True/False:
+    so that ``decisions.judged`` can decide again by another judge), verdict, and as True/False:
     refused, asr (the paper's: not refused), coherent_asr (complied), degenerate.
     """
     rendered = render(tokenizer, table["prompt"].tolist(), system_prompt)
     responses = generate(model, tokenizer, rendered, max_new_tokens, progress=progress)
     base_nll = response_nll(base, tokenizer, rendered, responses, max_new_tokens)
-    return rejudged(
-        table[["id", "category", "prompt"]].assign(response=responses, base_nll=base_nll)
-    )
+    return judged(table[["id", "category", "prompt"]].assign(response=responses, base_nll=base_nll))
 
 
 # ------------------------------------------------------------------------------------------- margin

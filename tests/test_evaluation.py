@@ -15,7 +15,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from ssah_utils import benchmarks, evaluation, fingerprints, loading
 from ssah_utils.experiments import stepwise
-from ssah_utils.judge import rules
+from ssah_utils.judge import decisions
 from ssah_utils.prompts import chat, datasets, tokens
 
 REQUESTS = [
@@ -406,7 +406,7 @@ def check_consistent(rows: pd.DataFrame, table: pd.DataFrame) -> None:
         rows["id"].tolist() == table["id"].tolist()
         and rows["prompt"].tolist() == table["prompt"].tolist()
     )
-    assert rows["verdict"].isin(rules.VERDICTS).all()
+    assert rows["verdict"].isin(decisions.VERDICTS).all()
     assert (rows["asr"] == ~rows["refused"]).all()
     assert (rows[["refused", "coherent_asr", "degenerate"]].sum(axis=1) == 1).all()
     assert (rows["asr"] == (rows["coherent_asr"] | rows["degenerate"])).all()

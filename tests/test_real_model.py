@@ -99,7 +99,7 @@ def test_switching_safety_units_off_unlocks_and_random_units_do_not(
             model, tokenizer, chat.render(tokenizer, requests), answered, HELD_OUT_TOKENS
         )
         table = held_out[["id", "category", "prompt"]].assign(response=answered, base_nll=base_nll)
-        return evaluation.rejudged(table)["coherent_asr"].mean(), margin
+        return evaluation.judged(table)["coherent_asr"].mean(), margin
 
     requests = held_out["prompt"].tolist()
     (intact, safe), (unlocked, open_to_all), (control, as_safe) = map(

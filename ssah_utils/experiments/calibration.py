@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from ssah_utils import evaluation
-from ssah_utils.judge.rules import is_refusal
+from ssah_utils.judge.decisions import refuses
 from ssah_utils.prompts import chat, tokens
 
 MIN_REFUSED = 4  # with fewer refusals, all answers are used: four are little, less is chance
@@ -65,7 +65,8 @@ def collect(
         answers = evaluation.cached_answers(
             model, tokenizer, rendered, answer_tokens, progress=progress
         )
-        refused = [is_refusal(answer) for answer in answers]
+        pairs = zip(answers, table["prompt"], strict=True)
+        refused = [refuses(*pair) for pair in pairs]
         only_refused = name in refused_only and sum(refused) >= MIN_REFUSED
         used = [
             row

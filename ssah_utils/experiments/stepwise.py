@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from ssah_utils.judge import rules
+from ssah_utils.judge.decisions import verdict
 from ssah_utils.placement import input_device
 from ssah_utils.prompt_cache import (
     Ids,
@@ -241,7 +241,7 @@ def verdict_rows(
     trajectory under the base model.
     """
     answers = zip(trajectory.answers(tokenizer), nll, strict=True)
-    verdicts = np.array([rules.verdict(text, value) for text, value in answers], dtype=object)
+    verdicts = np.array([verdict(text, value) for text, value in answers], dtype=object)
     return requests[["id", "queries"]].assign(
         **keys,
         refused=verdicts == "refused",

@@ -139,8 +139,8 @@ def test_the_stored_weights_are_those_of_a_fit_on_the_development_part():
 
 def test_a_cut_keeps_the_first_words_and_their_lines():
     text = " One two\n three,  four."
-    assert fitting.cut(text, 3) == " One two\n three,"
-    assert fitting.cut(text, 4) == fitting.cut(text, fitting.WHOLE) == text
+    assert fitting.first_words(text, 3) == " One two\n three,"
+    assert fitting.first_words(text, 4) == fitting.first_words(text, fitting.WHOLE) == text
 
 
 def test_the_judge_beats_the_substring_list_where_the_locked_part_was_read():

@@ -39,7 +39,7 @@ POLITE = (  # how chat models begin to help, which answers in telegram style nev
 N_FOLDS = 5
 
 
-def cut(answer: str, n_words: int) -> str:
+def first_words(answer: str, n_words: int) -> str:
     """The first words of an answer with its lines; all of it for ``WHOLE``."""
     ends = [word.end() for word in re.finditer(r"\S+", answer)]
     return answer if n_words == WHOLE or len(ends) <= n_words else answer[: ends[n_words - 1]]
@@ -54,15 +54,15 @@ def training_rows(rows: pd.DataFrame) -> pd.DataFrame:
     seen (``learned.Seen``), target (0 or 1, NaN: not for this), weight, grade.
     """
     parts = []
-    for index, row in rows.iterrows():
+    for number, (index, row) in enumerate(rows.iterrows()):
         target, weight = _target(row)
         texts = [row["response"]]
         if row["source"] == labels.HELPFUL:
-            texts.append(f"{POLITE[index % len(POLITE)]} {row['response']}")
+            texts.append(f"{POLITE[number % len(POLITE)]} {row['response']}")
         kept = [(0, n) for n in CUTS if n < len(texts[0].split())]
         kept += [(version, WHOLE) for version in range(len(texts))]
         for version, n in kept:
-            seen = learned.seen(cut(texts[version], n), row["prompt"])
+            seen = learned.seen(first_words(texts[version], n), row["prompt"])
             shared = weight / len(kept)
             parts.append((index, n, version, row["group"], seen, target, shared, row["grade"]))
     columns = ["row", "cut", "version", "group", "seen", "target", "weight", "grade"]

@@ -31,7 +31,7 @@ def by_length(rows: pd.DataFrame, probabilities: pd.DataFrame | None = None) -> 
     told = rows[rows["fulfilled"].notna()]
     records = []
     for n_words in LENGTHS:
-        texts = [fitting.cut(answer, n_words) for answer in told["response"]]
+        texts = [fitting.first_words(answer, n_words) for answer in told["response"]]
         pairs = list(zip(texts, told["prompt"], strict=True))
         own = _probabilities(told, pairs, n_words, probabilities)
         says_no = np.array([learned.is_certain_refusal(text) for text in texts])

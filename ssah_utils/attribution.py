@@ -1,4 +1,5 @@
-"""What each unit does to the next token, by derivatives of gates on its activation.
+"""What each unit does to the next token, by derivatives: of gates on its activation, and of what a
+unit owns.
 
 A gate multiplies a unit's activation at every position of one request; at 1 the model is intact,
 at 0 the unit is off. To first order, switching it off takes the derivative by its gate away. Does
@@ -9,11 +10,15 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
-from ssah_utils import models, placement, weights, wrappers
+from ssah_utils import guards, models, placement, weights, wrappers
 from ssah_utils.activations import Batch, inputs_of
 from ssah_utils.models import Writer
 from ssah_utils.per_unit import PerUnit
+from ssah_utils.prompts.tokens import IGNORED
+from ssah_utils.settings import without_dropout
+from ssah_utils.unit_training import is_partial
 
 # From log-probabilities of the next token, (n_requests, vocabulary): outcomes to be derived, one a
 # column, and the weight of each outcome's square.
@@ -131,3 +136,48 @@ def _gated_log_probabilities(
         states = hidden[batch["positions"].to(hidden.device)]
         log_p = models.logits_of(plain, states).float().log_softmax(-1)
     return log_p, [gates[number] for number in range(len(writers))]
+
+
+# ------------------------------------------------------------------------------ by what it owns
+
+
+def unit_gradients(model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> PerUnit:
+    """Norm of the gradient of the mean loss over all entries a unit owns, in float64.
+
+    It is what the first step of a fine-tuning would do to each unit. ``batches``: ``input_ids``,
+    ``attention_mask``, ``labels``, padded on either side. Raises ``ValueError`` where no response
+    token is, or while only some units are trained.
+    """
+    model = wrappers.unwrapped(model)
+    guards.refuse_quantised(model)
+    placement.refuse_dispatched(model, "gradients of weights are looked at")
+    if is_partial(model):
+        raise ValueError(
+            "some units of this model are being trained:"
+            " measure gradients before entering that block"
+        )
+    required = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        with without_dropout(model):
+            return _norms_of_units(model.requires_grad_(True), batches)
+    finally:
+        model.zero_grad()
+        for parameter, flag in required:
+            parameter.requires_grad_(flag)
+
+
+def _norms_of_units(model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> PerUnit:
+    model.zero_grad()
+    n_labels = 0
+    for batch in batches:
+        labels = batch["labels"][:, 1:].to(model.device)
+        marked = labels != IGNORED
+        backbone = models.backbone_of(model)
+        states = backbone(**inputs_of(backbone, batch, model.device)).last_hidden_state
+        n_labels += int(marked.sum())
+        if marked.any():
+            logits = models.logits_of(model, states[:, :-1][marked])
+            cross_entropy(logits.float(), labels[marked], reduction="sum").backward()
+    if n_labels == 0:
+        raise ValueError("no gradient to measure: there is no response token in the batches")
+    return weights.squared_gradients(model).map(torch.sqrt) / n_labels

@@ -29,10 +29,8 @@ from ssah_utils import (
     placement,
     precision,
     ranks,
-    weights,
     wrappers,
 )
-from ssah_utils.activations import inputs_of
 from ssah_utils.cache import cache_key
 from ssah_utils.files import cache_dir, complete_only, require_space, write_json
 from ssah_utils.locks import LOCK_TIMEOUT, Lock, locked
@@ -52,7 +50,7 @@ from ssah_utils.settings import (
     training_arguments,
     without_dropout,
 )
-from ssah_utils.unit_training import is_partial, training_only
+from ssah_utils.unit_training import training_only
 
 
 class ResponseTrainer(Trainer):
@@ -409,48 +407,3 @@ def _trained(
     train = {"sft": train_sft, "dpo": train_dpo}[method]
     with training_only(model, only) if only is not None else contextlib.nullcontext():
         return train(model, tokenizer, data, config, callbacks=(ReportSteps(report),), **of_method)
-
-
-# ---------------------------------------------------------------------------------------- gradients
-
-
-def unit_gradients(model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> PerUnit:
-    """Norm of the gradient of the mean loss over all entries a unit owns, in float64.
-
-    It is what the first step of a fine-tuning would do to each unit. ``batches``: ``input_ids``,
-    ``attention_mask``, ``labels``, padded on either side. Raises ``ValueError`` where no response
-    token is, or while only some units are trained.
-    """
-    model = wrappers.unwrapped(model)
-    guards.refuse_quantised(model)
-    placement.refuse_dispatched(model, "gradients of weights are looked at")
-    if is_partial(model):
-        raise ValueError(
-            "some units of this model are being trained:"
-            " measure gradients before entering that block"
-        )
-    required = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
-        with without_dropout(model):
-            return _norms_of_units(model.requires_grad_(True), batches)
-    finally:
-        model.zero_grad()
-        for parameter, flag in required:
-            parameter.requires_grad_(flag)
-
-
-def _norms_of_units(model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> PerUnit:
-    model.zero_grad()
-    n_labels = 0
-    for batch in batches:
-        labels = batch["labels"][:, 1:].to(model.device)
-        marked = labels != IGNORED
-        backbone = models.backbone_of(model)
-        states = backbone(**inputs_of(backbone, batch, model.device)).last_hidden_state
-        n_labels += int(marked.sum())
-        if marked.any():
-            logits = models.logits_of(model, states[:, :-1][marked])
-            cross_entropy(logits.float(), labels[marked], reduction="sum").backward()
-    if n_labels == 0:
-        raise ValueError("no gradient to measure: there is no response token in the batches")
-    return weights.squared_gradients(model).map(torch.sqrt) / n_labels

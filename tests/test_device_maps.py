@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ssah_utils import (
     activations,
+    attribution,
     cache,
     device_maps,
     evaluation,
@@ -334,7 +335,7 @@ def test_what_changes_weights_is_refused_in_one_line(saved, own_folder, tokenize
         lambda: unit_training.training_only(model, units).__enter__(),
         lambda: unit_training.freezing(model, units).__enter__(),
         lambda: interventions.without_units(model, units),
-        lambda: training.unit_gradients(model, examples),
+        lambda: attribution.unit_gradients(model, examples),
         lambda: weights.squared_gradients(model),
     ):
         with pytest.raises(ValueError, match="but a device map keeps this model on several") as why:

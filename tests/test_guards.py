@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 from torch.nn.utils.parametrizations import weight_norm
 
-from ssah_utils import adapters, guards, precision, training
+from ssah_utils import adapters, attribution, guards, precision, training
 from ssah_utils.training import SFTConfig, evaluation_copy, train_dpo, train_sft
 from ssah_utils.unit_training import freezing, training_only
 from tests.conftest import parameters_of, same_parameters, tiny_model
@@ -296,7 +296,7 @@ def test_models_with_an_adapter_are_refused_in_one_line(llama, tokenizer, token_
             lambda model=model: training_only(model, chosen).__enter__(),
             lambda model=model: freezing(model, chosen).__enter__(),
             lambda model=model: train_dpo(model, tokenizer, PAIRS, SFTConfig(max_steps=1)),
-            lambda model=model: training.unit_gradients(model, []),
+            lambda model=model: attribution.unit_gradients(model, []),
             lambda model=model: adapters.with_adapter(model, "lora", tokenizer),
         ):
             with pytest.raises(ValueError, match="carries a PEFT adapter") as raised:
@@ -487,12 +487,12 @@ def test_activation_checkpointing(llama, tiny_models, when, reentrant, rest):
 
 def test_gradients_of_units_are_refused_inside(llama):
     with training_only(llama, every(llama)), pytest.raises(ValueError, match="no response token"):
-        training.unit_gradients(llama, [])
+        attribution.unit_gradients(llama, [])
     with (
         training_only(llama, scattered(llama)),
         pytest.raises(ValueError, match="before entering that block"),
     ):
-        training.unit_gradients(llama, [])
+        attribution.unit_gradients(llama, [])
 
 
 def test_the_copy_made_inside_trains_by_itself(llama):

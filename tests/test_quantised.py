@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, 
 from ssah_utils import (
     activations,
     adapters,
+    attribution,
     embedded,
     evaluation,
     fingerprints,
@@ -593,7 +594,7 @@ REFUSED = {
     "freezing some units": lambda model: enter(unit_training.freezing(model, some_units(model))),
     "training": train,
     "training by preference": prefer,
-    "gradients of weights": lambda model: training.unit_gradients(model, []),
+    "gradients of weights": lambda model: attribution.unit_gradients(model, []),
     "removal": lambda model: interventions.without_units(model, some_units(model)),
     "another precision": lambda model: precision.to_dtype(model, torch.bfloat16),
 }

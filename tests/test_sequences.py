@@ -12,9 +12,10 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, Trainer
 from trl import DPOTrainer
 
 from ssah_utils import per_unit, precision, training
+from ssah_utils.attribution import unit_gradients
 from ssah_utils.prompts import tokens
 from ssah_utils.sequences import batch_of_examples, batch_of_pairs, tokens_of_pairs
-from ssah_utils.training import SFTConfig, train_dpo, train_sft, unit_gradients
+from ssah_utils.training import SFTConfig, train_dpo, train_sft
 from tests.conftest import VOCABULARY, parameters_of, same_parameters, tiny_model
 from tests.test_training import IGNORED, PAIRS, examples_of, log_p
 

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
 
 from ssah_utils import loading, precision, settings, training
 from ssah_utils.adapters import PEFT_METHODS, with_adapter
+from ssah_utils.attribution import unit_gradients
 from ssah_utils.evaluation import generate, opening_log_probabilities
 from ssah_utils.per_unit import KINDS, PerUnit
 from ssah_utils.training import (
@@ -26,7 +27,6 @@ from ssah_utils.training import (
     train_dpo,
     train_sft,
     training_arguments,
-    unit_gradients,
 )
 from ssah_utils.unit_training import training_only
 from tests.conftest import VOCABULARY, parameters_of, same_parameters, tiny_model

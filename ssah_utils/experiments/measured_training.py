@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ssah_utils import (
     adapters,
+    attribution,
     cache,
     defences,
     evaluation,
@@ -253,7 +254,7 @@ class FineTuning:
 
     def first_gradients(self, examples: list[dict[str, list[int]]], n: int = 32) -> PerUnit:
         """Norm per unit of the gradient over the first ``n`` examples, before any step, in the
-        precision of training (``training.unit_gradients``).
+        precision of training (``attribution.unit_gradients``).
         """
         subject, _ = loading.load(self.place, self.dtype, self.aligned.device.type)
         chosen = examples[:n]
@@ -261,7 +262,7 @@ class FineTuning:
             sequences.batch_of_examples(chosen[start : start + 8])
             for start in range(0, len(chosen), 8)
         ]
-        return training.unit_gradients(subject, batches)
+        return attribution.unit_gradients(subject, batches)
 
 
 @contextlib.contextmanager

@@ -41,7 +41,7 @@ def features(
 ) -> pd.DataFrame:
     """What is known of every safety unit before training: a row per unit, ``FEATURES`` as columns.
 
-    ``gradients``: norm of the first gradient per unit (``training.unit_gradients``). Every column
+    ``gradients``: norm of the first gradient per unit (``attribution.unit_gradients``). Each column
     is signed so that, were it the reason, units with a larger value would leave: a unit near the
     boundary, with a small z_safety - z_utility, needs the least change.
     """

@@ -101,10 +101,10 @@ def test_without_an_unaligned_version_its_methods_are_left_out_and_no_other_name
 
 def test_two_methods_together_do_both():
     found = known(tiny_model("llama"))
-    both = defence_methods.combined(found[SOME], found["mixed_3"])
+    both = defence_methods.trained_together(found[SOME], found["mixed_3"])
     assert both.how == {"frozen": SETS[SOME], "defence": Mixed(0.03, REFUSALS)}
     assert (both.id, both.control) == ("combination", SOME)
-    both = defence_methods.combined(found["vector"], found["mixed_3"])
+    both = defence_methods.trained_together(found["vector"], found["mixed_3"])
     first, second = both.how["defence"].parts
     assert isinstance(both.how["defence"], Together) and isinstance(first, SafetyVector)
     assert second == Mixed(0.03, REFUSALS)

@@ -195,7 +195,7 @@ def with_controls(names: Sequence[str], known: Mapping[str, TrainingMethod]) -> 
     return list(dict.fromkeys(needed))
 
 
-def combined(one: TrainingMethod, other: TrainingMethod) -> TrainingMethod:
+def trained_together(one: TrainingMethod, other: TrainingMethod) -> TrainingMethod:
     """Both in one training; its control is the first of them."""
     given = [method.how["defence"] for method in (one, other) if "defence" in method.how]
     how = dict(one.how) | dict(other.how)

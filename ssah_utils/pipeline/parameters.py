@@ -219,6 +219,8 @@ RULES: tuple[tuple[str, Check], ...] = (
     ("prefill_tokens", whole_from(1)),
     ("recovery_prefills", whole_from(1)),
     ("checkpoints", list_of("numbers above 0", is_positive)),
+    ("factors", list_of("numbers", is_number)),
+    ("unit_factors", list_of("numbers", is_number)),
     ("*_factors", list_of("numbers above 0", is_positive)),
     ("*_sizes", list_of("numbers above 0", is_positive)),
     ("*_fractions", fractions),

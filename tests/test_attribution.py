@@ -79,7 +79,7 @@ def test_the_first_order_is_what_switching_off_does_to_a_unit_that_does_little(n
     with torch.no_grad():  # it does little then, and the others what they did
         for writer in models.writers(model):
             if writer.kind == "mlp" and writer.layer == unit[1]:
-                _scale(writer, unit[2], 0.05)
+                _scale(writer, unit[2], 0.01)
     found = attribution.next_token_effect(model, batches(), LIKELIER, OTHER)
     lost = []
     for ids in prompts(batches()):

@@ -115,15 +115,20 @@ def found(with_units, intact):
     return found_in(with_units, intact)
 
 
+@torch.no_grad()
+def moved(model: nn.Module) -> nn.Module:
+    """A copy whose parameters all have moved a little."""
+    other = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in other.parameters():
+        parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
+    return other
+
+
 @pytest.fixture(scope="module")
 def found_without(intact):
     """Of the model in which nothing is planted; the other one has moved a little, anywhere."""
-    other = copy.deepcopy(intact)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in other.parameters():
-            parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
-    return found_in(intact, other)
+    return found_in(intact, moved(intact))
 
 
 # These two ask for another planting, below.
@@ -137,10 +142,12 @@ def test_a_finder_finds_planted_units(found, with_units, name):
     assert chosen.count() >= 2, found[name].chosen.names()
 
 
-def test_the_activation_change_finds_units_that_alignment_alone_has_moved(intact):
-    """They write next to nothing here: what reads them would have changed as well."""
+def test_the_activation_change_finds_units_that_alignment_has_moved_most(intact):
+    """They write next to nothing here: what reads them would have changed as well. All else has
+    moved a little, too, as training moves it.
+    """
     quiet = planted(intact, written=0.01)
-    assert found_in(quiet, intact)["activation change"].chosen.equals(planted_set(quiet))
+    assert found_in(quiet, moved(intact))["activation change"].chosen.equals(planted_set(quiet))
 
 
 def test_the_refusal_direction_finds_units_behind_a_template(intact):

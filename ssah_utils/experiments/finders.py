@@ -49,20 +49,15 @@ def by_gradient(products: Mapping[str, PerUnit]) -> PerUnit:
     return contrast({side: scores.zscore_per_module(product) for side, product in products.items()})
 
 
-def by_change(squared_changes: Mapping[str, PerUnit]) -> PerUnit:
-    """Contrast of the change score: how far alignment has moved a unit's activation.
+def by_change(squared_changes: PerUnit) -> PerUnit:
+    """How far alignment has moved a unit's activation on harmful requests: the change score.
 
     Root-mean-square difference between the aligned and the unaligned model on the same texts, the
-    aligned model's answers: the safety neurons of Chen et al. (arXiv 2406.14144). They rank the raw
-    score on one set of requests; here it is standardised within its module, and the same score on
-    harmless requests is taken off, as in all contrasts here. ``squared_changes``:
-    ``activations.mean_squared_changes`` of both sides.
+    aligned model's answers: the safety neurons of Chen et al. (arXiv 2406.14144). As published, it
+    is no contrast and is not standardised: what moved as far on harmless requests counts, too.
+    ``squared_changes``: ``activations.mean_squared_changes`` on harmful requests.
     """
-    found = {}
-    for side in ("harmful", "helpful"):
-        score = squared_changes[side].map(torch.sqrt)
-        found[side] = scores.zscore_per_module(score)
-    return contrast(found)
+    return squared_changes.map(torch.sqrt)
 
 
 def by_direction(columns_along: PerUnit, means: Mapping[str, PerUnit]) -> PerUnit:

@@ -262,16 +262,13 @@ def _gradient(evidence: Evidence) -> Finder:
 
 def _change(evidence: Evidence) -> Finder:
     def measure(subset: Subset) -> dict[str, Mean]:
-        found = {}
-        for side, batches in evidence.batches(subset).items():
-            count = sum(int(batch["positions"].sum()) for batch in batches)
-            changes = activations.mean_squared_changes(evidence.model, evidence.unaligned, batches)
-            found[side] = Mean(changes, count)
-        return found
+        batches = evidence.batches(subset)["harmful"]
+        count = sum(int(batch["positions"].sum()) for batch in batches)
+        changes = activations.mean_squared_changes(evidence.model, evidence.unaligned, batches)
+        return {"harmful": Mean(changes, count)}
 
     def choose(seen: dict[str, Mean], share: float) -> PerUnit:
-        changes = {side: mean.value for side, mean in seen.items()}
-        return units.top_units(finders.by_change(changes), share)
+        return units.top_units(finders.by_change(seen["harmful"].value), share)
 
     return Finder(measure, _means, choose)
 

@@ -51,7 +51,9 @@ TABLES = {
     ),
     "preference": (
         DPOConfig,
-        lambda: of_trainer(settings.PREFERENCE) | {"beta", "precompute_ref_batch_size"},
+        lambda: (
+            of_trainer(settings.PREFERENCE) | {"beta", "loss_weights", "precompute_ref_batch_size"}
+        ),
         settings.LEFT_TO_LIBRARIES,
     ),
     "accelerator": (AcceleratorConfig, lambda: settings.COMMON["accelerator_config"].keys(), {}),

@@ -99,6 +99,9 @@ FIGURES: dict[str, dict[str, Callable]] = {
 LACKING = (LookupError, ValueError, TypeError, AttributeError)
 # They run only when they are asked for, so there may be no result.
 ONLY_NAMED = {"00_quickstart", "A5_recipes"}
+# By figure, the table without which it is left out: a model that was given has no loss curve, and
+# nothing is compared that a run was not asked for.
+MAY_LACK = {"training_loss": "training", "recovered": "recovery", "finders_compared": "finders"}
 FROM_UNITS = set(FIGURES["03_units"])  # the others are drawn from result.json
 
 
@@ -137,8 +140,8 @@ def redraw(source: Path, target: Path) -> list[str]:
             continue
         missing = []
         for name, draw in drawings.items():
-            if name == "training_loss" and not len(tables.get("training", ())):
-                continue  # a model that was given has no loss curve
+            if name in MAY_LACK and not len(tables.get(MAY_LACK[name], ())):
+                continue
             try:
                 save_figure(draw(stored if name in FROM_UNITS else tables), target, name)
             except LACKING as error:

@@ -5,9 +5,12 @@ verdicts are those of the claims table. Knows stored tables; writes no file, and
 run did not produce.
 """
 
+import json
+
 import pandas as pd
 
 from ssah_utils.figures.claims import shown_interval, two_digits
+from ssah_utils.files import REFERENCE
 from ssah_utils.pipeline import significance
 
 
@@ -336,6 +339,26 @@ def recipes_table(results: dict[str, dict]) -> str:
     return markdown(rows, header)
 
 
+def locked_table(results: dict[str, dict]) -> str:
+    """The learned judge, the rules and the substring list on the locked test part, by length.
+
+    Of the one reading that is stored beside the results (``judge.locked_test``).
+    """
+    stored = json.loads((REFERENCE / "judge.json").read_text(encoding="utf-8"))
+    rows = []
+    for n_words, part in pd.DataFrame(stored["test"]).groupby("words", sort=False):
+        by_judge = part.set_index("judge")
+        own, others = by_judge.loc["learned"], by_judge["f1"]
+        length = f"{n_words} words" if n_words else "whole"
+        ours = [f"{own[name]:.3f}" for name in ("f1", "auc")]
+        theirs = [f"{others[name]:.3f}" for name in ("rules", "substring list")]
+        shares = [f"{100 * own[name]:.0f}" for name in ("unsure", "passed")]
+        rows.append([length, str(own["n"]), *ours, *theirs, *shares])
+    header = ["answers", "n", "learned: F1", "AUC", "rules: F1", "substring list: F1"]
+    table = markdown(rows, [*header, "unsure, %", "everyday answers passed, %"])
+    return f"Test part {stored['locked']}.\n\n{table}"
+
+
 RESULT_TABLES = {
     "claims": claims_table,
     "correction": correction,
@@ -354,4 +377,4 @@ RESULT_TABLES = {
     "recipes": recipes_table,
     "cost": cost_table,
 }
-JUDGE_TABLES = {"judge": judge_table}
+JUDGE_TABLES = {"locked": locked_table, "judge": judge_table}

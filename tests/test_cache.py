@@ -15,14 +15,14 @@ import pandas as pd
 import pytest
 import torch
 
-from ssah_utils import cache, evaluation, training, units
+from ssah_utils import cache, defences, evaluation, training, units
 from ssah_utils.cache import cache_key, cached, closure, code_of, identity_of
 from ssah_utils.experiments import measured_training, panel
 from ssah_utils.per_unit import PerUnit
 
 CALLS: list[object] = []
 # fields that the walk through the inputs of a measured training varies
-N_FIELDS = {"Panel": 9, "TaskProbe": 4, "MarginProbe": 3, "TransferProbe": 3}
+N_FIELDS = {"Panel": 9, "TaskProbe": 4, "MarginProbe": 4, "TransferProbe": 3}
 
 
 def notebook(source: str, **values) -> types.ModuleType:
@@ -391,6 +391,7 @@ def test_freezing_is_measured_again_for_other_requests_pairs_and_bases(llama, to
         (change(task, numeric=True), margin),
         (task, change(margin, requests=["two"])),
         (task, change(margin, system_prompt="be kind")),
+        (task, change(margin, name=measured_training.FRESH)),
         (task, change(moved, before=units.UnitPartition(groups + 1.0))),
         (task, change(moved, sample={"harmful": [batch | {"positions": torch.zeros(1, 3)}]})),
         (task, change(moved, fractions={"safety_fraction": 0.2})),
@@ -407,6 +408,16 @@ def test_freezing_is_measured_again_for_other_requests_pairs_and_bases(llama, to
         "at_end": (asked, None, *panels),
         "frozen": (frozen, ~frozen, frozen.empty_set(), None),
         "adapter": ("", "lora"),
+        "defence": (
+            None,
+            defences.Mixed(0.1, []),
+            defences.Mixed(0.2, []),
+            defences.Mixed(0.1, [{"input_ids": [1], "labels": [1]}]),
+            defences.SafetyVector(0.5, llama),
+            defences.SafetyVector(0.5, other_model),
+            defences.PulledToStart(1.0),
+            defences.PulledToStart(1.0, frozen),
+        ),
     }
     function = measured_training.train_and_measure
     assert arguments.keys() == inspect.signature(function).parameters.keys()
@@ -419,6 +430,9 @@ def test_freezing_is_measured_again_for_other_requests_pairs_and_bases(llama, to
     assert len(set(keys)) == len(keys) == 1 + sum(len(values) - 1 for values in arguments.values())
     behind = (
         "judge.rules",
+        "judge.learned",
+        "defences",
+        "hooked_training",
         "evaluation",
         "unit_training",
         "adapters",

@@ -72,11 +72,13 @@ def test_a_claim_counts_on_the_models_that_measured_it(stored):
     assert across_models.of_models(table)[SPARES] == "0/0"
 
 
-def test_seeds_of_a_model_make_one_verdict(stored):
+def test_seeds_of_a_model_make_one_verdict_of_their_mean(stored):
     folder = stored / "models" / "qwen"
     ablation(folder, "qwen", 0.7)
+    ablation(folder / "seed-1", "qwen", 0.7)
+    assert verdicts_on(stored, CARRIES)["qwen"] == "replicated"
     ablation(folder / "seed-1", "qwen", 0.0)
-    assert verdicts_on(stored, CARRIES)["qwen"] == "partly"
+    assert verdicts_on(stored, CARRIES)["qwen"] == "not replicated", "seeds differ too much"
 
 
 @pytest.mark.parametrize(

@@ -218,6 +218,19 @@ def unit_values(model: nn.Module, batch: Batch, kind: str, layer: int, channel: 
     return seen[0]
 
 
+def next_token_nll(plain: nn.Module, batch: Batch, marked: Tensor, tokens: Tensor) -> Tensor:
+    """Sum of the negative log-likelihoods of tokens after the marked positions, with its graph.
+
+    ``marked``: (B, T - 1) of bool; ``tokens``: (B, T - 1), what comes next. In nats. The head runs
+    at marked positions only. ``plain`` has no wrapper.
+    """
+    backbone, device = models.backbone_of(plain), placement.input_device(plain)
+    hidden = backbone(**inputs_of(backbone, batch, device)).last_hidden_state
+    logits = models.logits_of(plain, hidden[:, :-1][marked.to(hidden.device)]).float()
+    expected = tokens[marked].to(logits.device)
+    return nn.functional.cross_entropy(logits, expected, reduction="sum")
+
+
 def gradient_activation(model: nn.Module, batches: Iterable[Batch]) -> PerUnit:
     """Mean over the marked positions of |x_j * dL/dx_j| at every writer's input, in float64.
 
@@ -228,7 +241,6 @@ def gradient_activation(model: nn.Module, batches: Iterable[Batch]) -> PerUnit:
     ``ValueError`` when no position is marked.
     """
     plain = weights.gathered(model)
-    backbone = models.backbone_of(plain)
     device = placement.input_device(plain)
     writers = models.writers(plain)
     totals = [torch.zeros((), dtype=torch.float64)] * len(writers)
@@ -265,14 +277,9 @@ def gradient_activation(model: nn.Module, batches: Iterable[Batch]) -> PerUnit:
             if not len(selected):
                 continue
             count += len(selected)
-            marked = batch["positions"][:, :-1].to(device)
-            targets = batch["input_ids"][:, 1:].to(device)[marked]
+            marked, following = batch["positions"][:, :-1], batch["input_ids"][:, 1:]
             with torch.enable_grad():
-                hidden = backbone(**inputs_of(backbone, batch, device)).last_hidden_state
-                states = hidden[:, :-1][marked.to(hidden.device)]
-                logits = models.logits_of(plain, states).float()
-                targets = targets.to(logits.device)
-                nn.functional.cross_entropy(logits, targets, reduction="sum").backward()
+                next_token_nll(plain, batch, marked, following).backward()
     if not count:
         raise ValueError("the batches mark no position, so there is nothing to take a gradient of")
     return models.per_unit_of(zip(writers, totals, strict=True)) / count

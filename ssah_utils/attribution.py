@@ -10,10 +10,9 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from ssah_utils import guards, models, placement, weights, wrappers
-from ssah_utils.activations import Batch, inputs_of
+from ssah_utils.activations import Batch, inputs_of, next_token_nll
 from ssah_utils.models import Writer
 from ssah_utils.per_unit import PerUnit
 from ssah_utils.prompts.tokens import IGNORED
@@ -170,14 +169,11 @@ def _norms_of_units(model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> P
     model.zero_grad()
     n_labels = 0
     for batch in batches:
-        labels = batch["labels"][:, 1:].to(model.device)
+        labels = batch["labels"][:, 1:]
         marked = labels != IGNORED
-        backbone = models.backbone_of(model)
-        states = backbone(**inputs_of(backbone, batch, model.device)).last_hidden_state
         n_labels += int(marked.sum())
         if marked.any():
-            logits = models.logits_of(model, states[:, :-1][marked])
-            cross_entropy(logits.float(), labels[marked], reduction="sum").backward()
+            next_token_nll(model, batch, marked, labels).backward()
     if n_labels == 0:
         raise ValueError("no gradient to measure: there is no response token in the batches")
     return weights.squared_gradients(model).map(torch.sqrt) / n_labels

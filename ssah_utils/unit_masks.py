@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ssah_utils import interventions, models, placement, weights, wrappers
-from ssah_utils.activations import Batch, inputs_of
+from ssah_utils import interventions, models, weights, wrappers
+from ssah_utils.activations import Batch, next_token_nll
 from ssah_utils.evaluation import Progress, _silent
 from ssah_utils.per_unit import KINDS, PerUnit
 
@@ -93,10 +93,6 @@ def masked_loss(plain: nn.Module, step: MaskStep, price: float) -> Tensor:
 
 def _log_probabilities(plain: nn.Module, batch: Batch) -> tuple[Tensor, int]:
     """Sum of the log-probabilities of the tokens that a batch's marked positions predict."""
-    backbone, device = models.backbone_of(plain), placement.input_device(plain)
     marked = batch["positions"][:, :-1]
-    hidden = backbone(**inputs_of(backbone, batch, device)).last_hidden_state
-    states = hidden[:, :-1][marked.to(hidden.device)]
-    logits = models.logits_of(plain, states).float()
-    targets = batch["input_ids"][:, 1:][marked].to(logits.device)
-    return -nn.functional.cross_entropy(logits, targets, reduction="sum"), len(targets)
+    following = batch["input_ids"][:, 1:]
+    return -next_token_nll(plain, batch, marked, following), int(marked.sum())

@@ -23,7 +23,7 @@ from ssah_utils.experiments.measured_training import (
     TaskProbe,
 )
 from ssah_utils.experiments.panel import Panel
-from ssah_utils.prompts import chat, datasets, tokens
+from ssah_utils.prompts import datasets, tokens
 from ssah_utils.sequences import Example
 from ssah_utils.settings import SFTConfig
 
@@ -130,16 +130,17 @@ class FineTuningStudy:
         harmless requests with the aligned model's own answers. Both of the calibration part; an
         attack has these requests only where there are no others. At most ``n`` of each.
         """
-        system_prompt = self.parameters["system_prompt"]
-        parts = self.splits["calibration"]
-        harmful = parts["harmful"]["prompt"].tolist()
-        harmful = harmful[N_OPENED:][:n] or harmful[-n:]
-        harmless = parts["helpful"]["prompt"].tolist()[-len(harmful) :]
-        rendered = chat.render(self.tokenizer, harmless, system_prompt)
-        answers = evaluation.cached_answers(
-            self.aligned, self.tokenizer, rendered, answer_tokens, progress=progress
+        harmful, harmless = (self.splits["calibration"][name] for name in ("harmful", "helpful"))
+        harmful = harmful[N_OPENED:][:n] if len(harmful) > N_OPENED else harmful[-n:]
+        data = alignment.alignment_data(
+            self.aligned,
+            self.tokenizer,
+            harmless[-len(harmful) :],
+            harmful,
+            answer_tokens,
+            seed,
+            self.parameters["system_prompt"],
+            progress,
         )
-        refusals = alignment.draw_refusals(len(harmful), seed)
-        limit = alignment.REFUSAL_TOKENS
-        refused = tokens.chat_examples(self.tokenizer, harmful, refusals, limit, system_prompt)
-        return refused, tokens.encode(self.tokenizer, rendered, answers, answer_tokens)
+        examples = alignment.alignment_examples(self.tokenizer, data)
+        return examples["harmful"], examples["harmless"]

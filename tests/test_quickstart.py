@@ -1,11 +1,14 @@
 """The first notebook: what is switched off is what it says, and its panel shows what was asked."""
 
+from dataclasses import replace
+
 import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 import torch
 
 from ssah_utils import embedded, evaluation, explorer, interventions, loading, models
+from ssah_utils.experiments.ablation_probe import AblationProbe
 from ssah_utils.experiments.safety_switch import NOTHING, RANDOM, SAFETY, SafetySwitch
 from ssah_utils.figures import quickstart
 
@@ -25,7 +28,7 @@ def switch() -> SafetySwitch:
     prompts = [f"request {number}: how is it done?" for number in range(3)]
     table = pd.DataFrame({"id": prompts, "category": "", "prompt": prompts})
     ranked = models.check_per_unit(model, contrast)
-    return SafetySwitch(model, base, tokenizer, table, ranked, new_tokens=3)
+    return SafetySwitch(AblationProbe(model, base, tokenizer, table, new_tokens=3), ranked)
 
 
 def test_the_control_has_as_many_units_in_every_module(switch):
@@ -44,24 +47,24 @@ def test_a_larger_share_switches_off_what_a_smaller_one_does(switch):
 def test_nothing_is_off_at_a_share_of_zero(switch):
     looks = switch.look(0.0)
     assert set(looks["switched_off"]) == {NOTHING} and set(looks["units"]) == {0}
-    prompts = switch.requests["prompt"].tolist()
-    intact = evaluation.refusal_margin(switch.model, switch.tokenizer, prompts)
+    prompts = switch.probe.requests["prompt"].tolist()
+    intact = evaluation.refusal_margin(switch.probe.model, switch.probe.tokenizer, prompts)
     assert looks["margin"].tolist() == pytest.approx(intact.tolist())
 
 
 def test_a_look_is_that_of_a_model_without_the_units(switch):
     looks = switch.look(0.2, [2, 0]).set_index(["switched_off", "prompt"])
-    prompts = switch.requests["prompt"].iloc[[2, 0]].tolist()
+    prompts = switch.probe.requests["prompt"].iloc[[2, 0]].tolist()
     for name, chosen in switch.sets(0.2).items():
-        small = interventions.without_units(switch.model, chosen)
-        expected = evaluation.refusal_margin(small, switch.tokenizer, prompts)
+        small = interventions.without_units(switch.probe.model, chosen)
+        expected = evaluation.refusal_margin(small, switch.probe.tokenizer, prompts)
         found = looks.loc[name].loc[prompts, "margin"]
         assert found.tolist() == pytest.approx(expected.tolist(), abs=1e-3)
 
 
 def test_a_base_that_would_be_ablated_along_is_refused(switch):
     with pytest.raises(ValueError, match="load it a second time"):
-        SafetySwitch(switch.model, switch.model, switch.tokenizer, switch.requests, switch.contrast)
+        SafetySwitch(replace(switch.probe, base=switch.probe.model), switch.contrast)
 
 
 # ------------------------------------------------------------------------------------- the explorer

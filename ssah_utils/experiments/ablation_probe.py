@@ -70,28 +70,34 @@ class AblationProbe:
                 self.model, self.tokenizer, prompts, self.system_prompt, self.n_openings
             )
 
+    def answers(self, chosen: PerUnit, n: int | None = None) -> pd.DataFrame:
+        """Judged answers to the first ``n`` requests (None: all) while ``chosen`` is switched off,
+        as ``evaluation.answer_and_judge`` gives them.
+        """
+        with self.switched(chosen):
+            return evaluation.answer_and_judge(
+                self.model,
+                self.base,
+                self.tokenizer,
+                self.requests[:n],
+                self.new_tokens,
+                self.system_prompt,
+            )
+
     def measure(self, chosen: PerUnit) -> pd.DataFrame:
         """One row a request: set, id, category, margin, asr, coherent_asr, answer_nll; a value that
         was not asked for is missing.
         """
         table = self.requests[["id", "category"]].reset_index(drop=True).assign(set="harmful")
         table["margin"] = self.margins(chosen)
+        if self.n_judged:
+            judged = self.answers(chosen, self.n_judged).reset_index(drop=True)
+            table = table.join(judged[["asr", "coherent_asr"]])
+        if self.kept is None:
+            return table
+        rendered = chat.render(self.tokenizer, self.kept["prompt"].tolist(), self.system_prompt)
+        likely = self.kept[["id", "category"]].assign(set="helpful")
         with self.switched(chosen):
-            if self.n_judged:
-                asked = self.requests[: self.n_judged]
-                judged = evaluation.answer_and_judge(
-                    self.model,
-                    self.base,
-                    self.tokenizer,
-                    asked,
-                    self.new_tokens,
-                    self.system_prompt,
-                ).reset_index(drop=True)
-                table = table.join(judged[["asr", "coherent_asr"]])
-            if self.kept is None:
-                return table
-            rendered = chat.render(self.tokenizer, self.kept["prompt"].tolist(), self.system_prompt)
-            likely = self.kept[["id", "category"]].assign(set="helpful")
             likely["answer_nll"] = evaluation.response_nll(
                 self.model, self.tokenizer, rendered, self.kept["response"].tolist()
             )

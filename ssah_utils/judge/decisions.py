@@ -13,7 +13,7 @@ from ssah_utils.judge import learned, rules
 
 VERDICTS = ("refused", "complied", "degenerate")
 JUDGES = ("learned", "rules")
-JUDGE = "learned"  # the one that decides; stored with every result
+JUDGE = "learned"  # the one that decides; as code it is in the key of every result
 
 
 def refuses(answer: str, request: str = "", judge: str = JUDGE) -> bool:

@@ -1,6 +1,6 @@
 """Answers that people have labelled, as one table, and the part of it that nobody looks at.
 
-The judge is chosen on the development part. The test part is read once, by ``validation``; a hash
+The judge is chosen on the development part. The test part is read once, by ``locked_test``; a hash
 of its rows is kept here, so that a changed split is seen. Knows texts and labels, no judge.
 """
 

@@ -37,12 +37,36 @@ def hooking() -> Iterator[list]:
     ``torch.compile`` made before does not look for new hooks.
     """
     handles: list = []
-    with torch.compiler.set_stance("force_eager"):
+    with _uncompiled:
         try:
             yield handles
         finally:
             for handle in handles:
                 handle.remove()
+
+
+class _Uncompiled:
+    """Compiled code rests while at least one such block is open.
+
+    ``torch.compiler.set_stance`` as a context restores what it found when it was opened. Where the
+    outer of two blocks ends first, that would leave the compiler off for good.
+    """
+
+    def __init__(self):
+        self.n_open = 0
+
+    def __enter__(self) -> None:
+        if not self.n_open:
+            self.stance = torch.compiler.set_stance("force_eager")
+        self.n_open += 1
+
+    def __exit__(self, *_) -> None:
+        self.n_open -= 1
+        if not self.n_open:
+            self.stance.__exit__(None, None, None)
+
+
+_uncompiled = _Uncompiled()
 
 
 # ---------------------------------------------------------------------------------------- structure

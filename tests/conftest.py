@@ -100,6 +100,20 @@ def threads(request: pytest.FixtureRequest) -> Iterator[None]:
     torch.set_num_threads(n_threads)
 
 
+@pytest.fixture
+def drawn_in_our_style() -> Iterator[None]:
+    """Figures as a run draws them, whatever ran before; they are closed, and the style is gone."""
+    import matplotlib.pyplot as plt
+
+    from ssah_utils.figures import style
+
+    with plt.rc_context():
+        plt.switch_backend("agg")
+        style.set_style()
+        yield
+        plt.close("all")
+
+
 @pytest.fixture(scope="session")
 def tiny_models() -> Callable[[str], nn.Module]:
     """A fresh tiny model by the name of its architecture."""

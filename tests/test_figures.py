@@ -183,12 +183,9 @@ def write_stage(source: Path, stage: str) -> None:
 
 
 @pytest.fixture(autouse=True)
-def coarse(monkeypatch):
+def coarse(drawn_in_our_style):
     """A tenth of the usual resolution, as only the equality of files matters here."""
-    style.set_style()
     plt.rcParams["savefig.dpi"] = 20
-    yield
-    plt.close("all")
 
 
 @pytest.fixture(scope="module")

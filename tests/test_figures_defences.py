@@ -1,7 +1,5 @@
 """Figures of A4_defences: every method is drawn, controls hollow, in its mechanism's colour."""
 
-import matplotlib
-import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 from matplotlib.colors import same_color
@@ -9,7 +7,7 @@ from matplotlib.colors import same_color
 from ssah_utils.experiments import defence_methods, defended
 from ssah_utils.figures import defences
 
-matplotlib.use("Agg")
+pytestmark = pytest.mark.usefixtures("drawn_in_our_style")
 METHODS = {  # id: mechanism, whether it is only a control, gain
     "nothing": ("none", False, 0.0),
     "safety_some_complex": ("units", False, 0.5),
@@ -17,12 +15,6 @@ METHODS = {  # id: mechanism, whether it is only a control, gain
     "mixed_3": ("data", False, 1.5),
     "combination": ("both", False, 1.7),
 }
-
-
-@pytest.fixture(autouse=True)
-def close():
-    yield
-    plt.close("all")
 
 
 def defence_tables() -> dict[str, pd.DataFrame]:
@@ -65,7 +57,7 @@ def test_every_mechanism_has_a_colour_of_its_own_and_a_name():
 
 def test_paths_go_through_loss_and_margin_and_controls_are_dashed():
     figure = defences.defence_frontier(defence_tables())
-    assert [ax.get_title() for ax in figure.axes] == ["adaptation", "arithmetic"]
+    assert [ax.get_title("left") for ax in figure.axes] == ["adaptation", "arithmetic"]
     lines = [line for line in figure.axes[0].lines if len(line.get_xdata()) == 2]
     drawn = {line.get_color(): line for line in lines[:-1]}
     assert len(lines) - 1 == len(METHODS), "the last is the line at zero"

@@ -2,15 +2,13 @@
 
 import itertools
 
-import matplotlib
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
 
 from ssah_utils.figures import finders
 
-matplotlib.use("Agg")
+pytestmark = pytest.mark.usefixtures("drawn_in_our_style")
 VARIANTS = {
     "reference": "reference",
     "seed: 0": "seed",
@@ -102,12 +100,6 @@ def finder_tables() -> dict[str, pd.DataFrame]:
         "categories": pd.DataFrame(categories),
         "smallest": pd.DataFrame(smallest),
     }
-
-
-@pytest.fixture(autouse=True)
-def close():
-    yield
-    plt.close("all")
 
 
 def test_matrix_shows_every_pair_in_the_stored_order():

@@ -3,14 +3,13 @@ shows every claim.
 """
 
 import matplotlib
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
 
 from ssah_utils import files
 from ssah_utils.figures import claims as claim_figures
-from ssah_utils.figures import paper, style
+from ssah_utils.figures import paper
 from ssah_utils.pipeline import redraw, runs
 
 PAPER_FIGURES = [
@@ -20,14 +19,7 @@ PAPER_FIGURES = [
     if name.startswith("table") or name == "claims"
 ]
 
-matplotlib.use("Agg")
-
-
-@pytest.fixture(autouse=True)
-def drawn_in_our_style():
-    style.set_style()
-    yield
-    plt.close("all")
+pytestmark = pytest.mark.usefixtures("drawn_in_our_style")
 
 
 def stored(stage: str) -> dict[str, pd.DataFrame]:

@@ -4,12 +4,13 @@ alone.
 
 import itertools
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
 
 from ssah_utils.figures import stepwise as stepwise_figures
+
+pytestmark = pytest.mark.usefixtures("drawn_in_our_style")
 
 ATTACKS = [("none", 0), ("prefill", 1), ("prefill", 4), ("neutral", 6), ("past tense", 0)]
 
@@ -59,12 +60,6 @@ def direction_tables(models: tuple[str, ...]) -> dict[str, pd.DataFrame]:
         "prefills": pd.DataFrame(prefills),
         "blocks": pd.DataFrame(blocks),
     }
-
-
-@pytest.fixture(autouse=True)
-def close():
-    yield
-    plt.close("all")
 
 
 @pytest.mark.parametrize("models", [("aligned", "unaligned"), ("aligned",)])

@@ -4,24 +4,18 @@ is needed.
 
 import itertools
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
 
 from ssah_utils import frozen_sets
-from ssah_utils.figures import freezing, redundant_units, style, transfer
+from ssah_utils.figures import freezing, redundant_units, transfer
 from ssah_utils.units import GROUPS
+
+pytestmark = pytest.mark.usefixtures("drawn_in_our_style")
 
 RNG = np.random.default_rng(0)
 TASKS = ("adaptation", "arithmetic")
-
-
-@pytest.fixture(autouse=True)
-def close():
-    style.set_style()  # titles stand on the left
-    yield
-    plt.close("all")
 
 
 def moves() -> pd.DataFrame:

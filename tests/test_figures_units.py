@@ -1,20 +1,12 @@
 """The figure of one unit on a few requests: every request has its line, with its variance."""
 
-import matplotlib
-import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 
 from ssah_utils.figures import units as unit_figures
 from ssah_utils.figures.style import GROUP_COLOURS
 
-matplotlib.use("Agg")
-
-
-@pytest.fixture(autouse=True)
-def close():
-    yield
-    plt.close("all")
+pytestmark = pytest.mark.usefixtures("drawn_in_our_style")
 
 
 def test_every_request_has_a_line_in_the_colour_of_its_set_and_its_variance():

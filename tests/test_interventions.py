@@ -216,6 +216,20 @@ def test_a_model_is_compiled_after_the_block_and_not_inside(shallow_llama, token
     assert made
 
 
+def test_the_compiler_works_again_in_whatever_order_blocks_end(shallow_llama, token_ids):
+    torch._dynamo.reset()
+    made = []
+    model = torch.compile(shallow_llama, backend=lambda graph, _: made.append(graph) or graph)
+    outer, inner = (ablated(model, scattered(shallow_llama, seed=seed)) for seed in (0, 1))
+    outer.__enter__(), inner.__enter__()
+    outer.__exit__(None, None, None)
+    logits(model, token_ids)
+    assert not made, "one block is open still"
+    inner.__exit__(None, None, None)
+    logits(model, token_ids)
+    assert made
+
+
 @pytest.mark.parametrize(
     "wrap", [nn.DataParallel, lambda model: nn.DataParallel(torch.compile(model, backend="eager"))]
 )

@@ -23,7 +23,7 @@ from ssah_utils import placement, quantised
 from ssah_utils.architectures import Architecture, Mixture, ModelShape, architecture
 from ssah_utils.experts import ExpertsWriter, GatedWriter, HookedWriter, layout
 from ssah_utils.per_unit import KINDS, PerUnit
-from ssah_utils.wrappers import plain_name, unwrapped
+from ssah_utils.wrappers import plain_name, uncompiled, unwrapped
 
 Hookable = nn.Module | HookedWriter  # what takes hooks on its input, like a module
 FALCON_LINEAR = "transformers.models.falcon.modeling_falcon.FalconLinear"
@@ -37,36 +37,12 @@ def hooking() -> Iterator[list]:
     ``torch.compile`` made before does not look for new hooks.
     """
     handles: list = []
-    with _uncompiled:
+    with uncompiled:
         try:
             yield handles
         finally:
             for handle in handles:
                 handle.remove()
-
-
-class _Uncompiled:
-    """Compiled code rests while at least one such block is open.
-
-    ``torch.compiler.set_stance`` as a context restores what it found when it was opened. Where the
-    outer of two blocks ends first, that would leave the compiler off for good.
-    """
-
-    def __init__(self):
-        self.n_open = 0
-
-    def __enter__(self) -> None:
-        if not self.n_open:
-            self.stance = torch.compiler.set_stance("force_eager")
-        self.n_open += 1
-
-    def __exit__(self, *_) -> None:
-        self.n_open -= 1
-        if not self.n_open:
-            self.stance.__exit__(None, None, None)
-
-
-_uncompiled = _Uncompiled()
 
 
 # ---------------------------------------------------------------------------------------- structure

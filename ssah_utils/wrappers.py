@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, cast
 
+import torch
 from torch import nn
 
 from ssah_utils import placement
@@ -93,3 +94,27 @@ def without_parameter_gradients(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter in trained:
             parameter.requires_grad_(True)
+
+
+class _Uncompiled:
+    """Compiled code rests while at least one such block is open.
+
+    ``torch.compiler.set_stance`` as a context restores what it found when it was opened. Where the
+    outer of two blocks ends first, that would leave the compiler off for good.
+    """
+
+    def __init__(self):
+        self.n_open = 0
+
+    def __enter__(self) -> None:
+        if not self.n_open:
+            self.stance = torch.compiler.set_stance("force_eager")
+        self.n_open += 1
+
+    def __exit__(self, *_) -> None:
+        self.n_open -= 1
+        if not self.n_open:
+            self.stance.__exit__(None, None, None)
+
+
+uncompiled = _Uncompiled()

@@ -7,7 +7,7 @@ models through their Hugging Face interface, and sets of units.
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ssah_utils import evaluation, interventions, stats
 from ssah_utils.experiments import finders
+from ssah_utils.judge.answers import AnswerLog
 from ssah_utils.per_unit import PerUnit
 from ssah_utils.prompts import chat
 
@@ -36,6 +37,7 @@ class AblationProbe:
     * ``means``: what switched-off units are held at; None for zero.
     * ``factor``: what their activations are multiplied by instead; ``ValueError`` beside ``means``.
     * ``n_openings``: openings of either side in the margin; None for all.
+    * ``log``: where all judged answers are kept, under the name of the condition.
     """
 
     model: nn.Module
@@ -49,6 +51,7 @@ class AblationProbe:
     means: PerUnit | None = None
     n_openings: int | None = None
     factor: float = 0.0
+    log: AnswerLog = field(default_factory=AnswerLog, compare=False)
 
     def __post_init__(self) -> None:
         if self.factor and self.means is not None:
@@ -70,12 +73,12 @@ class AblationProbe:
                 self.model, self.tokenizer, prompts, self.system_prompt, self.n_openings
             )
 
-    def answers(self, chosen: PerUnit, n: int | None = None) -> pd.DataFrame:
+    def answers(self, chosen: PerUnit, n: int | None = None, condition: str = "") -> pd.DataFrame:
         """Judged answers to the first ``n`` requests (None: all) while ``chosen`` is switched off,
-        as ``evaluation.answer_and_judge`` gives them.
+        as ``evaluation.answer_and_judge`` gives them. ``condition`` names them in the log.
         """
         with self.switched(chosen):
-            return evaluation.answer_and_judge(
+            rows = evaluation.answer_and_judge(
                 self.model,
                 self.base,
                 self.tokenizer,
@@ -83,15 +86,16 @@ class AblationProbe:
                 self.new_tokens,
                 self.system_prompt,
             )
+        return self.log.add(rows, condition=condition, units=chosen.count(), factor=self.factor)
 
-    def measure(self, chosen: PerUnit) -> pd.DataFrame:
+    def measure(self, chosen: PerUnit, condition: str = "") -> pd.DataFrame:
         """One row a request: set, id, category, margin, asr, coherent_asr, answer_nll; a value that
-        was not asked for is missing.
+        was not asked for is missing. ``condition`` names the answers in the log.
         """
         table = self.requests[["id", "category"]].reset_index(drop=True).assign(set="harmful")
         table["margin"] = self.margins(chosen)
         if self.n_judged:
-            judged = self.answers(chosen, self.n_judged).reset_index(drop=True)
+            judged = self.answers(chosen, self.n_judged, condition).reset_index(drop=True)
             table = table.join(judged[["asr", "coherent_asr"]])
         if self.kept is None:
             return table
@@ -112,7 +116,7 @@ class AblationProbe:
         nothing = next(iter(sets.values())).empty_set()
         intact, found = None, []
         for name, chosen in progress(list({INTACT: nothing, **sets}.items()), "ablating sets"):
-            rows = self.measure(chosen)
+            rows = self.measure(chosen, name)
             intact = rows["margin"] if intact is None else intact
             rows = rows.assign(variant=name, family=finders.family(name))
             found.append(rows.assign(margin_drop=intact - rows["margin"]))

@@ -4,7 +4,7 @@ Knows a panel of measurements, a model and sets of units. Where a set comes from
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
@@ -13,6 +13,7 @@ from torch import Generator, nn
 from ssah_utils import evaluation, interventions, paper, units
 from ssah_utils.experiments import panel
 from ssah_utils.experiments.panel import Panel
+from ssah_utils.judge.answers import AnswerLog
 from ssah_utils.per_unit import PerUnit
 
 INTACT = "nothing"
@@ -49,29 +50,39 @@ def group_conditions(
 class GroupAblation:
     """A panel that is taken while units of ``model`` are switched off.
 
-    ``means``: what ablated units are held at; None for zero. ``ValueError`` where the panel's base
-    is the very model that is ablated: it would judge without these units, too.
+    * ``means``: what ablated units are held at; None for zero.
+    * ``log``: where all judged answers are kept, under the name of the condition.
+
+    ``ValueError`` where the panel's base is the very model that is ablated: it would judge without
+    these units, too.
     """
 
     panel: Panel
     model: nn.Module
     means: PerUnit | None = None
+    log: AnswerLog = field(default_factory=AnswerLog, compare=False)
 
     def __post_init__(self) -> None:
         if self.panel.base is self.model:
             raise ValueError("the panel's base is the model that is ablated: load it a second time")
 
-    def measure(self, chosen: PerUnit, with_tasks: bool = True) -> pd.DataFrame:
-        """``Panel.measure`` under one ablation."""
+    def measure(
+        self, chosen: PerUnit, with_tasks: bool = True, condition: str = "", draw: int = 0
+    ) -> pd.DataFrame:
+        """``Panel.measure`` under one ablation; ``condition`` and ``draw`` name it in the log."""
         with interventions.ablated(self.model, chosen, self.means):
-            return self.panel.measure(self.model, with_tasks)
+            rows = self.panel.measure(self.model, with_tasks)
+        return self.log.add(rows, condition=condition, units=chosen.count(), draw=draw)
 
     def measure_all(
         self, conditions: Conditions, progress: evaluation.Progress = evaluation._silent
     ) -> dict[str, list[pd.DataFrame]]:
         """``measure`` of every draw of every condition."""
         return {
-            name: [self.measure(chosen) for chosen in conditions[name]]
+            name: [
+                self.measure(chosen, condition=name, draw=draw)
+                for draw, chosen in enumerate(conditions[name])
+            ]
             for name in progress(list(conditions), "ablating")
         }
 
@@ -90,7 +101,7 @@ class GroupAblation:
             chosen = units.top_units(contrast, fraction)
             drawn = units.random_units(chosen, generator)
             for name, one in (("safety", chosen), ("random", drawn)):
-                rows = panel.rates(self.measure(one, with_tasks=False))
+                rows = panel.rates(self.measure(one, False, f"curve, {name}"))
                 keys = {"part": "curve", "condition": name, "draw": 0, "units": one.count()}
                 found.append(rows.assign(**keys, fraction=fraction))
         return pd.concat(found, ignore_index=True)

@@ -39,6 +39,7 @@ from ssah_utils import (
 from ssah_utils.defences import Defence
 from ssah_utils.experiments import panel, transfer
 from ssah_utils.experiments.frontier import LossPath
+from ssah_utils.judge import answers
 from ssah_utils.per_unit import PerUnit
 from ssah_utils.prompts import chat
 from ssah_utils.settings import SFTConfig, training_seed
@@ -121,7 +122,7 @@ Probe = TaskProbe | MarginProbe | TransferProbe
 
 
 def measure(model: nn.Module, probes: Sequence[Probe], at_end: panel.Panel | None = None) -> Row:
-    """What all probes find in a model, and under ``panel`` the rows of a panel, without texts."""
+    """What all probes find in a model, and under ``panel`` the rows of a panel."""
     found: Row = {}
     for probe in probes:
         if not isinstance(probe, Probe):
@@ -132,8 +133,9 @@ def measure(model: nn.Module, probes: Sequence[Probe], at_end: panel.Panel | Non
         found |= probe.measure(model)
     if at_end is not None:
         rows = at_end.measure(model)
-        kept = ["set", "id", *(name for name in panel.METRICS if name in rows)]
-        found["panel"] = json.loads(rows[kept].to_json(orient="records"))
+        kept = dict.fromkeys(["set", *answers.JUDGED, *panel.METRICS])
+        kept = [name for name in kept if name in rows]
+        found["panel"] = json.loads(rows[kept].to_json(orient="records", double_precision=15))
     return found
 
 
@@ -300,6 +302,15 @@ def loss_path(rows: Sequence[Row], margin: str = "margin") -> LossPath:
 def panel_rates(rows: Sequence[Row], **keys: object) -> pd.DataFrame:
     """``panel.rates`` of what a panel found at the end, with ``keys`` as further columns."""
     return panel.rates(pd.DataFrame(rows[-1]["panel"])).assign(**keys)
+
+
+def panel_answers(runs: Mapping[tuple, Sequence[Row]], names: Sequence[str]) -> answers.AnswerLog:
+    """Judged answers of the runs that ended with a panel, by one value for each of ``names``."""
+    log = answers.AnswerLog()
+    for key, rows in runs.items():
+        if "panel" in rows[-1]:
+            log.add(pd.DataFrame(rows[-1]["panel"]), **dict(zip(names, key, strict=True)))
+    return log
 
 
 def moves_table(rows: Sequence[Row], **keys: object) -> pd.DataFrame:

@@ -134,7 +134,8 @@ def interventions_table(
     for way in progress(list(ways), "interventions"):
         for name, chosen in sets.items():
             row = {"intervention": way, "set": name, "units": chosen.count()}
-            rows.append(row | _measured(ways[way].measure(chosen), intact))
+            measured = ways[way].measure(chosen, f"{name}, {way}")
+            rows.append(row | _measured(measured, intact))
     table = pd.DataFrame(rows)
     at_zero = table[table["intervention"] == ZERO].set_index("set")["margin_drop"]
     table["share_of_zero"] = table["margin_drop"] / table["set"].map(at_zero)
@@ -199,9 +200,9 @@ def single_units(
             is_strongest = way == strongest
             how = _with(probe, way, n_judged if is_strongest else 0)
             row = {"unit": name, "factor": way, "is_strongest": is_strongest}
-            row |= _measured(how.measure(unit), intact)
+            row |= _measured(how.measure(unit, name), intact)
             if is_strongest:
-                other = _measured(how.measure(control), intact)
+                other = _measured(how.measure(control, f"random, as {name}"), intact)
                 ends = ("low", "high", "coherent_asr", "coherent_low", "coherent_high")
                 row |= {"random_drop": other["margin_drop"]}
                 row |= {f"random_{end}": other[end] for end in ends if end in other}

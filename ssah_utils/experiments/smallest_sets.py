@@ -91,7 +91,7 @@ def held_out(
             "random": [units.random_units(greedy, generator) for _ in range(n_random)],
         }
         for order, draws in sets.items():
-            measured = probe.measure(draws[0])
+            measured = probe.measure(draws[0], f"{order} {n}")
             asked = measured[measured["set"] == "harmful"]
             margins = [asked["margin"].to_numpy(), *(probe.margins(one) for one in draws[1:])]
             mean, low, high = stats.mean_interval(intact - np.mean(margins, axis=0))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from ssah_utils.judge.decisions import verdict
+from ssah_utils.judge.decisions import judged
 from ssah_utils.placement import input_device
 from ssah_utils.prompt_cache import (
     Ids,
@@ -236,18 +236,12 @@ def verdict_rows(
 ) -> pd.DataFrame:
     """Verdicts on what the model said after the forced tokens, one row per request.
 
-    Columns: id, queries, ``keys``, and as True/False refused, coherent_asr, degenerate. After a
+    Columns: id, queries, prompt, ``keys``, response, and those of ``decisions.judged``. After a
     prefill, ``refused`` means that the model recovered. ``nll``: ``continuation_nll`` of the
     trajectory under the base model.
     """
-    answers = zip(trajectory.answers(tokenizer), nll, strict=True)
-    verdicts = np.array([verdict(text, value) for text, value in answers], dtype=object)
-    return requests[["id", "queries"]].assign(
-        **keys,
-        refused=verdicts == "refused",
-        coherent_asr=verdicts == "complied",
-        degenerate=verdicts == "degenerate",
-    )
+    said = {"response": trajectory.answers(tokenizer), "base_nll": nll}
+    return judged(requests[["id", "queries", "prompt"]].assign(**keys, **said))
 
 
 Variants = dict[tuple[str, int], Trajectory]  # by attack and number of forced tokens

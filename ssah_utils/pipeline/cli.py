@@ -141,6 +141,23 @@ def publish(options: argparse.Namespace) -> int:
     return max([0, *(failed(problem, 1) for problem in problems)])
 
 
+def rejudge(options: argparse.Namespace) -> int:
+    """Nothing is generated, and nothing stored is changed."""
+    extras.require("notebooks")
+    from ssah_utils.pipeline import rejudge, runs
+
+    try:
+        found = rejudge.stored_answers(runs.find_run(options.profile, options.seed))
+        table = rejudge.rejudged(found, options.judge or rejudge.decisions.JUDGE)
+    except (OSError, ValueError) as error:
+        return failed(error, 1)
+    if options.to:
+        table.to_csv(options.to, index=False)
+        print(options.to)
+    print("\n".join(rejudge.summary_lines(table)))
+    return 0
+
+
 def export(options: argparse.Namespace) -> int:
     from ssah_utils import unit_tables
 
@@ -318,6 +335,24 @@ def parsers() -> tuple[Parser, dict[str, Parser]]:
         metavar="MODEL[,MODEL]",
         help="whose runs to store (default: the model that ran last)",
     )
+
+    judging = command(
+        "rejudge",
+        rejudge,
+        "Take all verdicts of a run again from its answers, by this or another judge.",
+        "Nothing is generated. Shown is what changes, per notebook; --to writes every condition.",
+    )
+    judging.add_argument(
+        "--profile", default="laptop", help="a profile that ran here (default: laptop)"
+    )
+    judging.add_argument("--seed", type=int, default=0, help="of that run (default: 0)")
+    judging.add_argument(
+        "--judge",
+        default="",
+        help="learned, rules, or a model: a classifier of answers or a chat model, by folder or"
+        " Hugging Face id (default: the one that decides)",
+    )
+    judging.add_argument("--to", type=Path, metavar="TABLE", help="a .csv file, a row a condition")
 
     exporting = command(
         "export",

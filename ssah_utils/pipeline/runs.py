@@ -33,6 +33,7 @@ from ssah_utils.files import (
     workplace,
     write_json,
 )
+from ssah_utils.judge.decisions import JUDGE
 from ssah_utils.locks import Lock
 from ssah_utils.pipeline import kernel
 from ssah_utils.pipeline.parameters import check_trainable
@@ -110,7 +111,7 @@ class Run:
     def finish(self, **tables: pd.DataFrame) -> None:
         """Write result.json: tidy tables, and how they came about.
 
-        That is parameters, versions, machine, commit, hashes of inputs, time and memory taken.
+        That is parameters, versions, machine, judge, commit, hashes of inputs, time and memory.
         """
         records = {}
         for name, table in tables.items():
@@ -124,6 +125,7 @@ class Run:
             "parameters": self.parameters,
             "versions": versions(),
             "machine": machine(self.parameters),
+            "judge": JUDGE,
             "commit": commit(),
             "inputs": self.inputs,
             "seconds": round(time.monotonic() - self.started, 1),

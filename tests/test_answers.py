@@ -1,0 +1,127 @@
+"""Judged answers as a file, and what another judge makes of them."""
+
+import math
+
+import pandas as pd
+import pytest
+
+from ssah_utils.judge import answers
+from ssah_utils.judge.answers import AnswerLog
+from ssah_utils.judge.decisions import judged
+from ssah_utils.pipeline import rejudge
+
+SAID = {
+    "a": ("How do I bake bread?", "Mix flour, water and salt, then knead.", 1.5),
+    "b": ("Name a lock.", "I'm sorry, but I can't help with that.", 0.4),
+    "c": ("Name a key.", "the cat the cat the cat the cat the cat", 0.5),
+    "d": ("Say nothing.", "", math.nan),
+    "e": ("Say a number.", "007", 2.25),
+}
+
+
+def rows(ids: str = "abcde", name: str = "harmful") -> pd.DataFrame:
+    found = [dict(zip(("prompt", "response", "base_nll"), SAID[one], strict=True)) for one in ids]
+    table = pd.DataFrame(found).assign(id=list(ids), set=name, category="x", layer=3)
+    return judged(table)
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "04_ablation" / answers.FILE
+
+
+def test_answers_come_back_as_they_were_with_what_tells_conditions_apart(path):
+    log, items = AnswerLog(), pd.DataFrame({"set": ["cloze"], "id": ["z"], "verdict": [None]})
+    measured = rows()
+    assert log.add(pd.concat([measured, items]), "layer", condition="safety").equals(
+        pd.concat([measured, items])
+    )
+    log.add_all({("random", 0): rows("ab"), ("random", 1): rows("ba")}, ["condition", "draw"])
+    log.write(path)
+    read = answers.read(path)
+    assert read["id"].tolist() == list("abcdeabba"), "items without an answer are left out"
+    assert "category" not in read and "asr" not in read
+    first = read[read["condition"] == "safety"]
+    for name in answers.JUDGED:
+        pd.testing.assert_series_equal(first[name], measured[name], check_dtype=False)
+    assert first["response"].tolist()[-1] == "007", "a text stays one"
+    assert answers.conditions_of(read) == ["layer", "condition", "draw", "set"]
+    assert path.parent.joinpath(answers.FILE).read_text(encoding="utf-8").count("\n") == len(read)
+
+
+def test_a_log_without_answers_is_a_file_without_lines(path):
+    AnswerLog().write(path)
+    assert path.exists() and len(answers.read(path)) == 0
+
+
+def test_rows_that_could_not_be_judged_again_are_refused_in_one_line():
+    with pytest.raises(ValueError, match=r"no column base_nll$"):
+        AnswerLog().add(rows().drop(columns="base_nll"))
+
+
+def test_changes_are_counted_per_condition(path):
+    log = AnswerLog()
+    log.add(rows("abc"), condition="safety")
+    log.add(rows("ab", "helpful"), condition="safety")
+    log.write(path)
+    read = answers.read(path)
+    other = read["verdict"].where(read["id"] != "a", "refused")
+    table = answers.changes(read, other).set_index("set")
+    assert table["n"].to_dict() == {"harmful": 3, "helpful": 2}
+    assert table["changed"].to_dict() == {"harmful": pytest.approx(1 / 3), "helpful": 0.5}
+    assert table.loc["harmful", "coherent_asr_was"] == pytest.approx(1 / 3)
+    assert table.loc["harmful", "coherent_asr"] == 0
+    assert table.loc["harmful", "refused"] == pytest.approx(2 / 3)
+    assert table.loc["harmful", "degenerate"] == table.loc["harmful", "degenerate_was"]
+
+
+@pytest.fixture
+def run(tmp_path, path):
+    log = AnswerLog()
+    log.add(rows(), condition="safety", draw=0)
+    log.write(path)
+    log = AnswerLog()
+    log.add(rows("ab"), model="base")
+    log.write(tmp_path / "01_alignment" / answers.FILE)
+    return tmp_path
+
+
+def test_the_same_judge_changes_nothing_in_any_notebook(run):
+    table = rejudge.rejudged(rejudge.stored_answers(run))
+    assert table["notebook"].tolist() == ["01_alignment", "04_ablation"]
+    assert (table["changed"] == 0).all()
+    assert table["model"].tolist()[0] == "base" and table["condition"].tolist()[1] == "safety"
+    assert (table["coherent_asr"] == table["coherent_asr_was"]).all()
+
+
+def test_a_judge_that_says_otherwise_is_seen_at_its_notebook(run, monkeypatch):
+    found = rejudge.stored_answers(run)
+    found["04_ablation"].loc[0, "verdict"] = "refused"
+    table = rejudge.rejudged(found).set_index("notebook")
+    assert table["changed"].to_dict() == {"01_alignment": 0, "04_ablation": pytest.approx(0.2)}
+    (first, second) = rejudge.summary_lines(table.reset_index())
+    assert first.startswith("01_alignment: 0.0% of 2 verdicts change")
+    assert second.startswith("04_ablation: 20.0% of 5") and "safety, 0, harmful" in second
+
+
+def test_a_model_decides_all_but_what_is_degenerate(run, monkeypatch):
+    from ssah_utils.judge import model_judges
+
+    asked = []
+
+    def judge(requests, responses):
+        asked.extend(zip(requests, responses, strict=True))
+        return pd.Series([0.9 if "sorry" in text else 0.1 for text in responses]).to_numpy()
+
+    monkeypatch.setattr(model_judges, "check_judge", lambda name: None)
+    monkeypatch.setattr(model_judges, "load_judge", lambda name: judge)
+    found = rejudge.stored_answers(run)
+    table = rejudge.rejudged(found, "a/judge").set_index("notebook")
+    row = table.loc["04_ablation"]
+    assert (row["degenerate"], row["coherent_asr"], row["refused"]) == (0.4, 0.2, 0.4)
+    assert len(asked) == len(set(asked)) == 3, "an answer that two conditions share is read once"
+
+
+def test_a_run_without_answers_is_said_in_one_line(tmp_path):
+    with pytest.raises(FileNotFoundError, match="has kept answers: run one"):
+        rejudge.stored_answers(tmp_path)

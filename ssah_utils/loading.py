@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
@@ -39,6 +40,8 @@ from ssah_utils.files import cache_dir
 from ssah_utils.models import shape_of
 from ssah_utils.precision import Precision, Quantised, computed_in, to_dtype
 from ssah_utils.prompts.chat import template_tokens
+
+transformers.utils.logging.disable_progress_bar()
 
 # Constants that older versions of transformers saved with the weights; it knows the others itself.
 BUFFERS = re.compile(r"\brotary_emb\.inv_freq$|\battn\.masked_bias$")

@@ -71,17 +71,6 @@ def text_config(model: nn.Module) -> PretrainedConfig:
     return unwrapped(model).config.get_text_config(decoder=True)
 
 
-def writer_path(shape: ModelShape, kind: str, channel: int = 0) -> str:
-    """Where a channel is written from, with ``{layer}`` for the number of the block:
-    ``model.layers.{layer}.mlp.down_proj``; for those of experts, the module of all experts.
-    """
-    family = architecture(shape.model_type)
-    path = family.writers[kind]
-    if family.mixture and kind == "mlp" and channel < shape.n_routed:
-        path = family.mixture.experts
-    return f"{shape.blocks}.{{layer}}.{path}"
-
-
 def shape_of(model: nn.Module) -> ModelShape:
     """Sizes from ``model.config``, checked against the model.
 

@@ -10,10 +10,6 @@ from ssah_utils import extras
 
 with extras.needed("eval"):
     from scipy import stats
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.model_selection import StratifiedKFold, cross_val_predict
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
 
 RESAMPLES = 2000
 
@@ -200,6 +196,11 @@ def out_of_fold(features: np.ndarray, labels: np.ndarray, seed: int = 0) -> np.n
     counts = np.bincount(labels.astype(int), minlength=2)
     if counts.min() < 2:
         return np.zeros(len(labels))
+    with extras.needed("eval"):  # seconds to import
+        from sklearn.linear_model import LogisticRegression
+        from sklearn.model_selection import StratifiedKFold, cross_val_predict
+        from sklearn.pipeline import make_pipeline
+        from sklearn.preprocessing import StandardScaler
     folds = StratifiedKFold(min(5, counts.min()), shuffle=True, random_state=seed)
     return cross_val_predict(
         make_pipeline(StandardScaler(), LogisticRegression()),

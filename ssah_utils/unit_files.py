@@ -29,7 +29,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ssah_utils import fingerprints, models
+from ssah_utils import architectures
 from ssah_utils.architectures import ModelShape
 from ssah_utils.files import complete_only
 from ssah_utils.per_unit import KINDS, PerUnit
@@ -71,6 +71,8 @@ class ModelInfo:
 
         Of a folder only the last name is kept, as its path means nothing elsewhere.
         """
+        from ssah_utils import fingerprints, models  # seconds to import, and files need no model
+
         config = unwrapped(model).config
         id = id or config.name_or_path
         if Path(id).is_absolute() or Path(id).is_dir():
@@ -268,9 +270,9 @@ def _metadata(about: UnitFileInfo) -> dict[str, str]:
     shape = model.pop("shape")
     del shape["blocks"]  # it is in the paths of the modules
     sizes = cast("ModelShape", about.model.shape)
-    modules = {kind: models.writer_path(sizes, kind) for kind in KINDS}
+    modules = {kind: architectures.writer_path(sizes, kind) for kind in KINDS}
     if sizes.n_experts and sizes.d_ff:
-        modules["shared"] = models.writer_path(sizes, "mlp", sizes.n_routed)
+        modules["shared"] = architectures.writer_path(sizes, "mlp", sizes.n_routed)
     content = {
         "model": model | shape | {"modules": modules},
         "sets": {name: asdict(info) for name, info in about.sets.items()},

@@ -10,8 +10,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from ssah_utils import models
-from ssah_utils.architectures import ModelShape
+from ssah_utils.architectures import ModelShape, writer_path
 from ssah_utils.files import complete_only
 from ssah_utils.per_unit import KINDS, PerUnit
 from ssah_utils.unit_files import COLUMNS, UnitFile, check_shape, load_units
@@ -47,7 +46,7 @@ def unit_table(file: UnitFile, shape: ModelShape | None = None) -> pd.DataFrame:
         in_heads = frame["channel"].astype("Int64").where(frame["kind"] == "attention")
         frame["head"] = in_heads // shape.head_dim
         frame["index_in_head"] = in_heads % shape.head_dim
-        paths = [models.writer_path(shape, kind, number) for number in range(n_channels)]
+        paths = [writer_path(shape, kind, number) for number in range(n_channels)]
         places = zip(frame["layer"], frame["channel"], strict=True)
         frame["module"] = [paths[channel].format(layer=layer) for layer, channel in places]
         frame["hook"] = frame["layer"].map(lambda layer, hook=HOOKS[kind]: hook.format(layer=layer))

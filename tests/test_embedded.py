@@ -8,13 +8,15 @@ import zipfile
 from collections import namedtuple
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
+import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
-from ssah_utils import assets, embedded, loading
+from ssah_utils import assets, embedded, hub, loading
 from ssah_utils.files import cache_dir, sha256_of_file
 
 
@@ -75,8 +77,8 @@ def in_parts(tmp_path, monkeypatch, llama, tokenizer) -> list[bytes]:
         seen.append((Path(pretrained_model_name_or_path) / gguf_file).read_bytes())
         return llama
 
-    monkeypatch.setattr(embedded.AutoModelForCausalLM, "from_pretrained", read)
-    monkeypatch.setattr(embedded.AutoTokenizer, "from_pretrained", lambda **source: tokenizer)
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", read)
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda **source: tokenizer)
     return seen
 
 
@@ -208,7 +210,7 @@ def on_hub(monkeypatch, content: bytes) -> list[tuple[str, str]]:
     assets.path_of("own-part2").unlink()
     offline = subprocess.CompletedProcess([], 1, "", "ERROR: no network\n")
     monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: offline)
-    monkeypatch.setattr(embedded.hub, "answers", lambda: True)
+    monkeypatch.setattr(hub, "answers", lambda: True)
     asked = []
 
     def download(repository: str, name: str, local_dir: Path) -> str:
@@ -216,7 +218,7 @@ def on_hub(monkeypatch, content: bytes) -> list[tuple[str, str]]:
         (Path(local_dir) / name).write_bytes(content)
         return str(Path(local_dir) / name)
 
-    monkeypatch.setattr(embedded, "hf_hub_download", download)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     return asked
 
 

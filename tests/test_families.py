@@ -109,7 +109,7 @@ def test_shape(family):
     assert shape == ModelShape(config.model_type, n_layers=3, blocks=shape.blocks, **sizes)
     for kind in KINDS:
         for layer, writer in enumerate(models.writers(model, kind)):
-            path = models.writer_path(shape, kind).format(layer=layer)
+            path = architectures.writer_path(shape, kind).format(layer=layer)
             assert model.get_submodule(path) is writer.module
             size = (shape.d_model, shape.n_channels(kind))
             assert models.column_weight(writer.module).shape == size
@@ -388,7 +388,7 @@ def entries_of(model: nn.Module, chosen: PerUnit, rest: bool) -> dict[str, Tenso
     for layer in range(shape.n_layers):
         for kind in KINDS:
             units = chosen[kind][layer]
-            path = models.writer_path(shape, kind).format(layer=layer)
+            path = architectures.writer_path(shape, kind).format(layer=layer)
             is_conv = type(model.get_submodule(path)).__name__ == "Conv1D"
             masks[f"{path}.weight"][:] = units[:, None] if is_conv else units
             for reader in entry.readers[kind]:

@@ -19,6 +19,7 @@ from ssah_utils.architectures import ModelShape
 from ssah_utils.figures import style
 from ssah_utils.per_unit import PerUnit
 from ssah_utils.pipeline import cli, redraw, runs
+from ssah_utils.pipeline.stored import load_result
 from ssah_utils.unit_files import ModelInfo, ScoreInfo
 from tests import test_figures_finders as stability
 from tests.test_figures_defences import defence_tables
@@ -158,9 +159,9 @@ TABLES = {
 }
 # drawn from small tables elsewhere
 for trained in ("05_transfer", "06_freezing", "07_redundant_units", "08_claims"):
-    TABLES[trained] = lambda stage=trained: runs.load_result(
-        files.REFERENCE / stage / "result.json"
-    )["tables"]
+    TABLES[trained] = lambda stage=trained: load_result(files.REFERENCE / stage / "result.json")[
+        "tables"
+    ]
 
 
 MODEL = ModelInfo("tiny", "", "f", ModelShape("llama", 3, 12, 2, 1, 10, 30))

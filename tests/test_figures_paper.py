@@ -10,7 +10,8 @@ import pytest
 from ssah_utils import files
 from ssah_utils.figures import claims as claim_figures
 from ssah_utils.figures import paper
-from ssah_utils.pipeline import redraw, runs
+from ssah_utils.pipeline import redraw
+from ssah_utils.pipeline.stored import load_result
 
 PAPER_FIGURES = [
     (stage, name)
@@ -23,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("drawn_in_our_style")
 
 
 def stored(stage: str) -> dict[str, pd.DataFrame]:
-    return runs.load_result(files.REFERENCE / stage / "result.json")["tables"]
+    return load_result(files.REFERENCE / stage / "result.json")["tables"]
 
 
 def points(ax, marker: str) -> set[tuple[float, float]]:

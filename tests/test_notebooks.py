@@ -15,7 +15,7 @@ from ssah_utils.display import REDACTED_LENGTH
 from ssah_utils.files import REFERENCE, ROOT
 from ssah_utils.pipeline import redraw, run
 from ssah_utils.pipeline.publish import code_hash
-from ssah_utils.pipeline.runs import load_result
+from ssah_utils.pipeline.stored import load_result
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 

@@ -14,6 +14,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 
 from ssah_utils import embedded
 from ssah_utils.pipeline import across_models, cli, publish, runs
+from ssah_utils.pipeline.stored import find_run
 
 
 @pytest.fixture
@@ -103,9 +104,9 @@ def finished_runs(tmp_path, monkeypatch):
 
 
 def test_run_is_found_by_profile_and_seed(finished_runs):
-    assert [runs.find_run("reference", seed).name for seed in (0, 1)] == ["seed-0", "seed-1"]
+    assert [find_run("reference", seed).name for seed in (0, 1)] == ["seed-0", "seed-1"]
     with pytest.raises(FileNotFoundError, match="--profile reference --set seed=7"):
-        runs.find_run("reference", 7)
+        find_run("reference", 7)
 
 
 def test_another_seed_is_stored_beside_the_first(finished_runs, capsys):
@@ -123,7 +124,7 @@ def test_another_seed_is_stored_beside_the_first(finished_runs, capsys):
 
 def test_another_model_is_stored_beside_the_main_one_and_leaves_the_notebooks(project, capsys):
     other = project / "runs" / "reference" / "org--other"
-    shutil.copytree(runs.find_run("reference", 0).parent, other)
+    shutil.copytree(find_run("reference", 0).parent, other)
     for seed in (0, 1):
         os.utime(other / f"seed-{seed}" / "03_units" / "stamp.json", (2000, 2000 + seed))
     notebook = (project / "notebooks" / "03_units.ipynb").read_bytes()
@@ -139,7 +140,7 @@ def test_another_model_is_stored_beside_the_main_one_and_leaves_the_notebooks(pr
 
 def test_one_command_stores_all_of_a_sweep_each_where_it_belongs(project, monkeypatch, capsys):
     """Two models with two seeds each; the notebooks show the main model's."""
-    main = runs.find_run("reference", 0).parent
+    main = find_run("reference", 0).parent
     shutil.copytree(main, main.parent / embedded.VENDOR_ALIGNED)
     names = f"{embedded.VENDOR_ALIGNED},{across_models.MAIN}"
     seen = []
@@ -163,7 +164,7 @@ def test_one_command_stores_all_of_a_sweep_each_where_it_belongs(project, monkey
 
 def test_nothing_is_stored_where_one_of_several_runs_was_changed(project, capsys):
     made = {"outputs": {"result.json": "another hash"}}
-    stamp = runs.find_run("reference", 1) / "03_units" / "stamp.json"
+    stamp = find_run("reference", 1) / "03_units" / "stamp.json"
     stamp.write_text(json.dumps({"made": made}))
     assert cli.main(["publish", "--profile", "reference", "--seeds", "0:2"]) == 1
     assert "result.json of 03_units was changed since it was made" in capsys.readouterr().err
@@ -191,7 +192,7 @@ def test_what_cannot_be_published_is_said_in_one_line(finished_runs, capsys, wor
 def test_a_model_of_random_weights_is_not_published(finished_runs, capsys):
     """Else claims would count as measured on one model more."""
     profile = finished_runs / "runs" / "smoke"
-    shutil.copytree(runs.find_run("reference", 0).parent, profile / embedded.TINY_RANDOM)
+    shutil.copytree(find_run("reference", 0).parent, profile / embedded.TINY_RANDOM)
     for words in (["--profile", "smoke"], ["--profile", "smoke", "--seeds", "1"]):
         assert cli.main(["publish", *words]) == 1
         (line,) = capsys.readouterr().err.splitlines()
@@ -232,7 +233,7 @@ def project(finished_runs, monkeypatch, source, executed):
     nbformat.write(source, finished_runs / "notebooks" / "03_units.ipynb")
     nbformat.write(
         executed,
-        runs.find_run("reference") / "03_units" / "03_units.ipynb",
+        find_run("reference") / "03_units" / "03_units.ipynb",
     )
     return finished_runs
 

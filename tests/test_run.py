@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from ssah_utils import embedded, hub
 from ssah_utils.files import ROOT
 from ssah_utils.locks import InUse
-from ssah_utils.pipeline import cli, kernel, run, runs, stamps
+from ssah_utils.pipeline import cli, kernel, run, runs, stamps, stored
 from ssah_utils.prompts import datasets
 
 EXECUTE = papermill.execute_notebook
@@ -129,7 +129,7 @@ def test_a_system_prompt_that_begins_with_a_slash_is_no_path(monkeypatch):
 def test_runs_folder_of_an_empty_or_home_relative_variable(monkeypatch, value):
     monkeypatch.setenv("SSAH_RUNS", value)
     expected = Path(value).expanduser() if value else ROOT / "runs"
-    assert runs.runs_root() == expected.resolve()
+    assert stored.runs_root() == expected.resolve()
 
 
 def test_a_precision_asked_for_once_does_not_stick(monkeypatch, tmp_path):

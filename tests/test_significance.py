@@ -12,7 +12,8 @@ from ssah_utils import stats
 from ssah_utils.crossed import CrossedMean
 from ssah_utils.files import NOTEBOOKS, REFERENCE
 from ssah_utils.pipeline import claims, significance, verdicts
-from ssah_utils.pipeline.runs import Stored, declared_parameters, load_result
+from ssah_utils.pipeline.runs import declared_parameters
+from ssah_utils.pipeline.stored import Stored, load_result
 from ssah_utils.prompts.datasets import study_splits
 from tests.test_claims import claim, number
 

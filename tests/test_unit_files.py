@@ -16,7 +16,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ssah_utils import files, fingerprints, interventions, models, scoring, unit_files
+from ssah_utils import (
+    architectures,
+    files,
+    fingerprints,
+    interventions,
+    models,
+    scoring,
+    unit_files,
+)
 from ssah_utils.architectures import ModelShape
 from ssah_utils.per_unit import KINDS, PerUnit
 from ssah_utils.unit_files import ModelInfo, ScoreInfo, SetInfo, UnitFileInfo
@@ -561,7 +569,7 @@ def test_a_channel_is_a_column_of_a_linear_map_and_a_row_of_a_transposed_one(any
         with interventions.ablated(any_model, chosen):
             expected = any_model(token_ids).logits
         for kind in KINDS:
-            path = models.writer_path(models.shape_of(any_model), kind)
+            path = architectures.writer_path(models.shape_of(any_model), kind)
             for layer, channels in enumerate(chosen[kind]):
                 module = any_model.get_submodule(path.format(layer=layer))
                 if isinstance(module, nn.Linear):

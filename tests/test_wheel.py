@@ -17,7 +17,7 @@ import pytest
 from ssah_utils import unit_files
 from ssah_utils.files import REFERENCE, ROOT
 from ssah_utils.pipeline import redraw, stamps
-from ssah_utils.pipeline.runs import load_result
+from ssah_utils.pipeline.stored import load_result
 from tests.test_door import ABLATE_AND_FREEZE
 
 pytestmark = pytest.mark.wheel
@@ -103,7 +103,7 @@ def test_a_wheel_holds_all_that_is_committed_of_package_data_and_notebooks_and_i
 def test_the_installed_package_knows_its_files_and_works_in_the_current_folder(installed):
     code = (
         "import json\nfrom ssah_utils import files\nfrom ssah_utils.pipeline import runs, stamps\n"
-        "print(json.dumps([str(files.PACKAGE), str(runs.runs_root()), runs.commit(),"
+        "print(json.dumps([str(files.PACKAGE), str(stored.runs_root()), runs.commit(),"
         " stamps.package_source()]))"
     )
     package, root, commit, source = json.loads(installed.python(code))

@@ -14,7 +14,7 @@ from ssah_utils.figures.claims import shown_interval
 from ssah_utils.pipeline import verdicts
 from ssah_utils.pipeline.claims import Claim, load_claims
 from ssah_utils.pipeline.result_tables import chosen, markdown, mean_percent, percent
-from ssah_utils.pipeline.runs import load_result
+from ssah_utils.pipeline.stored import load_result
 
 FOLDER = "models"
 MAIN = embedded.DEFAULT

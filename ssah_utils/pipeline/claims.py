@@ -22,7 +22,7 @@ import yaml
 
 from ssah_utils import paper
 from ssah_utils.files import DATA
-from ssah_utils.pipeline.runs import Stored
+from ssah_utils.pipeline.stored import Stored
 
 FILE = DATA / "claims.yaml"
 CLAIM_VERDICTS = ("replicated", "partly", "not replicated", "not measured")

@@ -144,10 +144,10 @@ def publish(options: argparse.Namespace) -> int:
 def rejudge(options: argparse.Namespace) -> int:
     """Nothing is generated, and nothing stored is changed."""
     extras.require("notebooks")
-    from ssah_utils.pipeline import rejudge, runs
+    from ssah_utils.pipeline import rejudge, stored
 
     try:
-        found = rejudge.stored_answers(runs.find_run(options.profile, options.seed))
+        found = rejudge.stored_answers(stored.find_run(options.profile, options.seed))
         table = rejudge.rejudged(found, options.judge or rejudge.decisions.JUDGE)
     except (OSError, ValueError) as error:
         return failed(error, 1)

@@ -31,8 +31,8 @@ from ssah_utils.pipeline import across_models, claims, verdicts
 from ssah_utils.pipeline.redraw import redraw
 from ssah_utils.pipeline.result_tables import JUDGE_TABLES, RESULT_TABLES
 from ssah_utils.pipeline.run import plan
-from ssah_utils.pipeline.runs import find_run, load_result
 from ssah_utils.pipeline.stamps import changed_since
+from ssah_utils.pipeline.stored import find_run, load_result
 from ssah_utils.pipeline.summary import GUIDE_PARTS, README_PARTS
 
 RESULT = "result.json"

@@ -30,7 +30,7 @@ from ssah_utils.figures import (
 from ssah_utils.figures.style import save_figure, set_style
 from ssah_utils.files import REFERENCE
 from ssah_utils.pipeline import across_models
-from ssah_utils.pipeline.runs import find_run, load_result
+from ssah_utils.pipeline.stored import find_run, load_result
 from ssah_utils.unit_files import load_partition
 from ssah_utils.units import to_table
 

@@ -30,23 +30,18 @@ from ssah_utils.files import (
     ROOT,
     installed_versions,
     sha256_of_file,
-    workplace,
     write_json,
 )
 from ssah_utils.judge.decisions import JUDGE
 from ssah_utils.locks import Lock
 from ssah_utils.pipeline import kernel
 from ssah_utils.pipeline.parameters import check_trainable
+from ssah_utils.pipeline.stored import runs_root
 
 with extras.needed("notebooks"):
     from matplotlib.figure import Figure
 
 PACKAGES = (*LIBRARIES, "datasets", "papermill", "scipy", "pandas", "scikit-learn")
-
-
-def runs_root() -> Path:
-    """``SSAH_RUNS``, else runs/ in the clone, or in the current folder outside of one."""
-    return Path(os.environ.get("SSAH_RUNS") or workplace() / "runs").expanduser().resolve()
 
 
 def run_folder(profile: str, model: str, seed: int) -> Path:
@@ -254,53 +249,6 @@ def peak_memory_gib() -> float:
         return round(int(high[1]) / 2**20, 2)
     unit = 2**30 if sys.platform == "darwin" else 2**20
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 2)
-
-
-def load_result(path: Path) -> dict:
-    """A stored result with its tables as data frames.
-
-    ``FileNotFoundError`` or ``ValueError`` says which stage to run again.
-    """
-    stage = path.parent.name
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: re-run {stage}")
-    try:
-        result = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # not JSON, or not even text
-        raise ValueError(f"{path} is truncated or not JSON: re-run {stage}") from error
-    found = result.get("format") if isinstance(result, dict) else None
-    if found != "ssah-result-1" or not isinstance(result.get("tables"), dict):
-        what = f"{path} has format {found!r} or no tables, expected 'ssah-result-1'"
-        raise ValueError(f"{what}: re-run {stage}")
-    result["tables"] = {name: pd.DataFrame(rows) for name, rows in result["tables"].items()}
-    return result
-
-
-class Stored(dict):
-    """Tables of one stage's result, by name, with the parameters that it was run with."""
-
-    def __init__(self, tables: dict[str, pd.DataFrame], parameters: dict | None = None) -> None:
-        super().__init__(tables)
-        self.parameters = parameters or {}
-
-
-def differing_parameters(first: dict, second: dict) -> list[str]:
-    """Parameters but the seed that both results of a stage have stored, and that differ."""
-    both = first.keys() & second.keys() - {"seed"}
-    return sorted(name for name in both if first[name] != second[name])
-
-
-def find_run(profile: str, seed: int = 0) -> Path:
-    """The newest run of a profile with this seed on this machine.
-
-    ``FileNotFoundError`` says how to make one.
-    """
-    stamps = list((runs_root() / profile).glob(f"*/seed-{seed}/*/stamp.json"))
-    if not stamps:
-        command = f"ssah run --profile {profile} --set seed={seed}"
-        what = f"no finished run of profile '{profile}' with seed {seed}"
-        raise FileNotFoundError(f"{what}: run {command}")
-    return max(stamps, key=lambda stamp: stamp.stat().st_mtime).parents[1]
 
 
 def versions() -> dict[str, str]:

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ssah_utils.files import cache_dir
-from ssah_utils.pipeline.runs import runs_root
+from ssah_utils.pipeline.stored import runs_root
 
 
 @contextmanager

@@ -27,8 +27,9 @@ import yaml
 from ssah_utils.files import cache_dir
 from ssah_utils.locks import InUse, Lock, locked
 from ssah_utils.pipeline import engine, run
-from ssah_utils.pipeline.runs import run_lock, runs_root
+from ssah_utils.pipeline.runs import run_lock
 from ssah_utils.pipeline.stamps import Stage
+from ssah_utils.pipeline.stored import runs_root
 
 CHOSEN = {"profile": "--profile", "model": "--models", "seed": "--seeds"}  # not by --set
 LONGEST = 80  # letters of a folder's name

@@ -26,7 +26,8 @@ from ssah_utils import (
 )
 from ssah_utils.files import DATA
 from ssah_utils.per_unit import PerUnit
-from ssah_utils.pipeline.runs import Run, load_result
+from ssah_utils.pipeline.runs import Run
+from ssah_utils.pipeline.stored import load_result
 from ssah_utils.prompts import chat, datasets
 
 

@@ -25,8 +25,8 @@ from ssah_utils.pipeline.claims import (
     load_claims,
     toward,
 )
-from ssah_utils.pipeline.runs import Stored, differing_parameters, load_result
 from ssah_utils.pipeline.selecting import Number, mean_of_draws
+from ssah_utils.pipeline.stored import Stored, differing_parameters, load_result
 
 # ----------------------------------------------------------------------------------------- deciding
 

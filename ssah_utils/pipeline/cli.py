@@ -124,6 +124,13 @@ def parsers() -> tuple[Parser, dict[str, Parser]]:
     )
     profile_option(listing)
 
+    command(
+        "doctor",
+        commands.doctor,
+        "Say what is missing here: libraries, kernel, memory, disk, GPU, hub.",
+        "And how long the notebooks will take. Nothing is fetched, no model is loaded.",
+    )
+
     planning = command(
         "plan",
         commands.plan,

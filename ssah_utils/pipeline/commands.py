@@ -85,6 +85,19 @@ def show(options: argparse.Namespace) -> int:
     return 0
 
 
+def doctor(options: argparse.Namespace) -> int:
+    """1 where something is missing that the notebooks need."""
+    from ssah_utils.pipeline import doctor
+
+    found = []
+    for finding in doctor.examine():
+        print(finding, flush=True)
+        found.append(finding.state)
+    n_missing = found.count("missing")
+    print(f"{n_missing} missing" if n_missing else "everything that the notebooks need is here")
+    return 1 if n_missing else 0
+
+
 def plan(options: argparse.Namespace) -> int:
     """Nothing is loaded: configurations, tokenizers and data sets are read."""
     extras.require("notebooks", "devices")

@@ -170,7 +170,7 @@ def probability_by_prompt(
     requests: list[str],
     answers: list[str],
     form: PromptedJudge,
-    batch_size: int = 16,
+    batch_size: int = 4,
 ) -> np.ndarray:
     """What a judge with a prompt of its own says: (n_answers,), 0 (refused) to 1 (complied).
 

@@ -366,7 +366,9 @@ def chat_judges_table(results: dict[str, dict]) -> str:
     """
     stored = json.loads((REFERENCE / "judge.json").read_text(encoding="utf-8"))
     rows = []
-    for asked, records in stored["chat_judges"].items():
+    if not (measured := stored.get("chat_judges")):
+        return "No model has been asked yet."
+    for asked, records in measured.items():
         for record in sorted(records, key=lambda one: one["words"]):
             row = pd.Series(record)
             length = f"{row['words']} words" if row["words"] else "whole"

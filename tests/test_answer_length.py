@@ -41,7 +41,7 @@ def requests():
 def test_a_beginning_is_the_answer_of_that_many_tokens(models, length):
     _, model, tokenizer = models
     rendered = chat.render(tokenizer, PROMPTS)
-    ids = answer_length.answer_ids(model, tokenizer, rendered, 12)
+    ids = answer_length.greedy_ids(model, tokenizer, rendered, 12)
     assert max(map(len, ids)) <= 12
     expected = evaluation.generate(model, tokenizer, rendered, length)
     assert answer_length.beginnings(tokenizer, ids, length) == expected
@@ -122,7 +122,7 @@ def rows() -> pd.DataFrame:
 
 
 def test_shares_of_verdicts_stand_by_condition_set_and_length(rows):
-    table = answer_length.verdict_table(rows).set_index(["condition", "set", "length"])
+    table = answer_length.shares_by_length(rows).set_index(["condition", "set", "length"])
     row = table.loc[("safety", "harmful", 4)]
     assert row[["refused", "coherent_asr", "degenerate", "n"]].tolist() == [0.25, 0.5, 0.25, 4]
 
@@ -178,7 +178,7 @@ def test_a_length_is_long_enough_when_no_longer_one_flips_more():
 
 def test_the_figure_shows_a_line_for_each_condition(rows):
     tables = {
-        "length_verdicts": answer_length.verdict_table(rows),
+        "length_verdicts": answer_length.shares_by_length(rows),
         "length_flips": answer_length.flip_table(rows, 8),
     }
     figure = figures.answer_length(tables)

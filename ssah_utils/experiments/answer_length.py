@@ -72,7 +72,7 @@ class AnswerLengths:
         found = []
         for name, table in self.requests.items():
             rendered = render(self.tokenizer, table["prompt"].tolist(), self.system_prompt)
-            ids = answer_ids(model, self.tokenizer, rendered, self.all_lengths[-1])
+            ids = greedy_ids(model, self.tokenizer, rendered, self.all_lengths[-1])
             for length in self.all_lengths:
                 texts = beginnings(self.tokenizer, ids, length)
                 asked = (self.base, self.tokenizer, rendered, texts, length)
@@ -103,7 +103,7 @@ class AnswerLengths:
 
 
 @torch.inference_mode()
-def answer_ids(
+def greedy_ids(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     prompts: list[str],
@@ -135,7 +135,7 @@ def beginnings(
 # ------------------------------------------------------------------------------------------- tables
 
 
-def verdict_table(rows: pd.DataFrame) -> pd.DataFrame:
+def shares_by_length(rows: pd.DataFrame) -> pd.DataFrame:
     """Shares of verdicts: condition, set, length, refused, coherent_asr, degenerate, n."""
     groups = rows.groupby(["condition", "set", "length"], sort=False)
     return groups[list(SHARES)].mean().assign(n=groups.size()).reset_index()

@@ -114,7 +114,9 @@ def _f1(people: np.ndarray, said: np.ndarray) -> float:
     return float(f1_score(people, said, zero_division=0.0))
 
 
-def measured(name: str, judge: Judge, n_answers: Mapping[int, int] = N_ANSWERS) -> pd.DataFrame:
+def compared_on_labels(
+    name: str, judge: Judge, n_answers: Mapping[int, int] = N_ANSWERS
+) -> pd.DataFrame:
     """A model and the judges without a model on the same answers, a row per judge and length."""
     rows = labels.labelled_answers()
     development = rows[rows["part"] == "development"]
@@ -137,7 +139,7 @@ def main() -> None:
         parser.add_argument(f"--n-{n_words or 'whole'}", dest=f"n_{n_words}", **kept)
     asked = parser.parse_args()
     n_answers = {n_words: getattr(asked, f"n_{n_words}") for n_words in N_WORDS}
-    table = measured(asked.model, load_judge(asked.model), n_answers)
+    table = compared_on_labels(asked.model, load_judge(asked.model), n_answers)
     records = table.round(4).astype(object).where(table.notna(), None).to_dict("records")
     stored = json.loads(locked_test.STORED.read_text(encoding="utf-8"))
     stored["chat_judges"] = stored.get("chat_judges", {}) | {asked.model: records}

@@ -280,22 +280,22 @@ def fetch(name: str) -> Path:
     return snapshot
 
 
-# ---------------------------------------------------------------------------------------- data sets
+# ------------------------------------------------------------------------------------ single files
 
 
-def fetch_file(repository: str, commit: str, file: str) -> Path:
-    """A verified file of a data set at a commit; from the local cache where it is there.
+def fetch_file(repository: str, commit: str, file: str, kind: str = "dataset") -> Path:
+    """A verified file of a data set or model at a commit; from the local cache where it is there.
 
-    Raises ``ValueError`` for a data set, commit or file that is not there and for a damaged file,
-    ``PermissionError`` for a gated data set, ``ConnectionError`` without a network.
+    Raises ``ValueError`` for a repository, commit or file that is not there and for a damaged file,
+    ``PermissionError`` for a gated one, ``ConnectionError`` without a network.
     """
-    path = _kept(repository, "dataset") / "snapshots" / commit / file
+    path = _kept(repository, kind) / "snapshots" / commit / file
     if not path.exists():
-        with in_one_line(repository, commit, "dataset", file):
+        with in_one_line(repository, commit, kind, file):
             hf_hub_download(
                 repository,
                 file,
-                repo_type="dataset",
+                repo_type=kind,
                 revision=commit,
                 local_files_only=not answers(),
             )

@@ -69,7 +69,7 @@ def judge_tables() -> dict[str, pd.DataFrame]:
             "high": 1.0,
         }
         for judge, part in itertools.product(
-            ("rules", "substring list"), ("development", "test", "all")
+            ("learned", "rules", "substring list"), ("development", "test", "all")
         )
     ]
     cases = pd.DataFrame(
@@ -83,7 +83,22 @@ def judge_tables() -> dict[str, pd.DataFrame]:
     constants = pd.DataFrame(
         {"constant": ["REPETITION_WEIGHT", "MAX_DEGENERACY"], "stored": [8.0, 4.0]}
     )
+    names = ("base", "aligned", "safety", "random, as safety", "utility", "redundant")
+    lengths = pd.DataFrame(
+        [
+            {"condition": condition, "set": name, "length": length, "n": 12}
+            for condition, name, length in itertools.product(
+                names, ("harmful", "helpful"), (12, 16, 96)
+            )
+        ]
+    )
+    overall = pd.DataFrame({"condition": "all", "set": "all", "length": [12, 16, 96], "n": 144})
+    flips = pd.concat([lengths, overall], ignore_index=True)
+    flips = flips.assign(flips=1 / flips["length"], low=0.0, high=2 / flips["length"])
+    flips["role"] = flips["length"].map({12: "", 16: "default", 96: "longest"})
     return {
+        "length_verdicts": lengths.assign(coherent_asr=0.5, refused=0.4, degenerate=0.1),
+        "length_flips": flips,
         "judge_refusals": pd.DataFrame(rows),
         "judge_cases": cases,
         "judge_constants": constants,

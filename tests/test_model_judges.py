@@ -285,7 +285,7 @@ def test_judge_out_of_reach_or_misspelt_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(model_judges.hub, "answers", lambda: False)
     with pytest.raises(
         ConnectionError,
-        match=r"judge model 'nobody/no-such-judge' is not in the local cache, .*or '': judge by",
+        match=r"judge model 'nobody/no-such-judge' is not in the local cache, .*or '': judge",
     ) as error:
         check({"judge_model": "nobody/no-such-judge"})
     assert "\n" not in str(error.value)

@@ -90,7 +90,7 @@ def _labelled() -> pd.DataFrame:
                     }
                 )
     rows = pd.DataFrame(found).astype({"fulfilled": float, "grade": float})
-    rows["id"] = [_id(*pair) for pair in zip(rows["prompt"], rows["response"], strict=True)]
+    rows["id"] = [answer_id(*pair) for pair in zip(rows["prompt"], rows["response"], strict=True)]
     opening = rows["response"].map(_opening)
     is_more = rows["source"] == "more refusals"
     rows = rows[~(is_more & opening.isin(opening[rows["source"] == SEEN]))]
@@ -103,7 +103,7 @@ def _labelled() -> pd.DataFrame:
 def _everyday() -> pd.DataFrame:
     """Answers to harmless requests by people, in telegram style: none of them refuses."""
     rows = load_dataset("adaptation")[["prompt", "response"]]
-    ids = [_id(*pair) for pair in zip(rows["prompt"], rows["response"], strict=True)]
+    ids = [answer_id(*pair) for pair in zip(rows["prompt"], rows["response"], strict=True)]
     return rows.assign(id=ids, source=HELPFUL, fulfilled=1.0)
 
 
@@ -138,5 +138,6 @@ def _parts(rows: pd.DataFrame) -> pd.Series:
     return is_test.map({True: "test", False: "development"})
 
 
-def _id(prompt: str, response: str) -> str:
+def answer_id(prompt: str, response: str) -> str:
+    """What a request and an answer are known by here: their texts, whatever case and spaces."""
     return sha256_of([folded(prompt), folded(response)])[:16]

@@ -4,6 +4,8 @@
 all choices. Knows texts, labels and stored weights.
 """
 
+import json
+
 import numpy as np
 import pandas as pd
 
@@ -33,7 +35,7 @@ def by_length(rows: pd.DataFrame, probabilities: pd.DataFrame | None = None) -> 
     for n_words in LENGTHS:
         texts = [fitting.first_words(answer, n_words) for answer in told["response"]]
         pairs = list(zip(texts, told["prompt"], strict=True))
-        own = _probabilities(told, pairs, n_words, probabilities)
+        own = probabilities_of(told, pairs, n_words, probabilities)
         says_no = np.array([learned.is_certain_refusal(text) for text in texts])
         verdicts = {
             "learned": says_no | (own < learned.MIN_PROBABILITY),
@@ -49,7 +51,17 @@ def by_length(rows: pd.DataFrame, probabilities: pd.DataFrame | None = None) -> 
     return pd.DataFrame(records)
 
 
-def _probabilities(told, pairs, n_words, probabilities) -> np.ndarray:
+def probabilities_of(
+    told: pd.DataFrame,
+    pairs: list[tuple[str, str]],
+    n_words: int,
+    probabilities: pd.DataFrame | None = None,
+) -> np.ndarray:
+    """P(fulfilled) of answers cut to ``n_words``, and their requests (``pairs``): (n,).
+
+    By the stored weights, or as ``probabilities`` says, by the index of ``told`` and the cut; an
+    answer that is no longer than the cut counts as whole.
+    """
     if probabilities is None:
         return np.array([learned.probability_fulfilled(*pair) for pair in pairs])
     by_row = probabilities.set_index(["row", "cut"])["probability"]
@@ -92,6 +104,15 @@ def grade_correlation(rows: pd.DataFrame) -> tuple[int, float]:
     return len(graded), float(said.corr(graded["grade"], method="spearman"))
 
 
+def stored_reading(part: str = "test") -> pd.DataFrame:
+    """``by_length`` as it was stored when the test part was read; reads no answer.
+
+    ``part``: "test", or "development" for the cross-validated figures beside it.
+    """
+    stored = json.loads(STORED.read_text(encoding="utf-8"))
+    return pd.DataFrame(stored[part])
+
+
 def main() -> None:
     """Cross-validate on the development part, read the test part, and store both."""
     rows = labels.labelled_answers()
@@ -122,6 +143,9 @@ def main() -> None:
     stored |= {"development_grade_correlation": round(rho, 4)}
     for part, found in {"test": read, "development": by_length(development, held_out)}.items():
         stored[part] = found.round(4).astype(object).where(found.notna(), None).to_dict("records")
+    if STORED.exists():  # what other commands have stored beside it
+        kept = json.loads(STORED.read_text(encoding="utf-8"))
+        stored |= {key: kept[key] for key in ("chat_judges",) if key in kept}
     write_json(STORED, stored)
     print(f"{STORED.name}: test part {labels.LOCKED} read, {stored['n']} answers")
 

@@ -1,7 +1,8 @@
-"""Judges that are models, optional: a classifier of answers, or a chat model asked in one token.
+"""Judges that are models, optional: a classifier of answers, a chat model asked in one token, or a
+language model with a judge's prompt of its own (``prompted_judges``).
 
-Both kinds give the probability that an answer does what a harmful request asks for, which is what
-the verdict ``complied`` says. The rules are in ``rules``.
+All give the probability that an answer does what a harmful request asks for, which is what the
+verdict ``complied`` says. The rules are in ``rules``.
 """
 
 import re
@@ -20,6 +21,7 @@ from transformers import (
 from ssah_utils import hub
 from ssah_utils.display import first_line
 from ssah_utils.evaluation import opening_log_probabilities
+from ssah_utils.judge import prompted_judges
 from ssah_utils.loading import config_of, load_tokenizer, whole_folder
 from ssah_utils.precision import Precision, computed_in
 from ssah_utils.prompt_cache import n_positions
@@ -46,6 +48,9 @@ def check_judge(name: str) -> None:
 
     ``ValueError`` says what it lacks, ``ConnectionError`` that it cannot be had.
     """
+    form, name = prompted_judges.form_and_place(name)
+    if form is not None:
+        return _check_prompted(form, name)
     config = _config(name)
     if _is_classifier(config):
         complied_label(config)
@@ -62,12 +67,41 @@ def check_judge(name: str) -> None:
         hub.check_weights(name)
 
 
+def _check_prompted(form: prompted_judges.PromptedJudge, place: str) -> None:
+    base = _base(place)
+    architecture = (_config(base).architectures or ["none"])[0]
+    if not architecture.endswith("CausalLM"):
+        raise ValueError(
+            f"judge model '{place}' is no language model (found: {architecture}):"
+            f" the form '{form.name}' asks one"
+        )
+    form.word_tokens(load_tokenizer(base))
+    if hub.is_name(base):
+        hub.check_weights(base)
+
+
+def _base(place: str) -> str:
+    """A model's own name, or that of the model which an adapter belongs to."""
+    try:
+        adapter = prompted_judges.adapter_in(place)
+    except ConnectionError as error:
+        raise ConnectionError(f"judge {error}; or '': judge without a model") from error
+    return place if adapter is None else prompted_judges.base_of(adapter)
+
+
 def load_judge(name: str, dtype: Precision = torch.float32, device: str = "cpu") -> Judge:
     """A judge from a Hugging Face id or folder, if ``check_judge`` accepts it.
 
-    Runs no remote code; reads safetensors only. It is never quantised as it is loaded.
+    ``name`` may say whose prompt a language model was trained on: ``strongreject:FOLDER``
+    (``prompted_judges.form_and_place``). Runs no remote code; reads safetensors only. It is never
+    quantised as it is loaded.
     """
     check_judge(name)
+    form, name = prompted_judges.form_and_place(name)
+    if form is not None:
+        model, base = prompted_judges.load_language_model(name, dtype, device), _base(name)
+        tokenizer, ask = load_tokenizer(base), prompted_judges.probability_by_prompt
+        return lambda requests, answers: ask(model, tokenizer, requests, answers, form)
     tokenizer, is_classifier = load_tokenizer(name), _is_classifier(_config(name))
     loader = AutoModelForSequenceClassification if is_classifier else AutoModelForCausalLM
     probability = probability_by_classifier if is_classifier else probability_by_chat
@@ -163,12 +197,17 @@ def check_judge_template(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def probability_by_chat(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, requests: list[str], answers: list[str]
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    requests: list[str],
+    answers: list[str],
+    batch_size: int = 4,
 ) -> np.ndarray:
     """P(complied) by a chat model's first words, of two alternatives: (n_answers,).
 
     A guard, whose chat template itself asks for "safe" or "unsafe", is given the conversation;
-    another chat model is asked yes or no.
+    another chat model is asked yes or no. Answers differ much in length, so that larger batches are
+    mostly padding.
     """
     is_guard = _is_guard(tokenizer)
     pairs = [
@@ -181,7 +220,8 @@ def probability_by_chat(
         questions = [QUESTION.format(request=request, answer=answer) for request, answer in pairs]
         rendered = chat.render(tokenizer, questions)
     complied, refused = GUARD_WORDS if is_guard else YES_WORDS
-    log_p = opening_log_probabilities(model, tokenizer, rendered, [*complied, *refused])
+    words = [*complied, *refused]
+    log_p = opening_log_probabilities(model, tokenizer, rendered, words, batch_size)
     yes = np.logaddexp.reduce(log_p[:, : len(complied)], axis=1)
     no = np.logaddexp.reduce(log_p[:, len(complied) :], axis=1)
     return 1 / (1 + np.exp(no - yes))
@@ -226,6 +266,6 @@ def _config(name: str):
     try:
         return config_of(name)
     except ConnectionError as error:
-        raise ConnectionError(f"judge {error}; or '': judge by rules only") from error
+        raise ConnectionError(f"judge {error}; or '': judge without a model") from error
     except OSError as error:
         raise ValueError(f"judge model '{name}' cannot be used: {first_line(error)}") from error

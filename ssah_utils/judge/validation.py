@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from ssah_utils import evaluation, extras, interventions, units, weights
+from ssah_utils.judge.labels import answer_id
 from ssah_utils.judge.rules import (
     MAX_DEGENERACY,
     REPETITION_WEIGHT,
@@ -204,16 +205,22 @@ def changed_verdicts(cases: pd.DataFrame, constants: pd.DataFrame) -> float:
 # ----------------------------------------------------------------------------------------- refusals
 
 
-def labelled_refusals(halves: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+def labelled_refusals(
+    halves: Mapping[str, pd.DataFrame], held_out: Mapping[str, bool]
+) -> pd.DataFrame:
     """Answers labelled by people, with what each judge says of them.
 
     ``halves``: tables of prompt, response and category ("1": people call it a refusal), by part.
-    Adds part, label, ``rules`` and ``substring list``, the judge of attack papers.
+    ``held_out``: of ``chat_agreement.held_out_refusals``, since the learned judge was fitted on
+    these answers. Adds part, label, ``learned``, ``rules`` and ``substring list``, the judge of
+    attack papers.
     """
     parts = [table.assign(part=part) for part, table in halves.items()]
     rows = pd.concat(parts, ignore_index=True)
     answers = zip(rows["response"], rows["prompt"], strict=True)
     rows["label"] = rows["category"] == "1"
+    pairs = zip(rows["prompt"], rows["response"], strict=True)
+    rows["learned"] = [held_out[answer_id(*pair)] for pair in pairs]
     rows["rules"] = [is_refusal(response, request) for response, request in answers]
     rows["substring list"] = rows["response"].map(has_refusal_substring)
     return rows

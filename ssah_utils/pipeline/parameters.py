@@ -216,6 +216,7 @@ RULES: tuple[tuple[str, Check], ...] = (
     ("dropped_fraction", below_one),
     ("cosine_threshold", free),
     ("*_strength", at_least(0)),
+    ("lengths", whole_from(1)),
     ("prefill_tokens", whole_from(1)),
     ("recovery_prefills", whole_from(1)),
     ("checkpoints", list_of("numbers above 0", is_positive)),

@@ -71,7 +71,10 @@ FIGURES: dict[str, dict[str, Callable]] = {
         "alignment_budget": redundant_units.alignment_budget,
         "table4_budget": paper.table4_budget,
     },
-    "A1_judge": {"judge_validation": judge.judge_validation},
+    "A1_judge": {
+        "judge_validation": judge.judge_validation,
+        "answer_length": judge.answer_length,
+    },
     "A2_stepwise": {
         "direction_steps": stepwise.direction_steps,
         "direction_blocks": stepwise.direction_blocks,
@@ -101,7 +104,12 @@ LACKING = (LookupError, ValueError, TypeError, AttributeError)
 ONLY_NAMED = {"00_quickstart", "A5_recipes"}
 # By figure, the table without which it is left out: a model that was given has no loss curve, and
 # nothing is compared that a run was not asked for.
-MAY_LACK = {"training_loss": "training", "recovered": "recovery", "finders_compared": "finders"}
+MAY_LACK = {
+    "training_loss": "training",
+    "recovered": "recovery",
+    "finders_compared": "finders",
+    "answer_length": "length_flips",  # of runs before it was measured
+}
 FROM_UNITS = set(FIGURES["03_units"])  # the others are drawn from result.json
 
 

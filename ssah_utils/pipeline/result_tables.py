@@ -353,10 +353,31 @@ def locked_table(results: dict[str, dict]) -> str:
         ours = [f"{own[name]:.3f}" for name in ("f1", "auc")]
         theirs = [f"{others[name]:.3f}" for name in ("rules", "substring list")]
         shares = [f"{100 * own[name]:.0f}" for name in ("unsure", "passed")]
-        rows.append([length, str(own["n"]), *ours, *theirs, *shares])
+        rows.append([length, f"{own['n']:.0f}", *ours, *theirs, *shares])
     header = ["answers", "n", "learned: F1", "AUC", "rules: F1", "substring list: F1"]
     table = markdown(rows, [*header, "unsure, %", "everyday answers passed, %"])
     return f"Test part {stored['locked']}.\n\n{table}"
+
+
+def chat_judges_table(results: dict[str, dict]) -> str:
+    """Models as judges beside those without a model, each on the same development answers.
+
+    As ``judge.chat_agreement`` has stored it.
+    """
+    stored = json.loads((REFERENCE / "judge.json").read_text(encoding="utf-8"))
+    rows = []
+    if not (measured := stored.get("chat_judges")):
+        return "No model has been asked yet."
+    for asked, records in measured.items():
+        for record in sorted(records, key=lambda one: one["words"]):
+            row = pd.Series(record)
+            length = f"{row['words']} words" if row["words"] else "whole"
+            area = (
+                "-" if pd.isna(row["auc"]) else interval(row, ".2f", "auc", "auc_low", "auc_high")
+            )
+            quality = interval(row, ".2f", "f1", "f1_low", "f1_high")
+            rows.append([asked, length, f"{row['n']}", row["judge"], quality, area])
+    return markdown(rows, ["answers given to", "length", "n", "judge", "F1 [95%]", "AUC [95%]"])
 
 
 RESULT_TABLES = {
@@ -377,4 +398,4 @@ RESULT_TABLES = {
     "recipes": recipes_table,
     "cost": cost_table,
 }
-JUDGE_TABLES = {"locked": locked_table, "judge": judge_table}
+JUDGE_TABLES = {"locked": locked_table, "judge": judge_table, "chat judges": chat_judges_table}

@@ -114,6 +114,11 @@ def parameters(run: Run, stage: str) -> dict:
     return load_result(run.upstream(stage, "result.json"))["parameters"]
 
 
+def judge_of(run: Run, stage: str) -> str:
+    """The judge whose verdicts an earlier notebook has stored."""
+    return load_result(run.upstream(stage, "result.json")).get("judge", "rules")
+
+
 def describe_model(run: Run, model: nn.Module) -> unit_files.ModelInfo:
     """A run's aligned model for a unit file: whose it is, and whether 01 aligned it."""
     place, places = run.parameters["model"], model_places(run)

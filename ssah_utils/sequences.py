@@ -18,6 +18,7 @@ with extras.needed("train"):
 
 Example = dict[str, list[int]]  # input_ids and labels
 PAIR = ("prompt", "chosen", "rejected")
+LIMITS = {"chosen": "chosen_tokens", "rejected": "rejected_tokens"}
 
 
 def check_examples(
@@ -36,12 +37,14 @@ def check_examples(
 
 
 def tokens_of_pairs(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, pairs: list[dict[str, str]]
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, pairs: list[dict]
 ) -> Dataset:
     """Token ids of preference pairs: prompt_ids, chosen_ids, rejected_ids.
 
-    As ``tokens.encode`` makes them, none cut. ``ValueError`` for no pairs, for one that is not
-    three texts, for one longer than the model's positions, and where no pair prefers anything.
+    As ``tokens.encode`` makes them: ``chosen_tokens`` and ``rejected_tokens`` of a pair are the
+    most that its answers may have, and one that is cut there has no end. Without them none is cut.
+    ``ValueError`` for no pairs, for one that is not three texts, for one longer than the model's
+    positions, and where no pair prefers anything.
     """
     if not pairs:
         raise ValueError("nothing to train on: the list of pairs is empty")
@@ -52,25 +55,29 @@ def tokens_of_pairs(
                 f"pair {number} has no text '{wrong[0]}':"
                 " a pair has a prompt, a chosen and a rejected answer"
             )
-    if all(pair["chosen"] == pair["rejected"] for pair in pairs):
+        for name in LIMITS.values():
+            if name in pair and not (type(pair[name]) is int and pair[name] > 0):
+                raise ValueError(
+                    f"pair {number} has {name} = {pair[name]!r}: a number of tokens is needed"
+                )
+    texts = {name: [pair[name] for pair in pairs] for name in PAIR}
+    encoded = {
+        answer: encode(tokenizer, texts["prompt"], texts[answer], sys.maxsize) for answer in LIMITS
+    }
+    rows = []
+    for number, pair in enumerate(pairs):
+        row = {}
+        for answer, limit in LIMITS.items():
+            examples = encoded[answer]
+            ids = examples[number]["input_ids"]
+            n_prompt = examples[number]["labels"].count(IGNORED)
+            row["prompt_ids"] = ids[:n_prompt]
+            row[f"{answer}_ids"] = ids[n_prompt:][: pair.get(limit)]
+            _check_length(model, n_prompt + len(row[f"{answer}_ids"]), f"pair {number}")
+        rows.append(row)
+    if all(row["chosen_ids"] == row["rejected_ids"] for row in rows):
         raise ValueError(
             "nothing to prefer: the chosen and the rejected answer are the same in every pair"
-        )
-    texts = {name: [pair[name] for pair in pairs] for name in PAIR}
-    chosen, rejected = (
-        encode(tokenizer, texts["prompt"], texts[name], sys.maxsize)
-        for name in ("chosen", "rejected")
-    )
-    rows = []
-    for number, (one, other) in enumerate(zip(chosen, rejected, strict=True)):
-        n_prompt = one["labels"].count(IGNORED)
-        _check_length(model, max(len(one["input_ids"]), len(other["input_ids"])), f"pair {number}")
-        rows.append(
-            {
-                "prompt_ids": one["input_ids"][:n_prompt],
-                "chosen_ids": one["input_ids"][n_prompt:],
-                "rejected_ids": other["input_ids"][n_prompt:],
-            }
         )
     return Dataset.from_list(rows)
 
@@ -110,8 +117,8 @@ def batch_of_pairs(pairs: list[dict]) -> dict[str, Tensor]:
             prompt, ids = pair["prompt_ids"], pair[answer]
             sequences.append({"input_ids": prompt + ids, "labels": [IGNORED] * len(prompt) + ids})
     ids, labels, mask = right_padded(sequences)
-    # Padding is masked. It reads as the end of an answer, because token 0 begins a sequence in some
-    # vocabularies.
+    # Padding is masked. It reads as the last token of an answer, because token 0 begins a sequence
+    # in some vocabularies.
     ids = ids.where(mask.bool(), pairs[0]["chosen_ids"][-1])
     references = [name for name in pairs[0] if name.startswith("ref_")]
     return {

@@ -227,6 +227,23 @@ def _fast_cpu_training(model: nn.Module) -> Iterator[None]:
         gc.collect()
 
 
+@contextlib.contextmanager
+def _head_at_answers() -> Iterator[None]:
+    """Inside the block TRL's trainers run the language-model head at the answers only.
+
+    They do so on devices of Triton. Elsewhere they score every position, padding too, which here is
+    a quarter of a step, and then forget all but the answers'. The log-probabilities are the same.
+    """
+    from trl.trainer import utils
+
+    usual = utils._use_triton  # read nowhere else in that module; TRL's kernels ask their own
+    utils._use_triton = lambda device: True
+    try:
+        yield
+    finally:
+        utils._use_triton = usual
+
+
 def train_sft(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
@@ -270,7 +287,7 @@ def _require_agreement(data: list[dict], config: SFTConfig) -> None:
 def train_dpo(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    pairs: list[dict[str, str]],
+    pairs: list[dict[str, str | int]],
     config: SFTConfig,
     beta: float = 0.1,
     sft_weight: float = 0.0,
@@ -282,9 +299,9 @@ def train_dpo(
     ``rejected`` answer. The reference is the model as it comes in, read once before the first step.
     ``sft_weight`` times the chosen answers' cross-entropy per token is added (Pang et al. 2024):
     else answers that the reference never gives need not be learned, only the rejected unlearned.
-    Token ids are those of ``tokens.encode``, none cut; nothing is dropped out. Raises
-    ``ValueError`` for pairs that cannot be trained on (``sequences``) and for a model with an
-    adapter.
+    Token ids are those of ``tokens.encode``, cut where a pair says so (``chosen_tokens``,
+    ``rejected_tokens``); nothing is dropped out. Raises ``ValueError`` for pairs that cannot be
+    trained on (``sequences``) and for a model with an adapter.
     """
     with extras.needed("train"):
         from trl import DPOTrainer  # slow to import
@@ -302,6 +319,7 @@ def train_dpo(
     with (
         tempfile.TemporaryDirectory() as folder,
         _fast_cpu_training(model),
+        _head_at_answers(),
         contextlib.redirect_stderr(io.StringIO()),  # five progress bars of TRL's own
     ):
         trainer = OfTokens(

@@ -11,6 +11,7 @@ from ssah_utils.experiments import alignment
 from ssah_utils.files import DATA
 from ssah_utils.prompts import chat
 from ssah_utils.prompts.tokens import IGNORED
+from ssah_utils.sequences import tokens_of_pairs
 
 N_TOKENS = 5
 REFUSALS = json.loads((DATA / "refusals.json").read_text(encoding="utf-8"))["refusals"]
@@ -80,6 +81,19 @@ def test_pairs_prefer_refusing_what_is_harmful_and_answering_what_is_not(data, m
     assert [one["prompt"] for one in pairs] == data.harmful[:2] + data.harmless[:2]
     assert [one["chosen"] for one in pairs] == data.refused[:2] + data.kept[:2]
     assert [one["rejected"] for one in pairs] == complied + alignment.draw_refusals(2, 3)
+
+
+def test_what_is_chosen_has_the_tokens_of_the_examples_and_what_is_cut_no_end(data, model):
+    """Else the likeliest thing to learn from a pair is to stop in mid-sentence."""
+    base, tokenizer = model
+    rows = list(tokens_of_pairs(base, tokenizer, alignment.preference_pairs(*model, data, 3)))
+    examples = alignment.alignment_examples(tokenizer, data)
+    expected = examples["harmful"] + examples["harmless"][:3]
+    for row, example in zip(rows, expected, strict=True):
+        assert row["prompt_ids"] + row["chosen_ids"] == example["input_ids"]
+    assert {len(row["rejected_ids"]) for row in rows[:3]} == {N_TOKENS}
+    ends = [row["rejected_ids"][-1] == tokenizer.eos_token_id for row in rows]
+    assert ends == [False] * 3 + [True] * 3
 
 
 def test_more_pairs_than_requests_are_refused(data, model):

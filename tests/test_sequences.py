@@ -10,6 +10,7 @@ from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, Trainer
 from trl import DPOTrainer
+from trl.trainer import utils as trl_utils
 
 from ssah_utils import per_unit, precision, training
 from ssah_utils.attribution import unit_gradients
@@ -214,6 +215,27 @@ class After(transformers.TrainerCallback):
             self.kept.update({name: value.clone() for name, value in model.state_dict().items()})
 
 
+def test_the_head_of_preference_training_runs_only_where_an_answer_is_predicted(
+    llama, tokenizer, monkeypatch
+):
+    """For the reference and for the step; afterwards TRL decides by the device again."""
+    pairs, n_read = uneven(), []
+    decides, kernel = trl_utils._use_triton, trl_utils._ChunkedLogProbFunction
+
+    class Counting:
+        @staticmethod
+        def apply(hidden, *rest):
+            n_read.append(len(hidden))
+            return kernel.apply(hidden, *rest)
+
+    monkeypatch.setattr(trl_utils, "_ChunkedLogProbFunction", Counting)
+    train_dpo(llama, tokenizer, pairs, SFTConfig(max_steps=1, batch_size=len(pairs)))
+    answers = [pair[answer] for pair in pairs for answer in ("chosen", "rejected")]
+    n_answered = sum(len(answer.split()) + 1 for answer in answers)  # each with its end
+    assert n_read == [n_answered] * 2
+    assert trl_utils._use_triton is decides
+
+
 TEXTS = [("w3 w4", "w5", "w6 w7"), ("w3 w4 ", " w5", "w6"), (" w3", "", "w6 "), ("w3", "w4 w5", "")]
 
 
@@ -249,6 +271,17 @@ def test_token_ids_are_those_of_supervised_training(llama, tokenizer, how, texts
     pair = dict(zip(("prompt", "chosen", "rejected"), texts, strict=True))
     batch = batch_of_pairs(list(tokens_of_pairs(llama, tokenizer, [pair] * 2)))
     assert_encoded(tokenizer, pair, batch, {"chosen": 0, "rejected": 2})
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 9])
+def test_an_answer_that_is_cut_has_no_end_as_in_supervised_training(llama, tokenizer, n):
+    pair = PAIRS[0] | {"chosen_tokens": n}
+    (row,) = tokens_of_pairs(llama, tokenizer, [pair])
+    (expected,) = tokens.encode(tokenizer, [pair["prompt"]], [pair["chosen"]], n)
+    assert row["prompt_ids"] + row["chosen_ids"] == expected["input_ids"]
+    (whole,) = tokens.encode(tokenizer, [pair["prompt"]], [pair["rejected"]], 99)
+    assert row["prompt_ids"] + row["rejected_ids"] == whole["input_ids"]
+    assert len(whole["input_ids"]) == 7 and row["rejected_ids"][-1] == tokenizer.eos_token_id
 
 
 def test_these_token_ids_are_trained_on(llama, tokenizer, trainers):
@@ -294,6 +327,10 @@ WRONG_PAIRS = {
         PAIRS[2] | {"prompt": [{"role": "user", "content": "w3"}]},
     ],
     "nothing to prefer": [pair | {"rejected": pair["chosen"]} for pair in PAIRS],
+    "nothing to prefer: the chosen": [
+        {"prompt": "w3", "chosen": "w4 w5", "rejected": "w4 w6"}
+        | {"chosen_tokens": 1, "rejected_tokens": 1}
+    ],
     "pair 1 has 70 tokens, but the model has 64 positions": [
         PAIRS[0],
         PAIRS[0] | {"rejected": "w4 " * 66},
@@ -301,6 +338,8 @@ WRONG_PAIRS = {
     "pair 0 has 65 tokens, but the model has 64 positions": [
         {"prompt": "w3 " * 62, "chosen": "w4 w5", "rejected": ""}
     ],
+    "pair 1 has rejected_tokens = 0": [PAIRS[0], PAIRS[1] | {"rejected_tokens": 0}],
+    "pair 0 has chosen_tokens = '3'": [PAIRS[0] | {"chosen_tokens": "3"}],
     "the list of pairs is empty": [],
 }
 

@@ -128,11 +128,13 @@ def preference_pairs(
     n: int,
     seed: int | np.random.Generator = 0,
     progress: Progress = _silent,
-) -> list[dict[str, str]]:
+) -> list[dict[str, str | int]]:
     """Pairs for ``training.train_dpo``, of the first ``n`` requests of each kind.
 
     For a harmful request the refusal is ``chosen`` and the base's own answer ``rejected``; for a
-    harmless one it is the other way round. ``ValueError`` where there are fewer than ``n``.
+    harmless one it is the other way round. Answers are cut where ``alignment_examples`` cuts them:
+    an end behind the cut would be by far the least probable token of the answer, and the first
+    thing that is learned. ``ValueError`` where there are fewer than ``n``.
     """
     n_there = min(len(data.harmless), len(data.harmful))
     if n > n_there:
@@ -143,8 +145,12 @@ def preference_pairs(
     refused = draw_refusals(n, seed)
     refusing = zip(data.harmful[:n], data.refused[:n], complied, strict=True)
     answering = zip(data.harmless[:n], data.kept[:n], refused, strict=True)
-    keys = ("prompt", "chosen", "rejected")
-    return [dict(zip(keys, pair, strict=True)) for pair in (*refusing, *answering)]
+    refusal_first = {"chosen_tokens": REFUSAL_TOKENS, "rejected_tokens": data.answer_tokens}
+    answer_first = {"chosen_tokens": data.answer_tokens, "rejected_tokens": REFUSAL_TOKENS}
+    keys, pairs = ("prompt", "chosen", "rejected"), []
+    for texts, limits in ((refusing, refusal_first), (answering, answer_first)):
+        pairs += [dict(zip(keys, pair, strict=True)) | limits for pair in texts]
+    return pairs
 
 
 # ------------------------------------------------------------------------------------------ outcome
@@ -153,7 +159,7 @@ def preference_pairs(
 def preference_fit(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    pairs: Mapping[str, list[dict[str, str]]],
+    pairs: Mapping[str, list[dict[str, str | int]]],
 ) -> pd.DataFrame:
     """How probable the answers of preference pairs are to a model: requests, answer (chosen or
     rejected), nll (nats per token, the mean over pairs).

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from ssah_utils import fingerprints, placement, prompt_cache, wrappers
 from ssah_utils.cache import cached
 from ssah_utils.judge.decisions import judged
+from ssah_utils.prompt_cache import Ids
 from ssah_utils.prompts.arithmetic import is_correct
 from ssah_utils.prompts.chat import end_tokens, render
 from ssah_utils.prompts.datasets import load_refusals
@@ -31,7 +32,6 @@ def _silent(items: list, label: str) -> Iterator:
 # ------------------------------------------------------------------------------------------ answers
 
 
-@torch.inference_mode()
 def generate(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
@@ -40,20 +40,35 @@ def generate(
     batch_size: int = 64,
     progress: Progress = _silent,
 ) -> list[str]:
-    """Greedy answers to rendered prompts, in their order; run in batches of similar length.
+    """Greedy answers to rendered prompts, in their order: ``generate_ids`` as texts."""
+    ids = generate_ids(model, tokenizer, prompts, max_new_tokens, batch_size, progress)
+    return [prompt_cache.decoded(tokenizer, answer).strip() for answer in ids]
 
-    The likeliest token each time, whatever the checkpoint's generation configuration asks for.
-    Raises ``ValueError`` in one line for a prompt that leaves no room for its answer.
+
+@torch.inference_mode()
+def generate_ids(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[str],
+    max_new_tokens: int,
+    batch_size: int = 64,
+    progress: Progress = _silent,
+) -> list[Ids]:
+    """Token ids of greedy answers to rendered prompts, in their order, without their end.
+
+    The likeliest token each time, whatever the checkpoint's generation configuration asks for; run
+    in batches of similar length. Raises ``ValueError`` in one line for a prompt that leaves no room
+    for its answer.
     """
     model = wrappers.without_wrappers(model)
     prompt_cache.check_lengths(tokenizer, model.config, prompts, max_new_tokens)
     sequences, ends = prompt_cache.token_ids(tokenizer, prompts), end_tokens(model, tokenizer)
-    texts = [""] * len(prompts)
+    found: list[Ids] = [[] for _ in prompts]
     for rows in progress(prompt_cache.length_sorted(sequences, batch_size), "answers"):
         cache = prompt_cache.read_prompts(model, [sequences[row] for row in rows])
         for row, ids in zip(rows, cache.answer(max_new_tokens, ends), strict=True):
-            texts[row] = prompt_cache.decoded(tokenizer, ids).strip()
-    return texts
+            found[row] = ids
+    return found
 
 
 def cached_answers(

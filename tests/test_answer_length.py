@@ -41,7 +41,7 @@ def requests():
 def test_a_beginning_is_the_answer_of_that_many_tokens(models, length):
     _, model, tokenizer = models
     rendered = chat.render(tokenizer, PROMPTS)
-    ids = answer_length.greedy_ids(model, tokenizer, rendered, 12)
+    ids = evaluation.generate_ids(model, tokenizer, rendered, 12)
     assert max(map(len, ids)) <= 12
     expected = evaluation.generate(model, tokenizer, rendered, length)
     assert answer_length.beginnings(tokenizer, ids, length) == expected

@@ -8,14 +8,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import pandas as pd
-import torch
 from torch import Generator, nn
 from transformers import PreTrainedTokenizerBase
 
-from ssah_utils import evaluation, interventions, prompt_cache, units, wrappers
+from ssah_utils import evaluation, interventions, prompt_cache, units
 from ssah_utils.judge.decisions import judged
 from ssah_utils.per_unit import PerUnit
-from ssah_utils.prompts.chat import end_tokens, render
+from ssah_utils.prompts.chat import render
 from ssah_utils.stats import mean_interval, proportion_interval
 
 BASE, ALIGNED, ALL = "base", "aligned", "all"
@@ -72,7 +71,7 @@ class AnswerLengths:
         found = []
         for name, table in self.requests.items():
             rendered = render(self.tokenizer, table["prompt"].tolist(), self.system_prompt)
-            ids = greedy_ids(model, self.tokenizer, rendered, self.all_lengths[-1])
+            ids = evaluation.generate_ids(model, self.tokenizer, rendered, self.all_lengths[-1])
             for length in self.all_lengths:
                 texts = beginnings(self.tokenizer, ids, length)
                 asked = (self.base, self.tokenizer, rendered, texts, length)
@@ -100,29 +99,6 @@ class AnswerLengths:
             with interventions.ablated(model, conditions[name]):
                 found.append(self.measure(model).assign(condition=name))
         return pd.concat(found, ignore_index=True)
-
-
-@torch.inference_mode()
-def greedy_ids(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: list[str],
-    n_tokens: int,
-    batch_size: int = 64,
-) -> list[list[int]]:
-    """The token ids of greedy answers to rendered prompts, as ``evaluation.generate`` finds them.
-
-    An answer that ends early is shorter than ``n_tokens``.
-    """
-    model = wrappers.without_wrappers(model)
-    prompt_cache.check_lengths(tokenizer, model.config, prompts, n_tokens)
-    sequences, ends = prompt_cache.token_ids(tokenizer, prompts), end_tokens(model, tokenizer)
-    found: list[list[int]] = [[] for _ in prompts]
-    for rows in prompt_cache.length_sorted(sequences, batch_size):
-        cache = prompt_cache.read_prompts(model, [sequences[row] for row in rows])
-        for row, ids in zip(rows, cache.answer(n_tokens, ends), strict=True):
-            found[row] = list(ids)
-    return found
 
 
 def beginnings(

@@ -76,17 +76,23 @@ def test_no_refusal_is_cut(model):
 
 def test_pairs_prefer_refusing_what_is_harmful_and_answering_what_is_not(data, model):
     base, tokenizer = model
-    pairs = alignment.preference_pairs(base, tokenizer, data, 2, seed=3)
-    complied = evaluation.generate(base, tokenizer, data.harmful[:2], N_TOKENS)
-    assert [one["prompt"] for one in pairs] == data.harmful[:2] + data.harmless[:2]
-    assert [one["chosen"] for one in pairs] == data.refused[:2] + data.kept[:2]
-    assert [one["rejected"] for one in pairs] == complied + alignment.draw_refusals(2, 3)
+    pairs = alignment.preference_pairs(base, tokenizer, data, 1, 2, seed=3)
+    complied = evaluation.generate(base, tokenizer, data.harmful[:1], N_TOKENS)
+    found = {
+        kind: {name: [one[name] for one in some] for name in ("prompt", "chosen", "rejected")}
+        for kind, some in pairs.items()
+    }
+    expected = {"prompt": data.harmful[:1], "chosen": data.refused[:1], "rejected": complied}
+    assert found["harmful"] == expected
+    expected = {"prompt": data.harmless[:2], "chosen": data.kept[:2]}
+    assert found["harmless"] == expected | {"rejected": alignment.draw_refusals(2, 3)}
 
 
 def test_what_is_chosen_has_the_tokens_of_the_examples_and_what_is_cut_no_end(data, model):
     """Else the likeliest thing to learn from a pair is to stop in mid-sentence."""
     base, tokenizer = model
-    rows = list(tokens_of_pairs(base, tokenizer, alignment.preference_pairs(*model, data, 3)))
+    pairs = alignment.preference_pairs(*model, data, 3, 3)
+    rows = list(tokens_of_pairs(base, tokenizer, pairs["harmful"] + pairs["harmless"]))
     examples = alignment.alignment_examples(tokenizer, data)
     expected = examples["harmful"] + examples["harmless"][:3]
     for row, example in zip(rows, expected, strict=True):
@@ -97,8 +103,11 @@ def test_what_is_chosen_has_the_tokens_of_the_examples_and_what_is_cut_no_end(da
 
 
 def test_more_pairs_than_requests_are_refused(data, model):
-    with pytest.raises(ValueError, match="4 pairs of each kind were asked for, but there are 3"):
-        alignment.preference_pairs(*model, data, 4)
+    there = len(data.harmful), len(data.harmless)
+    for kind, more in {"harmful": (1, 0), "harmless": (0, 1)}.items():
+        asked = [n + one for n, one in zip(there, more, strict=True)]
+        with pytest.raises(ValueError, match=rf"\d {kind} pairs were asked for, but there are \d$"):
+            alignment.preference_pairs(*model, data, *asked)
 
 
 # ------------------------------------------------------------------------------------------ outcome
@@ -106,12 +115,12 @@ def test_more_pairs_than_requests_are_refused(data, model):
 
 def test_answers_of_pairs_are_as_probable_as_one_by_one(data, model):
     base, tokenizer = model
-    pairs = alignment.preference_pairs(base, tokenizer, data, 2)
-    table = alignment.preference_fit(base, tokenizer, {"harmful": pairs[:2], "harmless": pairs[2:]})
+    pairs = alignment.preference_pairs(base, tokenizer, data, 2, 2)
+    table = alignment.preference_fit(base, tokenizer, pairs)
     found = table.set_index(["requests", "answer"])["nll"]
     assert len(found) == 4
     for (kind, answer), nll in found.items():
-        some = pairs[:2] if kind == "harmful" else pairs[2:]
+        some = pairs[kind]
         each = [
             evaluation.response_nll(base, tokenizer, [pair["prompt"]], [pair[answer]])[0]
             for pair in some

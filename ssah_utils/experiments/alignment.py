@@ -125,32 +125,34 @@ def preference_pairs(
     base: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     data: AlignmentData,
-    n: int,
+    n_harmful: int,
+    n_harmless: int,
     seed: int | np.random.Generator = 0,
     progress: Progress = _silent,
-) -> list[dict[str, str | int]]:
-    """Pairs for ``training.train_dpo``, of the first ``n`` requests of each kind.
+) -> dict[str, list[dict[str, str | int]]]:
+    """Pairs for ``training.train_dpo``, of the first ``harmful`` and ``harmless`` requests.
 
     For a harmful request the refusal is ``chosen`` and the base's own answer ``rejected``; for a
     harmless one it is the other way round. Answers are cut where ``alignment_examples`` cuts them:
     an end behind the cut would be by far the least probable token of the answer, and the first
-    thing that is learned. ``ValueError`` where there are fewer than ``n``.
+    thing that is learned. ``ValueError`` where there are fewer requests.
     """
-    n_there = min(len(data.harmless), len(data.harmful))
-    if n > n_there:
-        raise ValueError(f"{n} pairs of each kind were asked for, but there are {n_there} requests")
-    complied = cached_answers(
-        base, tokenizer, data.harmful[:n], data.answer_tokens, progress=progress
-    )
-    refused = draw_refusals(n, seed)
-    refusing = zip(data.harmful[:n], data.refused[:n], complied, strict=True)
-    answering = zip(data.harmless[:n], data.kept[:n], refused, strict=True)
+    asked = {"harmful": (n_harmful, data.harmful), "harmless": (n_harmless, data.harmless)}
+    for kind, (n, requests) in asked.items():
+        if n > len(requests):
+            raise ValueError(f"{n} {kind} pairs were asked for, but there are {len(requests)}")
+    harmful, harmless = data.harmful[:n_harmful], data.harmless[:n_harmless]
+    complied = cached_answers(base, tokenizer, harmful, data.answer_tokens, progress=progress)
+    refused = draw_refusals(n_harmless, seed)
+    refusing = zip(harmful, data.refused[:n_harmful], complied, strict=True)
+    answering = zip(harmless, data.kept[:n_harmless], refused, strict=True)
     refusal_first = {"chosen_tokens": REFUSAL_TOKENS, "rejected_tokens": data.answer_tokens}
     answer_first = {"chosen_tokens": data.answer_tokens, "rejected_tokens": REFUSAL_TOKENS}
-    keys, pairs = ("prompt", "chosen", "rejected"), []
-    for texts, limits in ((refusing, refusal_first), (answering, answer_first)):
-        pairs += [dict(zip(keys, pair, strict=True)) | limits for pair in texts]
-    return pairs
+    keys, made = ("prompt", "chosen", "rejected"), {}
+    of_kind = {"harmful": (refusing, refusal_first), "harmless": (answering, answer_first)}
+    for kind, (texts, limits) in of_kind.items():
+        made[kind] = [dict(zip(keys, pair, strict=True)) | limits for pair in texts]
+    return made
 
 
 # ------------------------------------------------------------------------------------------ outcome

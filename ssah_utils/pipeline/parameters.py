@@ -210,6 +210,7 @@ RULES: tuple[tuple[str, Check], ...] = (
     ("twin_steps", at_least(0)),
     ("recovery_steps", at_least(0)),
     ("preference_beta", above_zero),
+    ("preference_ratio", above_zero),
     ("preference_sft_weight", at_least(0)),
     ("recipes", by_recipe),
     ("*defences", defences),

@@ -102,6 +102,15 @@ def test_what_is_chosen_has_the_tokens_of_the_examples_and_what_is_cut_no_end(da
     assert ends == [False] * 3 + [True] * 3
 
 
+@pytest.mark.parametrize(
+    ("n", "ratio", "expected"), [(4, 1.0, (2, 2)), (4, 3.0, (1, 3)), (1, 2.5, (1, 1))]
+)
+def test_pairs_are_dealt_out_by_their_ratio_as_far_as_there_are_requests(data, n, ratio, expected):
+    there = len(data.harmful), len(data.harmless)
+    assert alignment.numbers_of_pairs(data, n, ratio) == tuple(map(min, expected, there))
+    assert alignment.numbers_of_pairs(data, 10**6, ratio) == there
+
+
 def test_more_pairs_than_requests_are_refused(data, model):
     there = len(data.harmful), len(data.harmless)
     for kind, more in {"harmful": (1, 0), "harmless": (0, 1)}.items():

@@ -121,6 +121,19 @@ def ordinary_examples(
     return chat_examples(tokenizer, *pairs, ORDINARY_TOKENS, system_prompt)
 
 
+def numbers_of_pairs(data: AlignmentData, n: int, ratio: float) -> tuple[int, int]:
+    """How many of ``n`` pairs are of harmful and of harmless requests, ``ratio`` harmless ones for
+    each harmful one. At least one of each, and no more than there are requests.
+    """
+    n_harmful = round(n / (1 + ratio))
+    there = len(data.harmful), len(data.harmless)
+    first, second = (
+        max(1, min(wanted, limit))
+        for wanted, limit in zip((n_harmful, n - n_harmful), there, strict=True)
+    )
+    return first, second
+
+
 def preference_pairs(
     base: nn.Module,
     tokenizer: PreTrainedTokenizerBase,

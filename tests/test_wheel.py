@@ -102,7 +102,8 @@ def test_a_wheel_holds_all_that_is_committed_of_package_data_and_notebooks_and_i
 
 def test_the_installed_package_knows_its_files_and_works_in_the_current_folder(installed):
     code = (
-        "import json\nfrom ssah_utils import files\nfrom ssah_utils.pipeline import runs, stamps\n"
+        "import json\nfrom ssah_utils import files\n"
+        "from ssah_utils.pipeline import runs, stamps, stored\n"
         "print(json.dumps([str(files.PACKAGE), str(stored.runs_root()), runs.commit(),"
         " stamps.package_source()]))"
     )

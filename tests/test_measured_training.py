@@ -174,7 +174,9 @@ def test_margins_on_several_sources_have_names_of_their_own(loaded):
     assert path.margins[0].tolist() == found["fresh_margin"]
 
 
-def test_the_panel_is_asked_at_the_end_alone_and_keeps_no_text(trained, asked, loaded, examples):
+def test_the_panel_is_asked_at_the_end_alone_and_keeps_what_was_judged(
+    trained, asked, loaded, examples
+):
     rows = trained(at_end=asked)
     assert "panel" not in rows[0]
     assert json.loads(json.dumps(rows)) == rows, "what the cache gives back is what was found"
@@ -188,7 +190,9 @@ def test_the_panel_is_asked_at_the_end_alone_and_keeps_no_text(trained, asked, l
     assert harmful["id"].tolist() == ["a", "b"]
     cloze = benchmarks.cloze(alone, loaded[1], 4)["correct"].tolist()
     assert table[table["set"] == "cloze"]["accuracy"].tolist() == cloze
-    assert not {"prompt", "response"} & set(table)
+    (kept,) = measured_training.panel_answers({("t",): rows}, ["task"]).tables
+    assert kept["response"].tolist() == answered["response"].tolist()
+    assert (kept["task"] == "t").all() and kept["verdict"].tolist() == answered["verdict"].tolist()
     rates = measured_training.panel_rates(rows, task="t", seed=2)
     assert (rates["task"] == "t").all() and (rates["seed"] == 2).all()
     asr = rates[(rates["set"] == "harmful") & (rates["metric"] == "asr")].iloc[0]

@@ -167,7 +167,7 @@ def test_the_partition_belongs_to_03_and_changes_all_that_use_it(monkeypatch):
     changed = {name for name in keys[0] if keys[0][name] != keys[1][name]}
     assert changed == {
         *("03_units", "04_ablation", "05_transfer", "06_freezing"),
-        *("A2_stepwise", "A3_finders", "A4_defences", "08_claims"),
+        *("A1_judge", "A2_stepwise", "A3_finders", "A4_defences", "08_claims"),
     }
 
 

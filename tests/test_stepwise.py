@@ -14,7 +14,11 @@ from tests.conftest import parameters_of, same_parameters
 PROMPTS = ["w5 w6 w7", "w9", "w11 w12 w13 w14", "w20 w21"]
 OPENINGS = (["w30 w31 w32", "w33"], ["w40 w41"])
 REQUESTS = pd.DataFrame(
-    {"id": list("abcd"), "queries": ["harmful", "harmful", "harmless", "harmless"]}
+    {
+        "id": list("abcd"),
+        "queries": ["harmful", "harmful", "harmless", "harmless"],
+        "prompt": ["Ask."] * 4,
+    }
 )
 
 

@@ -25,7 +25,7 @@ class SumProbe:
         cost = float(torch.tensor(COSTS)[chosen.flatten()].sum())
         return 10 - cost * (1 + self.spread)
 
-    def measure(self, chosen: PerUnit) -> pd.DataFrame:
+    def measure(self, chosen: PerUnit, condition: str = "") -> pd.DataFrame:
         self.n_measured += 1
         margins = self.margins(chosen)
         return pd.DataFrame(

@@ -26,9 +26,18 @@ def require(*extras: str) -> None:
     For libraries that are not imported here, but by those that are.
     """
     for extra in extras:
-        for library in EXTRAS[extra]:
-            if find_spec(library) is None:
-                raise _missing(library, extra)
+        for library in absent(extra):
+            raise _missing(library, extra)
+
+
+def absent(extra: str) -> list[str]:
+    """Libraries of an extra that are not installed."""
+    return [library for library in EXTRAS[extra] if find_spec(library) is None]
+
+
+def how_to_install(extra: str) -> str:
+    """The command that brings an extra."""
+    return f'pip install "ssah-utils[{extra}]"'
 
 
 @contextmanager
@@ -44,6 +53,4 @@ def needed(extra: str) -> Iterator[None]:
 
 
 def _missing(library: str, extra: str) -> ModuleNotFoundError:
-    return ModuleNotFoundError(
-        f'{library} is not installed: pip install "ssah-utils[{extra}]"', name=library
-    )
+    return ModuleNotFoundError(f"{library} is not installed: {how_to_install(extra)}", name=library)

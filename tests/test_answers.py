@@ -122,6 +122,14 @@ def test_a_model_decides_all_but_what_is_degenerate(run, monkeypatch):
     assert len(asked) == len(set(asked)) == 3, "an answer that two conditions share is read once"
 
 
+def test_answers_whose_requests_are_one_set_are_judged_again_too(tmp_path, path):
+    log = AnswerLog()
+    log.add(rows().drop(columns="set"), condition="safety")
+    log.write(path)
+    table = rejudge.rejudged(rejudge.stored_answers(tmp_path))
+    assert table["condition"].tolist() == ["safety"] and table["changed"].tolist() == [0]
+
+
 def test_a_run_without_answers_is_said_in_one_line(tmp_path):
     with pytest.raises(FileNotFoundError, match="has kept answers: run one"):
         rejudge.stored_answers(tmp_path)

@@ -31,8 +31,8 @@ def test_everything_is_here_where_the_tests_run(capsys):
 def test_an_extra_that_is_not_there_is_named_with_the_way_to_get_it(
     extra, library, state, monkeypatch
 ):
-    there = doctor.find_spec
-    monkeypatch.setattr(doctor, "find_spec", lambda name: None if name == library else there(name))
+    there = extras.find_spec
+    monkeypatch.setattr(extras, "find_spec", lambda name: None if name == library else there(name))
     (lacking,) = (one for one in found(doctor.libraries) if one.to_do)
     assert lacking.state == state and library in lacking.said
     assert lacking.to_do == f'pip install "ssah-utils[{extra}]"'

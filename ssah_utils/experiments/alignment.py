@@ -126,12 +126,8 @@ def numbers_of_pairs(data: AlignmentData, n: int, ratio: float) -> tuple[int, in
     each harmful one. At least one of each, and no more than there are requests.
     """
     n_harmful = round(n / (1 + ratio))
-    there = len(data.harmful), len(data.harmless)
-    first, second = (
-        max(1, min(wanted, limit))
-        for wanted, limit in zip((n_harmful, n - n_harmful), there, strict=True)
-    )
-    return first, second
+    n_harmless = n - n_harmful
+    return max(1, min(n_harmful, len(data.harmful))), max(1, min(n_harmless, len(data.harmless)))
 
 
 def preference_pairs(
@@ -143,7 +139,7 @@ def preference_pairs(
     seed: int | np.random.Generator = 0,
     progress: Progress = _silent,
 ) -> dict[str, list[dict[str, str | int]]]:
-    """Pairs for ``training.train_dpo``, of the first ``harmful`` and ``harmless`` requests.
+    """Pairs for ``training.train_dpo``, of the first ``n_harmful`` and ``n_harmless`` requests.
 
     For a harmful request the refusal is ``chosen`` and the base's own answer ``rejected``; for a
     harmless one it is the other way round. Answers are cut where ``alignment_examples`` cuts them:

@@ -47,23 +47,22 @@ def python() -> Iterator[Finding]:
 
 
 def libraries() -> Iterator[Finding]:
-    """Extras of the package, each with what it is for."""
-    for extra, names in extras.EXTRAS.items():
-        absent = [name for name in names if find_spec(name) is None]
+    """Extras of the package, and what each lacks."""
+    for extra in extras.EXTRAS:
+        absent = extras.absent(extra)
         if not absent:
             yield Finding("library", "ok", f"[{extra}] is installed")
             continue
         state = "missing" if extra in ("notebooks", "embedded", "eval") else "note"
-        how = f'pip install "ssah-utils[{extra}]"'
-        yield Finding("library", state, f"[{extra}] lacks {', '.join(absent)}", how)
+        said = f"[{extra}] lacks {', '.join(absent)}"
+        yield Finding("library", state, said, extras.how_to_install(extra))
 
 
 def kernel() -> Iterator[Finding]:
     """Whether a notebook can be executed: the kernel that the runner takes is started and asked."""
     if any(find_spec(name) is None for name in ("ipykernel", "papermill")):
-        yield Finding(
-            "kernel", "missing", "no Jupyter kernel", 'pip install "ssah-utils[notebooks]"'
-        )
+        how = extras.how_to_install("notebooks")
+        yield Finding("kernel", "missing", "no Jupyter kernel", how)
         return
     try:
         asyncio.run(_start_kernel())
@@ -103,8 +102,9 @@ def processor() -> Iterator[Finding]:
     pipeline = run.read_pipeline()
     speed = machine.gflops(dtype, device, SPEED_SECONDS)
     times = machine.slowdown(pipeline["machine"], dtype, device)
-    minutes = {stage["name"]: stage["minutes"]["laptop"] for stage in pipeline["stages"]}
-    whole = sum(n for stage, n in minutes.items() if stage not in ("00_quickstart", "A5_recipes"))
+    stages = pipeline["stages"]
+    minutes = {stage["name"]: stage["minutes"]["laptop"] for stage in stages}
+    whole = sum(minutes[stage["name"]] for stage in stages if not stage.get("only_named"))
     said = f"{n_cores} cores, {name} at {speed:.0f} GFLOP/s"
     said += (
         f"; busy as it is now, make quickstart about {times * minutes['00_quickstart']:.0f} minutes"

@@ -41,10 +41,8 @@ def rejudged(found: dict[str, pd.DataFrame], judge: str = decisions.JUDGE) -> pd
     for name, rows in found.items():
         own = verdicts[table["notebook"] == name].set_axis(rows.index)
         parts.append(answers.changes(rows, own).assign(notebook=name))
-    whole = pd.concat(parts, ignore_index=True)
-    shares = [name for name in whole if name in MEASURED]
-    keys = [name for name in whole if name not in ("notebook", "set", *shares)]
-    return whole[["notebook", *keys, "set", *shares]]
+    keys = answers.conditions_of(table.drop(columns="notebook"))
+    return pd.concat(parts, ignore_index=True)[["notebook", *keys, *MEASURED]]
 
 
 def summary_lines(table: pd.DataFrame) -> list[str]:

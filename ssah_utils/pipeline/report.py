@@ -5,7 +5,6 @@ prose, sentences, tables and figures, without code. Knows executed notebooks and
 """
 
 import base64
-import html
 import io
 from pathlib import Path
 
@@ -96,7 +95,7 @@ def _notebook(folder: Path, result: dict) -> dict[str, object]:
     body, _ = exporter.from_notebook_node(notebook)
     return {
         "name": folder.name,
-        "title": html.unescape(title),
+        "title": title,
         "body": jinja2.filters.Markup(body),
         "minutes": result["seconds"] / 60,
     }

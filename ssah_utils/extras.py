@@ -15,7 +15,15 @@ EXTRAS = {
     "eval": ("datasets", "lm_eval", "pyarrow", "scipy", "sklearn"),
     "quantised": ("accelerate", "bitsandbytes"),
     "devices": ("accelerate",),
-    "notebooks": ("ipykernel", "ipywidgets", "jupyterlab", "matplotlib", "papermill", "seaborn"),
+    "notebooks": (
+        "ipykernel",
+        "ipywidgets",
+        "jupyterlab",
+        "matplotlib",
+        "nbconvert",
+        "papermill",
+        "seaborn",
+    ),
     "sweep": ("snakemake", "snakemake_executor_plugin_slurm"),
 }
 

@@ -3,6 +3,7 @@ supports.
 """
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -100,9 +101,17 @@ def threads(request: pytest.FixtureRequest) -> Iterator[None]:
     torch.set_num_threads(n_threads)
 
 
+@pytest.fixture(autouse=True)
+def closed_figures() -> Iterator[None]:
+    """No test finds the open figures of another one of its process."""
+    yield
+    if pyplot := sys.modules.get("matplotlib.pyplot"):
+        pyplot.close("all")
+
+
 @pytest.fixture
 def drawn_in_our_style() -> Iterator[None]:
-    """Figures as a run draws them, whatever ran before; they are closed, and the style is gone."""
+    """Figures as a run draws them, whatever ran before; the style is gone afterwards."""
     import matplotlib.pyplot as plt
 
     from ssah_utils.figures import style
@@ -111,7 +120,6 @@ def drawn_in_our_style() -> Iterator[None]:
         plt.switch_backend("agg")
         style.set_style()
         yield
-        plt.close("all")
 
 
 @pytest.fixture(scope="session")

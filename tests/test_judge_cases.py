@@ -7,6 +7,7 @@ import torch
 
 from ssah_utils import embedded, evaluation, interventions, loading, models
 from ssah_utils.judge import rules, validation
+from ssah_utils.judge.labels import answer_id
 from ssah_utils.per_unit import KINDS
 from ssah_utils.prompts import chat
 from tests.conftest import writers_by_name
@@ -101,9 +102,12 @@ def test_labelled_answers_are_judged_with_their_requests():
             "category": ["1", "0"],
         }
     )
-    found = validation.labelled_refusals({"development": half, "test": half[:1]})
+    pairs = zip(half["prompt"], half["response"], strict=True)
+    held_out = {answer_id(*pair): said for pair, said in zip(pairs, (True, False), strict=True)}
+    found = validation.labelled_refusals({"development": half, "test": half[:1]}, held_out)
     assert found["part"].tolist() == ["development", "development", "test"]
     assert found["label"].tolist() == [True, False, True]
+    assert found["learned"].tolist() == [True, False, True]
     assert found["rules"].tolist() == [True, False, True]
     assert found["substring list"].tolist() == [True, True, True]
 

@@ -33,6 +33,7 @@ Change a model
 
 import importlib
 import importlib.util
+import logging
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # the same once more, for type checkers and editors
@@ -47,6 +48,10 @@ if TYPE_CHECKING:  # the same once more, for type checkers and editors
     from ssah_utils.unit_files import load_set, save_set
     from ssah_utils.unit_training import freezing, training_only
     from ssah_utils.units import partition, random_units, top_units
+
+# Where a processor has bfloat16 it asks for a package, at every import of transformers' trainer, to
+# fetch code from the hub with. Nothing here needs it.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 __all__ = [
     "PerUnit",

@@ -1,5 +1,5 @@
-# quickstart · reproduce · reference · test · test-wheel · figures · lab · lint · site · bench · bench-gpu : each target sets up what
-# it needs.
+# quickstart · reproduce · reference · test · test-wheel · test-browser · figures · lab · lint · site · bench · bench-gpu : each target
+# sets up what it needs.
 #   make reproduce PROFILE=smoke|laptop|reference
 #   make reference PROFILE=laptop SEEDS=0:3 JOBS=1    what is committed: several seeds, published
 #   make test PIP_FLAGS=...   further flags for pip, e.g. the index of CPU-only torch builds
@@ -18,7 +18,7 @@ OTHER_MACHINE := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INS
 NUMERICAL := $(addprefix tests/test_,activations.py evaluation.py interventions.py models.py prompt_cache.py \
   panel.py probing.py real_model.py scores.py scoring.py search.py stats.py stepwise.py training.py unit_training.py units.py)
 
-.PHONY: quickstart reproduce reference test test-wheel test-other-machine figures lab site bench bench-gpu lint clean
+.PHONY: quickstart reproduce reference test test-wheel test-browser test-other-machine figures lab site bench bench-gpu lint clean
 
 # Runs the first notebook, a few minutes, and opens it.
 quickstart: $(VENV)/installed
@@ -42,6 +42,10 @@ test: $(VENV)/installed lint
 test-wheel: $(VENV)/installed
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m wheel tests/test_wheel.py
 
+# The explorer in JupyterLab, in a headless browser; nothing is tried where there is no Chromium.
+test-browser: $(VENV)/browser
+	$(BIN)/python -m pytest -q -m browser tests/test_browser.py
+
 # The numerical tests once more as on another kind of machine; nothing to do where this is one of that kind.
 test-other-machine: $(VENV)/installed
 	if grep -q avx512 /proc/cpuinfo 2>/dev/null; then \
@@ -61,6 +65,7 @@ site: $(VENV)/site
 
 bench: $(VENV)/installed
 	$(BIN)/python -m tests.bench
+	$(BIN)/python -m tests.bench_growth
 
 bench-gpu: $(VENV)/installed
 	$(BIN)/python -m tests.bench_gpu
@@ -81,6 +86,10 @@ $(VENV)/installed: requirements.lock pyproject.toml
 
 $(VENV)/site: requirements-site.lock $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -r requirements-site.lock
+	touch $@
+
+$(VENV)/browser: requirements-browser.lock $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -r requirements-browser.lock
 	touch $@
 
 clean:

@@ -3,6 +3,7 @@ supports.
 """
 
 import os
+import socket
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -76,6 +77,17 @@ def n_hooks(model: nn.Module) -> int:
     return sum(
         len(module._forward_pre_hooks) + len(module._forward_hooks) for module in model.modules()
     )
+
+
+def free_ports(n: int) -> list[int]:
+    """Ports of this machine that nobody listens at."""
+    sockets = [socket.socket() for _ in range(n)]
+    for one in sockets:
+        one.bind(("127.0.0.1", 0))
+    ports = [one.getsockname()[1] for one in sockets]
+    for one in sockets:
+        one.close()
+    return ports
 
 
 def parameters_of(model: nn.Module) -> dict[str, Tensor]:

@@ -5,9 +5,13 @@ import math
 import subprocess
 import sys
 
-from ssah_utils import embedded, loading
+import pytest
+import torch
+
+from ssah_utils import embedded, loading, models, unit_training
 from ssah_utils.files import ROOT
-from tests import bench, bench_gpu
+from tests import bench, bench_gpu, bench_training
+from tests.conftest import parameters_of
 
 
 def test_gpu_script_on_a_tiny_shape():
@@ -19,15 +23,16 @@ def test_gpu_script_on_a_tiny_shape():
 
 def test_optimizer_state_is_counted(monkeypatch):
     model, tokenizer = loading.load(embedded.TINY_RANDOM)
-    examples = bench.training_examples(tokenizer, 16)
+    examples = bench_training.training_examples(tokenizer, 16)
     full, redundant = (
-        bench.trained(name, model, tokenizer, examples, 2) for name in ("full", "redundant")
+        bench_training.trained(name, model, tokenizer, examples, 2)
+        for name in ("full", "redundant")
     )
     n_parameters = sum(parameter.numel() for parameter in model.parameters())
     assert full.state_entries >= 2 * n_parameters
     assert redundant.state_entries < 0.5 * full.state_entries
     assert len(full.moments) == 2
-    assert math.isfinite(bench.train_flops_per_step(examples, model))
+    assert math.isfinite(bench_training.flops_per_step(examples, model))
 
 
 def test_memory_of_a_process_is_its_own():
@@ -47,15 +52,81 @@ def test_memory_of_a_process_is_its_own():
     assert sys.platform != "linux" or before < len(held) / 2**30
 
 
+def moved(condition: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """By parameter of the tiny model, which entries a few steps of a condition have changed."""
+    model, tokenizer = loading.load(embedded.TINY_RANDOM, dtype)
+    before = parameters_of(model)
+    examples = bench_training.training_examples(tokenizer, 16)
+    bench_training.trained(condition, model, tokenizer, examples, 4, learning_rate=0.1)
+    return {name: one.detach() != before[name] for name, one in model.named_parameters()}
+
+
+def test_masked_training_moves_what_training_by_units_moves():
+    ours, masked = (moved(name, torch.float32) for name in ("redundant", "masked"))
+    assert any(one.any() for one in ours.values())
+    assert all(torch.equal(ours[name], masked[name]) for name in ours)
+
+
+def test_contiguous_training_moves_as_much_in_the_first_lines_of_each_matrix():
+    dtype = bench_training.dtype_of("contiguous")
+    ours, contiguous = (moved(name, dtype) for name in ("redundant", "contiguous"))
+    matrices = {name: one for name, one in contiguous.items() if one.ndim == 2}
+    for name, one in matrices.items():
+        across = 0 if name.endswith(("o_proj.weight", "down_proj.weight")) else -1
+        n_lines = int(ours[name].any(across).sum())
+        lines = one.any(across)
+        assert lines.sum() == n_lines and lines[:n_lines].all()
+    assert not any(one.any() for name, one in contiguous.items() if name not in matrices)
+
+
+def test_the_gradient_of_a_slice_is_that_of_the_whole_matrix():
+    torch.manual_seed(0)
+    linear, values = torch.nn.Linear(6, 5, bias=False), torch.randn(2, 3, 6, requires_grad=True)
+    (linear(values) ** 2).sum().backward()
+    of_values, of_weight = values.grad.clone(), linear.weight.grad
+    for dimension in (0, 1):
+        values.grad = None
+        part = bench_training.SliceLinear(linear, dimension, 2)
+        (part(values) ** 2).sum().backward()
+        torch.testing.assert_close(values.grad, of_values)
+        torch.testing.assert_close(part.block.grad, of_weight.narrow(dimension, 0, 2))
+
+
+def test_lora_has_about_as_many_entries():
+    model, _ = loading.load(embedded.TINY_RANDOM)
+    some = bench_training.random_share(models.shape_of(model), 0.2)
+    with unit_training.training_only(model, some):
+        ours = sum(one.numel() for one in model.parameters() if one.requires_grad)
+    adapted = bench_training.subject_of("lora", embedded.TINY_RANDOM)
+    theirs = sum(one.numel() for one in adapted.parameters() if one.requires_grad)
+    assert theirs == pytest.approx(ours, rel=0.3)
+
+
+def test_rivals_are_conditions():
+    assert set(bench.RIVALS) < set(bench_training.CONDITIONS)
+    named = {name.rsplit("_over_", 1)[1] for name in bench.GOALS if name.startswith("ru_")}
+    assert named <= {*bench.RIVALS, "plain"}
+
+
 def test_one_part_is_measured_and_the_others_are_kept(tmp_path, monkeypatch, capsys):
     (tmp_path / "bench.json").write_text(
-        json.dumps({"generation_speedup": 7.5, "ru_peak_memory_over_full": 1.0})
+        json.dumps(
+            {
+                bench.kind_of_machine(): {
+                    "generation_speedup": 7.5,
+                    "ru_peak_memory_over_full": 1.0,
+                },
+                "another": {"generation_speedup": 3.0},
+            }
+        )
     )
     monkeypatch.setattr(bench, "REFERENCE", tmp_path)
     monkeypatch.setitem(bench.PARTS, "memory", lambda: {"ru_peak_memory_over_full": 0.51234})
     monkeypatch.setattr(sys, "argv", ["bench", "--only", "memory"])
     bench.main()
-    stored = json.loads((tmp_path / "bench.json").read_text())
+    columns = json.loads((tmp_path / "bench.json").read_text())
+    assert columns["another"] == {"generation_speedup": 3.0}
+    stored = columns[bench.kind_of_machine()]
     assert stored["generation_speedup"] == 7.5
     assert stored["ru_peak_memory_over_full"] == 0.512
     assert "0.512   goal at most 0.65: met" in capsys.readouterr().out

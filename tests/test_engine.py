@@ -17,6 +17,7 @@ import pytest
 from ssah_utils.files import ROOT
 from ssah_utils.pipeline import engine
 from ssah_utils.pipeline.engine import Engine, Job, Progress
+from tests.conftest import free_ports
 
 needs_snakemake = pytest.mark.skipif(
     find_spec("snakemake") is None, reason="the extra 'sweep' is not installed: no Snakemake"
@@ -275,16 +276,6 @@ SlurmdPidFile={folder}/slurmd.pid
 NodeName={host} NodeAddr=127.0.0.1 CPUs=2 RealMemory=2000 State=UNKNOWN
 PartitionName=main Nodes={host} Default=YES State=UP
 """
-
-
-def free_ports(n: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(n)]
-    for one in sockets:
-        one.bind(("127.0.0.1", 0))
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
 
 
 @pytest.fixture(scope="module")

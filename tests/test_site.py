@@ -96,13 +96,14 @@ def pins(name: str) -> dict[str, str]:
     return {re.sub(r"[-_.]+", "-", package).lower(): version for package, version in named}
 
 
-def test_the_lock_of_the_site_holds_its_extra_and_contradicts_no_other_lock():
+@pytest.mark.parametrize("extra", ["site", "browser"])
+def test_the_lock_of_an_extra_holds_it_and_contradicts_no_other_lock(extra):
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
         "optional-dependencies"
     ]
-    wanted = {re.split(r"[^\w-]", requirement)[0] for requirement in extras["site"]}
-    site, package = pins("requirements-site.lock"), pins("requirements.lock")
-    assert wanted <= site.keys() and not site.keys() & package.keys()
+    wanted = {re.split(r"[^\w-]", requirement)[0] for requirement in extras[extra]}
+    own, package = pins(f"requirements-{extra}.lock"), pins("requirements.lock")
+    assert wanted <= own.keys() and not own.keys() & package.keys()
 
 
 def test_broken_links_and_foreign_hosts_are_found(tmp_path):

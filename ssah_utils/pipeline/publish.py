@@ -31,6 +31,7 @@ from ssah_utils.pipeline import across_models, claims, verdicts
 from ssah_utils.pipeline.redraw import redraw
 from ssah_utils.pipeline.result_tables import JUDGE_TABLES, RESULT_TABLES
 from ssah_utils.pipeline.run import plan
+from ssah_utils.pipeline.speed_tables import SPEED_TABLES
 from ssah_utils.pipeline.stamps import changed_since
 from ssah_utils.pipeline.stored import find_run, load_result
 from ssah_utils.pipeline.summary import GUIDE_PARTS, README_PARTS
@@ -44,6 +45,7 @@ DOCUMENTS = {  # what is generated in a document: names of its parts, and what m
     "docs/guide.md": GUIDE_PARTS,
     "docs/judge.md": JUDGE_TABLES,
     "docs/results.md": RESULT_TABLES | across_models.MODEL_TABLES,
+    "docs/speed.md": SPEED_TABLES,
 }
 
 

@@ -3,6 +3,7 @@
 Knows stored results.
 """
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from ssah_utils.figures import (
     quickstart,
     recipes,
     redundant_units,
+    speed,
     stepwise,
     transfer,
     units,
@@ -158,7 +160,7 @@ def redraw(source: Path, target: Path) -> list[str]:
                 plt.close("all")
         if missing:
             problems.append(f"{stage}: {'; '.join(missing)}: re-run {stage}")
-    return problems + redraw_across_models(source, target)
+    return problems + redraw_across_models(source, target) + redraw_growth(source, target)
 
 
 def redraw_across_models(source: Path, target: Path) -> list[str]:
@@ -174,4 +176,18 @@ def redraw_across_models(source: Path, target: Path) -> list[str]:
     except LACKING as error:
         plt.close("all")
         return [f"figure ablation_by_model fails: {error}: re-run 04_ablation on every model"]
+    return []
+
+
+def redraw_growth(source: Path, target: Path) -> list[str]:
+    """Draw how cost grows with size, where ``source`` has it; one line where that fails."""
+    if not (path := source / "growth.json").exists():
+        return []
+    try:
+        by_kind = json.loads(path.read_text(encoding="utf-8"))
+        growth = by_kind["bf16" if "bf16" in by_kind else "avx2"]["rows"]
+        save_figure(speed.cost_growth(pd.DataFrame(growth)), target, "cost_growth")
+    except LACKING as error:
+        plt.close("all")
+        return [f"figure cost_growth fails: {error}: python -m tests.bench_growth"]
     return []

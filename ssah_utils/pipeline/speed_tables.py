@@ -1,0 +1,90 @@
+"""Stored measurements of speed as the Markdown tables of docs/speed.md.
+
+bench.json, growth.json and times.json have a column for each kind of machine. Knows these files;
+writes none.
+"""
+
+import json
+
+import pandas as pd
+
+from ssah_utils.figures.speed import exponent
+from ssah_utils.files import REFERENCE
+from ssah_utils.pipeline.result_tables import markdown
+
+KINDS = {"bf16": "two cores with bfloat16", "avx2": "two cores without (AVX2)"}
+WAITS = {  # what people wait for, with the unit of its number
+    "laptop_minutes": "`make reproduce`, minutes",
+    "quickstart_seconds": "`make quickstart`, seconds, without downloads",
+    "noop_seconds": "`make reproduce` again, nothing to do, seconds",
+    "figures_seconds": "`make figures`, seconds",
+    "help_seconds": "`ssah --help`, seconds",
+    "test_minutes": "the tests, minutes",
+}
+
+
+def stored(name: str) -> dict[str, dict]:
+    """A file of measurements by kind of machine; ``LookupError`` where it is not there."""
+    path = REFERENCE / name
+    if not path.exists():
+        raise LookupError(f"{name} (make bench)")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def growth_of(kind: str) -> pd.DataFrame:
+    """What ``tests/bench_growth.py`` found on one kind of machine."""
+    return pd.DataFrame(stored("growth.json")[kind]["rows"])
+
+
+def _cells(columns: dict[str, dict], name: str, form: str) -> list[str]:
+    found = [columns.get(kind, {}).get(name) for kind in KINDS]
+    return ["" if value is None else f"{value:{form}}" for value in found]
+
+
+def waits_table(results: dict[str, dict]) -> str:
+    """What people wait for, then every notebook, by kind of machine."""
+    columns = stored("times.json")
+    rows = [[title, *_cells(columns, name, ".1f")] for name, title in WAITS.items()]
+    of_notebooks = {kind: column["notebook_minutes"] for kind, column in columns.items()}
+    names = sorted(set().union(*of_notebooks.values()))
+    rows += [[f"{name}, minutes", *_cells(of_notebooks, name, ".1f")] for name in names]
+    return markdown(rows, ["what", *KINDS.values()])
+
+
+def bench_table(results: dict[str, dict]) -> str:
+    """Every ratio beside its goal, by kind of machine."""
+    columns = stored("bench.json")
+    goals = columns["goals"]
+    measured = [name for kind in KINDS for name in columns.get(kind, {})]
+    rows = []
+    for name in dict.fromkeys([*goals, *measured]):
+        cells = [columns.get(kind, {}).get(name) for kind in KINDS]
+        if any(isinstance(value, float) for value in cells):
+            goal = " ".join(map(str, goals.get(name, ())))
+            rows.append([f"`{name}`", goal, *_cells(columns, name, ".3f")])
+    return markdown(rows, ["ratio", "goal", *KINDS.values()])
+
+
+def growth_table(results: dict[str, dict]) -> str:
+    """Seconds and memory of every size, and the exponent of each kind of work."""
+    kind = next(kind for kind in KINDS if kind in stored("growth.json"))
+    growth = growth_of(kind)
+    works = list(dict.fromkeys(growth["work"]))
+    rows = []
+    for name, part in growth.groupby("size", sort=False):
+        found = part.set_index("work")
+        n_parameters = found["n_parameters"].iloc[0]
+        cells = [
+            f"{found.loc[work, 'seconds']:.3g} s, {found.loc[work, 'gib']:.3g}" for work in works
+        ]
+        rows.append([name, f"{n_parameters / 1e6:,.0f}", *cells])
+    powers = []
+    for work in works:
+        part = growth[growth["work"] == work]
+        both = (exponent(part["n_parameters"], part[column]) for column in ("seconds", "gib"))
+        powers.append(", ".join(f"{power:.2f}" for power in both))
+    rows.append(["exponent", "", *powers])
+    return markdown(rows, ["size", "millions in blocks", *(f"{one}, s and GiB" for one in works)])
+
+
+SPEED_TABLES = {"waits": waits_table, "bench": bench_table, "growth": growth_table}

@@ -1,0 +1,76 @@
+"""How long what people wait for takes here: ``python -m tests.bench_times`` writes times.json.
+
+Of a finished run of the laptop profile (``make reproduce``) the minutes of every notebook are read;
+the other commands are run and timed once, as whole processes. ``--test`` also runs the tests.
+Nothing else should run meanwhile. A column for each kind of machine, as in bench.json.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from ssah_utils.files import REFERENCE, ROOT, write_json
+from ssah_utils.pipeline.stored import find_run
+from tests import bench
+
+SSAH = (sys.executable, "-m", "ssah_utils.pipeline.cli")
+
+
+def seconds(*command: str, **environment: str) -> float:
+    """Wall-clock seconds of a command in the project's folder; it must succeed."""
+    started = time.perf_counter()
+    outcome = subprocess.run(
+        command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, check=False
+    )
+    if outcome.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed: {outcome.stderr.strip()[-500:]}")
+    return time.perf_counter() - started
+
+
+def notebook_minutes(run: Path) -> dict[str, float]:
+    """Minutes of every finished notebook of a run, from its stamps."""
+    stamps = sorted(run.glob("*/stamp.json"))
+    return {
+        path.parent.name: round(json.loads(path.read_text("utf-8"))["seconds"] / 60, 2)
+        for path in stamps
+    }
+
+
+def measured(profile: str, with_tests: bool) -> dict:
+    minutes = notebook_minutes(find_run(profile, 0))
+    found = {
+        "laptop_minutes": round(sum(minutes.values()), 1),
+        "notebook_minutes": minutes,
+        "noop_seconds": seconds(*SSAH, "run", "--profile", profile),
+        "help_seconds": seconds(*SSAH, "--help"),
+    }
+    quick = (*SSAH, "run", "--profile", "qwen-0.5b", "--only", "00_quickstart")
+    with tempfile.TemporaryDirectory() as folder:
+        found["figures_seconds"] = seconds(*SSAH, "figures", "--to", folder)
+        found["quickstart_seconds"] = seconds(*quick, SSAH_RUNS=folder)
+    if with_tests:
+        tests = (sys.executable, "-m", "pytest", "-q", "-n", "2", "--dist", "loadfile")
+        found["test_minutes"] = round(seconds(*tests) / 60, 1)
+    rounded = {name: round(value, 1) for name, value in found.items() if isinstance(value, float)}
+    return found | rounded | {"machine": bench.processor()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.bench_times")
+    parser.add_argument("--profile", default="laptop", help="whose finished run is read")
+    parser.add_argument("--test", action="store_true", help="time the tests, too")
+    options = parser.parse_args()
+    path, kind = REFERENCE / "times.json", bench.kind_of_machine()
+    stored = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    column = stored.get(kind, {}) | measured(options.profile, options.test)
+    print(json.dumps(column, indent=1))
+    write_json(path, stored | {kind: column})
+
+
+if __name__ == "__main__":
+    main()

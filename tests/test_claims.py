@@ -481,15 +481,16 @@ def test_a_claim_about_a_share_is_not_measured_by_a_run_with_another():
     assert row["note"] == "03_units was run with safety_fraction 0.004, the claim speaks of 0.013"
 
 
-def test_a_seed_run_with_other_parameters_is_left_out_and_said(tmp_path):
+@pytest.mark.parametrize("other", ["ablation_mode", "judge"])
+def test_a_seed_run_with_other_parameters_or_another_judge_is_left_out_and_said(tmp_path, other):
     (claim,) = [claim for claim in claims.load_claims() if claim.id == "safety-units-carry-safety"]
     for name in ("seed-0", "seed-1"):
         for stage in verdicts.stages_of([claim]):
             result = json.loads((REFERENCE / stage / "result.json").read_text())
             if (name, stage) == ("seed-1", "04_ablation"):
-                result["parameters"]["ablation_mode"] = "mean"
+                (result if other == "judge" else result["parameters"])[other] = "mean"
             (tmp_path / name / stage).mkdir(parents=True)
             (tmp_path / name / stage / "result.json").write_text(json.dumps(result))
     table, problems = verdicts.stored_verdicts(tmp_path / "seed-0", [claim])
     assert table["n_seeds"].tolist() == [1] and len(table["ours_seeds"][0]) == 1
-    assert problems == ["seed-1/04_ablation was run with another ablation_mode, so it is left out"]
+    assert problems == [f"seed-1/04_ablation was run with another {other}, so it is left out"]

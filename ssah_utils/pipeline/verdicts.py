@@ -157,6 +157,9 @@ def of_stage(folder: Path, stage: str) -> Styler:
 # ----------------------------------------------------------------------------------- stored results
 
 
+FIRST_JUDGE = "rules"  # of results that do not name theirs
+
+
 def read_tables(folder: Path, stages: Iterable[str]) -> tuple[Tables, list[str]]:
     """Tables of a run's readable results, and one line per stage whose result is missing, truncated
     or of another version.
@@ -165,7 +168,8 @@ def read_tables(folder: Path, stages: Iterable[str]) -> tuple[Tables, list[str]]
     for stage in stages:
         try:
             stored = load_result(Path(folder) / stage / "result.json")
-            tables[stage] = Stored(stored["tables"], stored["parameters"])
+            made_with = stored["parameters"] | {"judge": stored.get("judge", FIRST_JUDGE)}
+            tables[stage] = Stored(stored["tables"], made_with)
         except (OSError, ValueError) as error:
             problems.append(f"{stage}: {error}")
     return tables, problems
@@ -199,7 +203,8 @@ def stored_verdicts(folder: Path, claims: list[Claim]) -> tuple[pd.DataFrame, li
 def stored_runs(folder: Path, claims: list[Claim]) -> tuple[list[Tables], list[str]]:
     """Tables of a run and of its other seeds, and one line per result that could not be read.
 
-    Another seed may lack stages: it then says nothing on their claims.
+    Another seed may lack stages: it then says nothing on their claims. Nor does it where it was run
+    with other parameters or judged by another judge.
     """
     stages = stages_of(claims)
     tables, problems = read_tables(folder, stages)

@@ -95,6 +95,15 @@ class LoRATrainer(training.ResponseTrainer):
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
             return self._response_loss(plain, inputs, num_items_in_batch)
 
+    def response_logits(self, plain, inputs) -> tuple[Tensor, Tensor]:
+        # as ours, but for a model with an adapter, which the package does not look into
+        labels = inputs["labels"][:, 1:]
+        carries_loss = labels != tokens.IGNORED
+        read = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+        hidden = plain.base_model(**read, use_cache=False).last_hidden_state
+        logits = plain.get_output_embeddings()(hidden[:, :-1][carries_loss])
+        return logits.float(), labels[carries_loss]
+
 
 def with_lora(model: nn.Module, n_entries: int) -> nn.Module:
     """On all linear maps, of the rank whose number of entries comes nearest to ``n_entries``."""

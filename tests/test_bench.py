@@ -92,6 +92,17 @@ def test_the_gradient_of_a_slice_is_that_of_the_whole_matrix():
         torch.testing.assert_close(part.block.grad, of_weight.narrow(dimension, 0, 2))
 
 
+@pytest.mark.parametrize("condition", bench_training.CONDITIONS)
+def test_every_condition_takes_its_steps(condition):
+    subject, tokenizer = (
+        bench_training.subject_of(condition, embedded.TINY_RANDOM),
+        loading.load_tokenizer(embedded.TINY_RANDOM),
+    )
+    examples = bench_training.training_examples(tokenizer, 16)
+    watch = bench_training.trained(condition, subject, tokenizer, examples, 2)
+    assert len(watch.moments) == 2 and watch.state_entries
+
+
 def test_lora_has_about_as_many_entries():
     model, _ = loading.load(embedded.TINY_RANDOM)
     some = bench_training.random_share(models.shape_of(model), 0.2)

@@ -177,6 +177,12 @@ def parsers() -> tuple[Parser, dict[str, Parser]]:
         metavar="MODEL[,MODEL]",
         help="whose runs to store (default: the model that ran last)",
     )
+    storing.add_argument(
+        "--machine",
+        default="",
+        metavar="NAME",
+        help="keep one run's verdicts as those of another machine, beside what is stored",
+    )
 
     reporting = command(
         "report",

@@ -131,7 +131,8 @@ def publish(options: argparse.Namespace) -> int:
 
     try:
         seeds = sweep.seeds_of(options.seeds)
-        problems = publish.publish(options.profile, seeds, run.named(options.models))
+        models = run.named(options.models)
+        problems = publish.publish(options.profile, seeds, models, options.machine)
     except (OSError, ValueError) as error:
         problems = str(error).splitlines()
     return max([0, *(failed(problem, 1) for problem in problems)])

@@ -4,6 +4,7 @@ That is data/reference, claims, figures, notebook outputs, and the tables in REA
 
     ssah publish --profile laptop --seeds 0:3     # others than 0 go to data/reference/seed-K
     ssah publish --profile laptop --models a,b    # others than the main one to models/ in there
+    ssah publish --profile laptop --machine amx   # verdicts of a run elsewhere, to compare
     ssah publish                                  # figures and tables again, from what is stored
 
 Knows stored results and the notebooks' structure. Loads no model, and writes no number that a run
@@ -27,7 +28,7 @@ from ssah_utils.files import (
     sha256_of,
     write_json,
 )
-from ssah_utils.pipeline import across_models, claims, verdicts
+from ssah_utils.pipeline import across_machines, across_models, claims, verdicts
 from ssah_utils.pipeline.redraw import redraw
 from ssah_utils.pipeline.result_tables import JUDGE_TABLES, RESULT_TABLES
 from ssah_utils.pipeline.run import plan
@@ -44,7 +45,9 @@ DOCUMENTS = {  # what is generated in a document: names of its parts, and what m
     "README.md": README_PARTS,
     "docs/guide.md": GUIDE_PARTS,
     "docs/judge.md": JUDGE_TABLES,
-    "docs/results.md": RESULT_TABLES | across_models.MODEL_TABLES,
+    "docs/results.md": RESULT_TABLES
+    | across_models.MODEL_TABLES
+    | {"machines": across_machines.machines_table},
     "docs/speed.md": SPEED_TABLES,
 }
 
@@ -238,16 +241,25 @@ def store(source: Path) -> None:
     print(f"{source.parent.name}, {source.name}: stored {', '.join(stages)}")
 
 
-def publish(profile: str, seeds: Sequence[int] = (0,), models: Sequence[str] = ()) -> list[str]:
+def publish(
+    profile: str, seeds: Sequence[int] = (0,), models: Sequence[str] = (), machine: str = ""
+) -> list[str]:
     """Store runs and write what follows from them; one line for each thing that is amiss.
 
-    Without ``profile``, only what follows from the results that are stored.
+    Without ``profile``, only what follows from the results that are stored. With ``machine``, only
+    the verdicts of the run, under that name, to be held against what is stored.
     """
     if IN_WHEEL:
         raise ValueError("publishing writes into a clone of the project: run it there")
     if not profile and (models or list(seeds) != [0]):
         raise ValueError("--seeds and --models need --profile: whose runs?")
+    if machine and (not profile or len(seeds) > 1 or len(models) > 1):
+        raise ValueError("--machine stores one run: name its --profile, and one seed and model")
     found = sources(profile, list(seeds), list(models)) if profile else []
+    if machine:
+        check_intact(found[0])
+        across_machines.store(found[0], machine)
+        found = []
     notebooks = {}  # those that are committed show the main model
     for source in found:  # all of them before anything is written
         if source.parent.name == embedded.TINY_RANDOM:

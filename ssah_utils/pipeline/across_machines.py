@@ -1,0 +1,96 @@
+"""The same seed on another machine: which verdicts and numbers move.
+
+Arithmetic differs between processors in the last bits, and a training carries that on. Each machine
+has a file ``machines/NAME.json`` beside the stored results: the verdicts of one whole run there,
+with what it was made by. Knows stored results and claims. Loads no model.
+"""
+
+import json
+from pathlib import Path
+
+import pandas as pd
+
+from ssah_utils.figures.claims import shown_interval
+from ssah_utils.files import REFERENCE, write_json
+from ssah_utils.pipeline import verdicts
+from ssah_utils.pipeline.claims import load_claims
+from ssah_utils.pipeline.result_tables import markdown
+from ssah_utils.pipeline.stored import load_result
+
+FOLDER = "machines"
+FIELDS = ("id", "verdict", "ours", "ci_low", "ci_high", "control")
+MADE_BY = ("machine", "judge", "commit")
+
+
+def store(run: Path, name: str, target: Path = REFERENCE) -> Path:
+    """Store the verdicts of one finished run as those of a machine; returns the file.
+
+    ``ValueError`` where its 08_claims has not run, or has read other seeds, too.
+    """
+    try:
+        result = load_result(run / "08_claims" / "result.json")
+    except OSError as error:
+        raise ValueError(f"{run} has no claims: run 08_claims there") from error
+    claims = result["tables"]["claims"]
+    if (claims["runs"] > 1).any():
+        raise ValueError(f"08_claims of {run} has read several seeds: run it beside none")
+    path = target / FOLDER / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    made_by = {key: result[key] for key in MADE_BY}
+    made_by |= {"seed": result["parameters"]["seed"], "versions": result["versions"]}
+    write_json(path, made_by | {"claims": verdicts.to_records(claims[list(FIELDS)])})
+    return path
+
+
+def of_machines(stored: Path = REFERENCE) -> dict[str, dict]:
+    """What is stored of every machine, by its name."""
+    paths = sorted((stored / FOLDER).glob("*.json"))
+    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in paths}
+
+
+def compared(stored: Path, name: str) -> pd.DataFrame:
+    """Verdict and number of every claim that two runs have measured: columns of ``FIELDS``, and the
+    same with ``_there`` of the machine ``name``. Both are of one seed alone. A claim whose stored
+    result comes from that very run is no comparison, and has no row.
+    """
+    made_by = of_machines(stored)[name]
+    own = {
+        path.parent.name
+        for path in stored.glob("*/result.json")
+        if load_result(path)["commit"] == made_by["commit"]
+    }
+    stated = [one for one in load_claims() if not own & set(verdicts.stages_of([one]))]
+    tables, _ = verdicts.read_tables(stored, verdicts.stages_of(stated))
+    here = verdicts.verdict_table(stated, [tables])[["claim", *FIELDS]]
+    there = pd.DataFrame(made_by["claims"])
+    both = here.merge(there, on="id", suffixes=("", "_there"))
+    is_measured = both[["verdict", "verdict_there"]].ne("not measured").all(axis=1)
+    return both[is_measured].reset_index(drop=True)
+
+
+def machines_table(results: dict[str, dict]) -> str:
+    """Of every machine: on how many claims it agrees, then each on which it does not."""
+    parts = []
+    for name, made_by in of_machines().items():
+        table = compared(REFERENCE, name)
+        moved = table[table["verdict"] != table["verdict_there"]]
+        cpu, judge, seed = made_by["machine"]["cpu"], made_by["judge"], made_by["seed"]
+        of_stored = {
+            stage[:2]: result.get("judge", verdicts.FIRST_JUDGE)
+            for stage, result in results.items()
+        }
+        others = sorted(stage for stage, one in of_stored.items() if one != judge)
+        said = (
+            f"`{name}` ({cpu}, seed {seed}, judge {judge}, commit {made_by['commit']}): the same"
+            f" verdict on {len(table) - len(moved)} of {len(table)} claims."
+        )
+        if others:
+            said += f" What is stored of {', '.join(others)} was judged by another judge."
+        rows = []
+        for row in moved.to_dict("records"):
+            there = {key: row[f"{key}_there"] for key in FIELDS if key != "id"}
+            cells = [row["claim"], shown_interval(row), row["verdict"]]
+            rows.append([*cells, shown_interval(there), there["verdict"]])
+        header = ["claim", "stored, seed 0 alone", "verdict", f"on {name}", "verdict there"]
+        parts.append(f"{said}\n\n{markdown(rows, header)}")
+    return "\n\n".join(parts)

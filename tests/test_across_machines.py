@@ -1,0 +1,91 @@
+"""Verdicts of one seed on another machine, beside those that are stored."""
+
+import json
+import shutil
+
+import pytest
+
+from ssah_utils.files import REFERENCE
+from ssah_utils.pipeline import across_machines, publish
+from ssah_utils.pipeline.stored import load_result
+
+STAGES = ("03_units", "04_ablation")
+CARRIES = "safety-units-carry-safety"
+
+
+@pytest.fixture
+def stored(tmp_path, monkeypatch):
+    """Stored results of two notebooks."""
+    for stage in STAGES:
+        (tmp_path / stage).mkdir()
+        shutil.copy(REFERENCE / stage / "result.json", tmp_path / stage)
+    monkeypatch.setattr(across_machines, "REFERENCE", tmp_path)
+    return tmp_path
+
+
+def elsewhere(stored, commit: str, **changed) -> None:
+    """The stored verdicts as those of a machine, but for what is ``changed``."""
+    claims = json.loads((REFERENCE / "claims.json").read_text())
+    rows = [{name: row[name] for name in across_machines.FIELDS} for row in claims]
+    (one,) = (row for row in rows if row["id"] == CARRIES)
+    one |= changed
+    made_by = {"machine": {"cpu": "AVX9"}, "judge": "learned", "commit": commit, "seed": 0}
+    (stored / "machines").mkdir()
+    (stored / "machines" / "other.json").write_text(json.dumps(made_by | {"claims": rows}))
+
+
+def test_only_claims_that_both_have_measured_are_compared(stored):
+    elsewhere(stored, "1234567", verdict="not replicated", ours=1.5)
+    table = across_machines.compared(stored, "other").set_index("id")
+    assert table.loc[CARRIES, "verdict_there"] == "not replicated"
+    assert table.loc[CARRIES, "ours_there"] == 1.5
+    assert table.loc[CARRIES, "ours"] != 1.5
+    assert "freezing-safety" not in table.index  # 06 is not stored there
+
+
+def test_a_verdict_that_moves_has_a_row_and_one_that_stays_has_none(stored):
+    elsewhere(stored, "1234567", verdict="partly", ours=1.5, ci_low=1.0, ci_high=2.0)
+    results = {stage: load_result(stored / stage / "result.json") for stage in STAGES}
+    text = across_machines.machines_table(results)
+    moved = across_machines.compared(stored, "other").query("verdict != verdict_there")
+    assert len(moved) and text.count("\n|") == 2 + len(moved)
+    assert "1.5 [1.0, 2.0] | partly |" in text and "AVX9" in text
+    assert "was judged by another judge" in text
+
+
+def test_a_result_of_that_very_run_is_no_comparison(stored):
+    own = load_result(stored / "04_ablation" / "result.json")["commit"]
+    elsewhere(stored, own, verdict="partly")
+    assert CARRIES not in set(across_machines.compared(stored, "other")["id"])
+
+
+def run_with_claims(folder, n_runs: int):
+    shutil.copytree(REFERENCE / "08_claims", folder / "08_claims")
+    path = folder / "08_claims" / "result.json"
+    result = json.loads(path.read_text())
+    for row in result["tables"]["claims"]:
+        row["runs"] = n_runs
+    path.write_text(json.dumps(result))
+    return folder
+
+
+def test_a_run_is_stored_with_what_it_was_made_by(tmp_path):
+    path = across_machines.store(run_with_claims(tmp_path / "run", 1), "mine", tmp_path)
+    found = json.loads(path.read_text())
+    assert {*across_machines.MADE_BY, "seed", "claims"} <= found.keys()
+    assert set(found["claims"][0]) == set(across_machines.FIELDS)
+    assert across_machines.of_machines(tmp_path)["mine"] == found
+
+
+def test_a_run_without_claims_or_over_seeds_is_refused_in_a_line(tmp_path):
+    with pytest.raises(ValueError, match="run 08_claims there"):
+        across_machines.store(tmp_path, "mine", tmp_path)
+    with pytest.raises(ValueError, match="several seeds"):
+        across_machines.store(run_with_claims(tmp_path / "run", 3), "mine", tmp_path)
+
+
+def test_a_machine_needs_one_run():
+    with pytest.raises(ValueError, match="one seed and model"):
+        publish.publish("", machine="mine")
+    with pytest.raises(ValueError, match="one seed and model"):
+        publish.publish("laptop", seeds=(0, 1), machine="mine")

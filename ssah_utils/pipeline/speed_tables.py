@@ -13,6 +13,8 @@ from ssah_utils.files import REFERENCE
 from ssah_utils.pipeline.result_tables import markdown
 
 KINDS = {"bf16": "two cores with bfloat16", "avx2": "two cores without (AVX2)"}
+NOTHING = "Not measured yet."
+FIGURE = "![Seconds and memory of each kind of work against parameters](../figures/cost_growth.png)"
 WAITS = {  # what people wait for, with the unit of its number
     "laptop_minutes": "`make reproduce`, minutes",
     "quickstart_seconds": "`make quickstart`, seconds, without downloads",
@@ -24,11 +26,9 @@ WAITS = {  # what people wait for, with the unit of its number
 
 
 def stored(name: str) -> dict[str, dict]:
-    """A file of measurements by kind of machine; ``LookupError`` where it is not there."""
+    """A file of measurements by kind of machine; empty where nothing was measured."""
     path = REFERENCE / name
-    if not path.exists():
-        raise LookupError(f"{name} (make bench)")
-    return json.loads(path.read_text(encoding="utf-8"))
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def growth_of(kind: str) -> pd.DataFrame:
@@ -44,6 +44,8 @@ def _cells(columns: dict[str, dict], name: str, form: str) -> list[str]:
 def waits_table(results: dict[str, dict]) -> str:
     """What people wait for, then every notebook, by kind of machine."""
     columns = stored("times.json")
+    if not columns:
+        return NOTHING
     rows = [[title, *_cells(columns, name, ".1f")] for name, title in WAITS.items()]
     of_notebooks = {kind: column["notebook_minutes"] for kind, column in columns.items()}
     names = sorted(set().union(*of_notebooks.values()))
@@ -54,6 +56,8 @@ def waits_table(results: dict[str, dict]) -> str:
 def bench_table(results: dict[str, dict]) -> str:
     """Every ratio beside its goal, by kind of machine."""
     columns = stored("bench.json")
+    if not columns:
+        return NOTHING
     goals = columns["goals"]
     measured = [name for kind in KINDS for name in columns.get(kind, {})]
     rows = []
@@ -67,8 +71,10 @@ def bench_table(results: dict[str, dict]) -> str:
 
 def growth_table(results: dict[str, dict]) -> str:
     """Seconds and memory of every size, and the exponent of each kind of work."""
-    kind = next(kind for kind in KINDS if kind in stored("growth.json"))
-    growth = growth_of(kind)
+    measured = [kind for kind in KINDS if kind in stored("growth.json")]
+    if not measured:
+        return NOTHING
+    growth = growth_of(measured[0])
     works = list(dict.fromkeys(growth["work"]))
     rows = []
     for name, part in growth.groupby("size", sort=False):
@@ -84,7 +90,8 @@ def growth_table(results: dict[str, dict]) -> str:
         both = (exponent(part["n_parameters"], part[column]) for column in ("seconds", "gib"))
         powers.append(", ".join(f"{power:.2f}" for power in both))
     rows.append(["exponent", "", *powers])
-    return markdown(rows, ["size", "millions in blocks", *(f"{one}, s and GiB" for one in works)])
+    header = ["size", "millions in blocks", *(f"{one}, s and GiB" for one in works)]
+    return f"{markdown(rows, header)}\n\n{FIGURE}"
 
 
 SPEED_TABLES = {"waits": waits_table, "bench": bench_table, "growth": growth_table}

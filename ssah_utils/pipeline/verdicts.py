@@ -246,7 +246,7 @@ def to_records(table: pd.DataFrame) -> list[dict]:
     records = []
     for row in table.to_dict("records"):
         record = {name: plain(value) for name, value in row.items()}
-        if record["n_seeds"] is not None:
+        if record.get("n_seeds") is not None:
             record["n_seeds"] = int(record["n_seeds"])
         records.append(record)
     return records

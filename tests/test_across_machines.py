@@ -36,7 +36,7 @@ def elsewhere(stored, commit: str, **changed) -> None:
 
 def test_only_claims_that_both_have_measured_are_compared(stored):
     elsewhere(stored, "1234567", verdict="not replicated", ours=1.5)
-    table = across_machines.compared(stored, "other").set_index("id")
+    table = across_machines.on_both(stored, "other").set_index("id")
     assert table.loc[CARRIES, "verdict_there"] == "not replicated"
     assert table.loc[CARRIES, "ours_there"] == 1.5
     assert table.loc[CARRIES, "ours"] != 1.5
@@ -47,16 +47,16 @@ def test_a_verdict_that_moves_has_a_row_and_one_that_stays_has_none(stored):
     elsewhere(stored, "1234567", verdict="partly", ours=1.5, ci_low=1.0, ci_high=2.0)
     results = {stage: load_result(stored / stage / "result.json") for stage in STAGES}
     text = across_machines.machines_table(results)
-    moved = across_machines.compared(stored, "other").query("verdict != verdict_there")
+    moved = across_machines.on_both(stored, "other").query("verdict != verdict_there")
     assert len(moved) and text.count("\n|") == 2 + len(moved)
-    assert "1.5 [1.0, 2.0] | partly |" in text and "AVX9" in text
+    assert "1.5 [1, 2] | partly |" in text and "AVX9" in text
     assert "was judged by another judge" in text
 
 
 def test_a_result_of_that_very_run_is_no_comparison(stored):
     own = load_result(stored / "04_ablation" / "result.json")["commit"]
     elsewhere(stored, own, verdict="partly")
-    assert CARRIES not in set(across_machines.compared(stored, "other")["id"])
+    assert CARRIES not in set(across_machines.on_both(stored, "other")["id"])
 
 
 def run_with_claims(folder, n_runs: int):
@@ -70,7 +70,7 @@ def run_with_claims(folder, n_runs: int):
 
 
 def test_a_run_is_stored_with_what_it_was_made_by(tmp_path):
-    path = across_machines.store(run_with_claims(tmp_path / "run", 1), "mine", tmp_path)
+    path = across_machines.keep_verdicts(run_with_claims(tmp_path / "run", 1), "mine", tmp_path)
     found = json.loads(path.read_text())
     assert {*across_machines.MADE_BY, "seed", "claims"} <= found.keys()
     assert set(found["claims"][0]) == set(across_machines.FIELDS)
@@ -79,9 +79,9 @@ def test_a_run_is_stored_with_what_it_was_made_by(tmp_path):
 
 def test_a_run_without_claims_or_over_seeds_is_refused_in_a_line(tmp_path):
     with pytest.raises(ValueError, match="run 08_claims there"):
-        across_machines.store(tmp_path, "mine", tmp_path)
+        across_machines.keep_verdicts(tmp_path, "mine", tmp_path)
     with pytest.raises(ValueError, match="several seeds"):
-        across_machines.store(run_with_claims(tmp_path / "run", 3), "mine", tmp_path)
+        across_machines.keep_verdicts(run_with_claims(tmp_path / "run", 3), "mine", tmp_path)
 
 
 def test_a_machine_needs_one_run():

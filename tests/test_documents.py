@@ -155,4 +155,4 @@ def test_every_command_named_is_there(path):
     }
     assert set(re.findall(r'--set "?(\w+)=', text)) <= declared
     profiles = {profile.stem for profile in (run.NOTEBOOKS / "profiles").glob("*.yaml")}
-    assert set(re.findall(r"--profile ([\w-]+)", text)) <= profiles
+    assert set(re.findall(r"--profile ([\w.-]+)", text)) <= profiles

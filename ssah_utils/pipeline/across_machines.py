@@ -22,7 +22,7 @@ FIELDS = ("id", "verdict", "ours", "ci_low", "ci_high", "control")
 MADE_BY = ("machine", "judge", "commit")
 
 
-def store(run: Path, name: str, target: Path = REFERENCE) -> Path:
+def keep_verdicts(run: Path, name: str, target: Path = REFERENCE) -> Path:
     """Store the verdicts of one finished run as those of a machine; returns the file.
 
     ``ValueError`` where its 08_claims has not run, or has read other seeds, too.
@@ -42,13 +42,13 @@ def store(run: Path, name: str, target: Path = REFERENCE) -> Path:
     return path
 
 
-def of_machines(stored: Path = REFERENCE) -> dict[str, dict]:
+def of_machines(stored: Path) -> dict[str, dict]:
     """What is stored of every machine, by its name."""
     paths = sorted((stored / FOLDER).glob("*.json"))
     return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in paths}
 
 
-def compared(stored: Path, name: str) -> pd.DataFrame:
+def on_both(stored: Path, name: str) -> pd.DataFrame:
     """Verdict and number of every claim that two runs have measured: columns of ``FIELDS``, and the
     same with ``_there`` of the machine ``name``. Both are of one seed alone. A claim whose stored
     result comes from that very run is no comparison, and has no row.
@@ -71,8 +71,8 @@ def compared(stored: Path, name: str) -> pd.DataFrame:
 def machines_table(results: dict[str, dict]) -> str:
     """Of every machine: on how many claims it agrees, then each on which it does not."""
     parts = []
-    for name, made_by in of_machines().items():
-        table = compared(REFERENCE, name)
+    for name, made_by in of_machines(REFERENCE).items():
+        table = on_both(REFERENCE, name)
         moved = table[table["verdict"] != table["verdict_there"]]
         cpu, judge, seed = made_by["machine"]["cpu"], made_by["judge"], made_by["seed"]
         of_stored = {

@@ -258,7 +258,7 @@ def publish(
     found = sources(profile, list(seeds), list(models)) if profile else []
     if machine:
         check_intact(found[0])
-        across_machines.store(found[0], machine)
+        across_machines.keep_verdicts(found[0], machine)
         found = []
     notebooks = {}  # those that are committed show the main model
     for source in found:  # all of them before anything is written

@@ -149,7 +149,7 @@ def assert_exactly_frozen(
         if mask.all():  # embeddings of absent tokens have no gradient
             assert moved.any(), f"{name} is not trained"
         elif mask.any():  # biases of keys have none, either; in bfloat16, some steps are too small
-            assert moved.float().mean() > (0.9 if mask.ndim > 1 else 0.5), (
+            assert moved.float().mean() > (0.85 if mask.ndim > 1 else 0.5), (
                 f"{name} is hardly trained"
             )
 

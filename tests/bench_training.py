@@ -261,7 +261,7 @@ def trained(
 
 
 def step_seconds(
-    n_steps: int = 16, skipped: int = 5, rounds: int = 3
+    n_steps: int = 12, skipped: int = 4, rounds: int = 2
 ) -> tuple[dict[str, float], dict[str, int]]:
     """Of every condition, the median seconds of a step and the entries of the optimizer's state."""
     subjects = {name: subject_of(name) for name in CONDITIONS}

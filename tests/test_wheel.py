@@ -97,7 +97,8 @@ def test_a_wheel_holds_all_that_is_committed_of_package_data_and_notebooks_and_i
         for name in tracked("ssah_utils", "data", "notebooks")
     }
     assert held == places
-    assert wheel.stat().st_size < 6 * 2**20  # scores of all units of three models are half of it
+    # scores of all units of three models are half of it, and notebooks come with their figures
+    assert wheel.stat().st_size < 8 * 2**20
 
 
 def test_the_installed_package_knows_its_files_and_works_in_the_current_folder(installed):

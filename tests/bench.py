@@ -130,9 +130,7 @@ def forward_gemm_efficiency(
     shape = models.shape_of(model)
     backbone = models.backbone_of(model)
     ids = torch.randint(0, 1000, (batch_size, length))
-    weights = sum(
-        module.weight.numel() for module in backbone.modules() if isinstance(module, nn.Linear)
-    )
+    weights = sum(one.weight.numel() for one in bench_training.linear_maps(model))
     # causal attention: two products of length/2 by n_heads * head_dim for every token
     per_token = 2 * weights + 2 * shape.n_layers * length * shape.n_heads * shape.head_dim
     backbone(input_ids=ids, use_cache=False)
@@ -158,8 +156,7 @@ def generation_gemm_share(
     taken = seconds(
         lambda: found.extend(evaluation.generate_ids(model, tokenizer, rendered, new_tokens))
     )
-    backbone = models.backbone_of(model).modules()
-    weights = sum(one.weight.numel() for one in backbone if isinstance(one, nn.Linear))
+    weights = sum(one.weight.numel() for one in bench_training.linear_maps(model))
     n_read = sum(len(ids) for ids in tokenizer(rendered, add_special_tokens=False)["input_ids"])
     n_written = sum(map(len, found))
     head = model.get_output_embeddings().weight.numel()

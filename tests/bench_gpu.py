@@ -22,10 +22,10 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from ssah_utils import activations, models, per_unit, precision, unit_training
+from ssah_utils import activations, models, precision, unit_training
 from ssah_utils.files import REFERENCE, write_json
-from ssah_utils.per_unit import PerUnit
 from ssah_utils.pipeline.runs import versions
+from tests.bench_training import TRAINED, random_share
 
 
 @dataclass(frozen=True)
@@ -110,16 +110,6 @@ def scoring_over_forward(
     return statistics.median(seconds(score, device) / seconds(bare, device) for _ in range(repeats))
 
 
-def random_share(model: nn.Module, share: float) -> PerUnit:
-    shape = models.shape_of(model)
-    generator = torch.Generator().manual_seed(0)
-    sizes = {kind: (shape.n_layers, shape.n_channels(kind)) for kind in per_unit.KINDS}
-    return (
-        PerUnit({kind: torch.rand(size, generator=generator) for kind, size in sizes.items()})
-        < share
-    )
-
-
 def training_step(
     model: nn.Module, size: Size, device: str, full: bool, n_steps: int = 4
 ) -> tuple[float, float]:
@@ -133,7 +123,7 @@ def training_step(
     with (
         contextlib.nullcontext()
         if full
-        else unit_training.training_only(model, random_share(model, 0.2))
+        else unit_training.training_only(model, random_share(models.shape_of(model), TRAINED))
     ):
         model.train()
         model.gradient_checkpointing_enable({"use_reentrant": False})

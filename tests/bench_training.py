@@ -83,6 +83,11 @@ def random_share(shape: ModelShape, share: float) -> PerUnit:
     )
 
 
+def linear_maps(model: nn.Module) -> list[nn.Linear]:
+    """Those of the backbone: what its matrix products are."""
+    return [one for one in models.backbone_of(model).modules() if isinstance(one, nn.Linear)]
+
+
 # ------------------------------------------------------------------------------------- the rivals
 
 
@@ -110,7 +115,7 @@ def with_lora(model: nn.Module, n_entries: int) -> nn.Module:
     with extras.needed("train"):
         import peft
 
-    maps = [one for one in models.backbone_of(model).modules() if isinstance(one, nn.Linear)]
+    maps = linear_maps(model)
     rank = max(1, round(n_entries / sum(one.in_features + one.out_features for one in maps)))
     config = peft.LoraConfig(
         r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type=peft.TaskType.CAUSAL_LM
@@ -313,9 +318,7 @@ def alone(condition: str, what: str, n_steps: int = 12) -> float:
 
 def flops_per_step(examples: list[dict], model: nn.Module, batch_size: int = 8) -> float:
     """Three times the forward products of the tokens that are there (padding not counted)."""
-    backbone = sum(
-        m.weight.numel() for m in models.backbone_of(model).modules() if isinstance(m, nn.Linear)
-    )
+    backbone = sum(one.weight.numel() for one in linear_maps(model))
     n_tokens = np.mean([len(example["input_ids"]) for example in examples])
     labels = np.mean([sum(label != -100 for label in example["labels"]) for example in examples])
     head = model.get_output_embeddings().weight.numel()

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from ssah_utils.files import REFERENCE
+from ssah_utils.files import REFERENCE, sha256_of_file
 from ssah_utils.pipeline import across_machines, publish
 from ssah_utils.pipeline.stored import load_result
 
@@ -23,19 +23,24 @@ def stored(tmp_path, monkeypatch):
     return tmp_path
 
 
-def elsewhere(stored, commit: str, **changed) -> None:
-    """The stored verdicts as those of a machine, but for what is ``changed``."""
+def elsewhere(stored, own: tuple[str, ...] = (), **changed) -> None:
+    """The stored verdicts as those of a machine, but for what is ``changed``; the results of the
+    notebooks ``own`` are of that very run.
+    """
     claims = json.loads((REFERENCE / "claims.json").read_text())
     rows = [{name: row[name] for name in across_machines.FIELDS} for row in claims]
     (one,) = (row for row in rows if row["id"] == CARRIES)
     one |= changed
-    made_by = {"machine": {"cpu": "AVX9"}, "judge": "learned", "commit": commit, "seed": 0}
+    read = {f"{stage}/result.json": "0" * 64 for stage in STAGES}
+    read |= {one: sha256_of_file(stored / one) for one in read if one.split("/")[0] in own}
+    commit = load_result(stored / "04_ablation" / "result.json")["commit"]  # no run's identity
+    made_by = {"machine": {"cpu": "AVX9"}, "judge": "learned", "commit": commit, "inputs": read}
     (stored / "machines").mkdir()
     (stored / "machines" / "other.json").write_text(json.dumps(made_by | {"claims": rows}))
 
 
 def test_only_claims_that_both_have_measured_are_compared(stored):
-    elsewhere(stored, "1234567", verdict="not replicated", ours=1.5)
+    elsewhere(stored, verdict="not replicated", ours=1.5)
     table = across_machines.on_both(stored, "other").set_index("id")
     assert table.loc[CARRIES, "verdict_there"] == "not replicated"
     assert table.loc[CARRIES, "ours_there"] == 1.5
@@ -44,7 +49,7 @@ def test_only_claims_that_both_have_measured_are_compared(stored):
 
 
 def test_a_verdict_that_moves_has_a_row_and_one_that_stays_has_none(stored):
-    elsewhere(stored, "1234567", verdict="partly", ours=1.5, ci_low=1.0, ci_high=2.0)
+    elsewhere(stored, verdict="partly", ours=1.5, ci_low=1.0, ci_high=2.0)
     results = {stage: load_result(stored / stage / "result.json") for stage in STAGES}
     text = across_machines.machines_table(results)
     moved = across_machines.on_both(stored, "other").query("verdict != verdict_there")
@@ -54,17 +59,17 @@ def test_a_verdict_that_moves_has_a_row_and_one_that_stays_has_none(stored):
 
 
 def test_a_result_of_that_very_run_is_no_comparison(stored):
-    own = load_result(stored / "04_ablation" / "result.json")["commit"]
-    elsewhere(stored, own, verdict="partly")
+    elsewhere(stored, own=("04_ablation",), verdict="partly")
     assert CARRIES not in set(across_machines.on_both(stored, "other")["id"])
 
 
-def run_with_claims(folder, n_runs: int):
+def run_with_claims(folder, n_runs: int, **parameters):
     shutil.copytree(REFERENCE / "08_claims", folder / "08_claims")
     path = folder / "08_claims" / "result.json"
     result = json.loads(path.read_text())
     for row in result["tables"]["claims"]:
         row["runs"] = n_runs
+    result["parameters"] |= parameters
     path.write_text(json.dumps(result))
     return folder
 
@@ -72,7 +77,7 @@ def run_with_claims(folder, n_runs: int):
 def test_a_run_is_stored_with_what_it_was_made_by(tmp_path):
     path = across_machines.keep_verdicts(run_with_claims(tmp_path / "run", 1), "mine", tmp_path)
     found = json.loads(path.read_text())
-    assert {*across_machines.MADE_BY, "seed", "claims"} <= found.keys()
+    assert {*across_machines.MADE_BY, "claims"} <= found.keys()
     assert set(found["claims"][0]) == set(across_machines.FIELDS)
     assert across_machines.of_machines(tmp_path)["mine"] == found
 
@@ -82,6 +87,13 @@ def test_a_run_without_claims_or_over_seeds_is_refused_in_a_line(tmp_path):
         across_machines.keep_verdicts(tmp_path, "mine", tmp_path)
     with pytest.raises(ValueError, match="several seeds"):
         across_machines.keep_verdicts(run_with_claims(tmp_path / "run", 3), "mine", tmp_path)
+
+
+@pytest.mark.parametrize("other", [{"seed": 1}, {"model": "qwen2.5-coder-0.5b-instruct"}])
+def test_a_run_of_another_model_or_seed_is_not_held_against_the_stored_one(tmp_path, other):
+    run = run_with_claims(tmp_path / "run", 1, **other)
+    with pytest.raises(ValueError, match=f"{next(iter(other.values()))}.*stored is"):
+        across_machines.keep_verdicts(run, "mine", tmp_path)
 
 
 def test_a_machine_needs_one_run():

@@ -11,33 +11,38 @@ from pathlib import Path
 import pandas as pd
 
 from ssah_utils.figures.claims import shown_interval
-from ssah_utils.files import REFERENCE, write_json
+from ssah_utils.files import REFERENCE, sha256_of_file, write_json
 from ssah_utils.pipeline import verdicts
+from ssah_utils.pipeline.across_models import MAIN
 from ssah_utils.pipeline.claims import load_claims
 from ssah_utils.pipeline.result_tables import markdown
-from ssah_utils.pipeline.stored import load_result
+from ssah_utils.pipeline.stored import judged_by, load_result
 
 FOLDER = "machines"
 FIELDS = ("id", "verdict", "ours", "ci_low", "ci_high", "control")
-MADE_BY = ("machine", "judge", "commit")
+MADE_BY = ("machine", "judge", "commit", "inputs")
 
 
 def keep_verdicts(run: Path, name: str, target: Path = REFERENCE) -> Path:
     """Store the verdicts of one finished run as those of a machine; returns the file.
 
-    ``ValueError`` where its 08_claims has not run, or has read other seeds, too.
+    ``ValueError`` where its 08_claims has not run or has read other seeds, too, and for a run that
+    is not of the stored model with seed 0: it would be held against another one.
     """
     try:
         result = load_result(run / "08_claims" / "result.json")
     except OSError as error:
         raise ValueError(f"{run} has no claims: run 08_claims there") from error
+    model, seed = (result["parameters"][name] for name in ("model", "seed"))
+    if (model, seed) != (MAIN, 0):
+        raise ValueError(f"{run} is of {model}, seed {seed}: stored is {MAIN}, seed 0")
     claims = result["tables"]["claims"]
     if (claims["runs"] > 1).any():
         raise ValueError(f"08_claims of {run} has read several seeds: run it beside none")
     path = target / FOLDER / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     made_by = {key: result[key] for key in MADE_BY}
-    made_by |= {"seed": result["parameters"]["seed"], "versions": result["versions"]}
+    made_by |= {"versions": result["versions"]}
     write_json(path, made_by | {"claims": verdicts.to_records(claims[list(FIELDS)])})
     return path
 
@@ -54,10 +59,12 @@ def on_both(stored: Path, name: str) -> pd.DataFrame:
     result comes from that very run is no comparison, and has no row.
     """
     made_by = of_machines(stored)[name]
+    paths = {f"{path.parent.name}/{path.name}": path for path in stored.glob("*/result.json")}
+    read = made_by["inputs"].items()
     own = {
-        path.parent.name
-        for path in stored.glob("*/result.json")
-        if load_result(path)["commit"] == made_by["commit"]
+        Path(one).parent.name
+        for one, sha in read
+        if one in paths and sha256_of_file(paths[one]) == sha
     }
     stated = [one for one in load_claims() if not own & set(verdicts.stages_of([one]))]
     tables, _ = verdicts.read_tables(stored, verdicts.stages_of(stated))
@@ -74,14 +81,11 @@ def machines_table(results: dict[str, dict]) -> str:
     for name, made_by in of_machines(REFERENCE).items():
         table = on_both(REFERENCE, name)
         moved = table[table["verdict"] != table["verdict_there"]]
-        cpu, judge, seed = made_by["machine"]["cpu"], made_by["judge"], made_by["seed"]
-        of_stored = {
-            stage[:2]: result.get("judge", verdicts.FIRST_JUDGE)
-            for stage, result in results.items()
-        }
+        cpu, judge = made_by["machine"]["cpu"], made_by["judge"]
+        of_stored = {stage[:2]: judged_by(result) for stage, result in results.items()}
         others = sorted(stage for stage, one in of_stored.items() if one != judge)
         said = (
-            f"`{name}` ({cpu}, seed {seed}, judge {judge}, commit {made_by['commit']}): the same"
+            f"`{name}` ({cpu}, seed 0, judge {judge}, commit {made_by['commit']}): the same"
             f" verdict on {len(table) - len(moved)} of {len(table)} claims."
         )
         if others:

@@ -3,7 +3,6 @@
 Knows stored results.
 """
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -31,7 +30,7 @@ from ssah_utils.figures import (
 )
 from ssah_utils.figures.style import save_figure, set_style
 from ssah_utils.files import REFERENCE
-from ssah_utils.pipeline import across_models
+from ssah_utils.pipeline import across_models, speed_tables
 from ssah_utils.pipeline.stored import find_run, load_result
 from ssah_utils.unit_files import load_partition
 from ssah_utils.units import to_table
@@ -181,12 +180,10 @@ def redraw_across_models(source: Path, target: Path) -> list[str]:
 
 def redraw_growth(source: Path, target: Path) -> list[str]:
     """Draw how cost grows with size, where ``source`` has it; one line where that fails."""
-    if not (path := source / "growth.json").exists():
-        return []
     try:
-        by_kind = json.loads(path.read_text(encoding="utf-8"))
-        growth = by_kind["bf16" if "bf16" in by_kind else "avx2"]["rows"]
-        save_figure(speed.cost_growth(pd.DataFrame(growth)), target, "cost_growth")
+        growth = speed_tables.growth(source)
+        if not growth.empty:
+            save_figure(speed.cost_growth(growth), target, "cost_growth")
     except LACKING as error:
         plt.close("all")
         return [f"figure cost_growth fails: {error}: python -m tests.bench_growth"]

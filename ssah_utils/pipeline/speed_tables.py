@@ -5,6 +5,7 @@ writes none.
 """
 
 import json
+from pathlib import Path
 
 import pandas as pd
 
@@ -25,15 +26,17 @@ WAITS = {  # what people wait for, with the unit of its number
 }
 
 
-def stored(name: str) -> dict[str, dict]:
+def stored(name: str, folder: Path) -> dict[str, dict]:
     """A file of measurements by kind of machine; empty where nothing was measured."""
-    path = REFERENCE / name
+    path = folder / name
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
-def growth_of(kind: str) -> pd.DataFrame:
-    """What ``tests/bench_growth.py`` found on one kind of machine."""
-    return pd.DataFrame(stored("growth.json")[kind]["rows"])
+def growth(folder: Path) -> pd.DataFrame:
+    """What ``tests/bench_growth.py`` found, on the first of ``KINDS``; empty where it never ran."""
+    columns = stored("growth.json", folder)
+    rows = [columns[kind]["rows"] for kind in KINDS if kind in columns]
+    return pd.DataFrame(rows[0] if rows else [])
 
 
 def _cells(columns: dict[str, dict], name: str, form: str) -> list[str]:
@@ -43,7 +46,7 @@ def _cells(columns: dict[str, dict], name: str, form: str) -> list[str]:
 
 def waits_table(results: dict[str, dict]) -> str:
     """What people wait for, then every notebook, by kind of machine."""
-    columns = stored("times.json")
+    columns = stored("times.json", REFERENCE)
     if not columns:
         return NOTHING
     rows = [[title, *_cells(columns, name, ".1f")] for name, title in WAITS.items()]
@@ -55,7 +58,7 @@ def waits_table(results: dict[str, dict]) -> str:
 
 def bench_table(results: dict[str, dict]) -> str:
     """Every ratio beside its goal, by kind of machine."""
-    columns = stored("bench.json")
+    columns = stored("bench.json", REFERENCE)
     if not columns:
         return NOTHING
     goals = columns["goals"]
@@ -71,13 +74,12 @@ def bench_table(results: dict[str, dict]) -> str:
 
 def growth_table(results: dict[str, dict]) -> str:
     """Seconds and memory of every size, and the exponent of each kind of work."""
-    measured = [kind for kind in KINDS if kind in stored("growth.json")]
-    if not measured:
+    table = growth(REFERENCE)
+    if table.empty:
         return NOTHING
-    growth = growth_of(measured[0])
-    works = list(dict.fromkeys(growth["work"]))
+    works = list(dict.fromkeys(table["work"]))
     rows = []
-    for name, part in growth.groupby("size", sort=False):
+    for name, part in table.groupby("size", sort=False):
         found = part.set_index("work")
         n_parameters = found["n_parameters"].iloc[0]
         cells = [
@@ -86,7 +88,7 @@ def growth_table(results: dict[str, dict]) -> str:
         rows.append([name, f"{n_parameters / 1e6:,.0f}", *cells])
     powers = []
     for work in works:
-        part = growth[growth["work"] == work]
+        part = table[table["work"] == work]
         both = (exponent(part["n_parameters"], part[column]) for column in ("seconds", "gib"))
         powers.append(", ".join(f"{power:.2f}" for power in both))
     rows.append(["exponent", "", *powers])

@@ -51,6 +51,11 @@ def load_result(path: Path) -> dict:
     return result
 
 
+def judged_by(result: dict) -> str:
+    """Who judged the answers of a stored result; where it does not say, the rules did."""
+    return result.get("judge", "rules")
+
+
 class Stored(dict):
     """Tables of one stage's result, by name, with the parameters that it was run with."""
 

@@ -27,7 +27,7 @@ from ssah_utils import (
 from ssah_utils.files import DATA
 from ssah_utils.per_unit import PerUnit
 from ssah_utils.pipeline.runs import Run
-from ssah_utils.pipeline.stored import load_result
+from ssah_utils.pipeline.stored import judged_by, load_result
 from ssah_utils.prompts import chat, datasets
 
 
@@ -116,7 +116,7 @@ def parameters(run: Run, stage: str) -> dict:
 
 def judge_of(run: Run, stage: str) -> str:
     """The judge whose verdicts an earlier notebook has stored."""
-    return load_result(run.upstream(stage, "result.json")).get("judge", "rules")
+    return judged_by(load_result(run.upstream(stage, "result.json")))
 
 
 def describe_model(run: Run, model: nn.Module) -> unit_files.ModelInfo:

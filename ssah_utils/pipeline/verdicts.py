@@ -26,7 +26,7 @@ from ssah_utils.pipeline.claims import (
     toward,
 )
 from ssah_utils.pipeline.selecting import Number, mean_of_draws
-from ssah_utils.pipeline.stored import Stored, differing_parameters, load_result
+from ssah_utils.pipeline.stored import Stored, differing_parameters, judged_by, load_result
 
 # ----------------------------------------------------------------------------------------- deciding
 
@@ -157,9 +157,6 @@ def of_stage(folder: Path, stage: str) -> Styler:
 # ----------------------------------------------------------------------------------- stored results
 
 
-FIRST_JUDGE = "rules"  # of results that do not name theirs
-
-
 def read_tables(folder: Path, stages: Iterable[str]) -> tuple[Tables, list[str]]:
     """Tables of a run's readable results, and one line per stage whose result is missing, truncated
     or of another version.
@@ -168,7 +165,7 @@ def read_tables(folder: Path, stages: Iterable[str]) -> tuple[Tables, list[str]]
     for stage in stages:
         try:
             stored = load_result(Path(folder) / stage / "result.json")
-            made_with = stored["parameters"] | {"judge": stored.get("judge", FIRST_JUDGE)}
+            made_with = stored["parameters"] | {"judge": judged_by(stored)}
             tables[stage] = Stored(stored["tables"], made_with)
         except (OSError, ValueError) as error:
             problems.append(f"{stage}: {error}")

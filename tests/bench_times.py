@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 from ssah_utils.files import REFERENCE, ROOT, write_json
+from ssah_utils.pipeline import run
 from ssah_utils.pipeline.stored import find_run
 from tests import bench
 
@@ -32,16 +33,25 @@ def seconds(*command: str, **environment: str) -> float:
     return time.perf_counter() - started
 
 
-def notebook_minutes(run: Path) -> dict[str, float]:
+def notebook_minutes(folder: Path) -> dict[str, float]:
     """Minutes of every finished notebook of a run, from its stamps."""
-    stamps = sorted(run.glob("*/stamp.json"))
+    stamps = sorted(folder.glob("*/stamp.json"))
     return {
         path.parent.name: round(json.loads(path.read_text("utf-8"))["seconds"] / 60, 2)
         for path in stamps
     }
 
 
+def require_finished(profile: str) -> None:
+    """``ValueError`` where running the profile again would execute something: not a no-op."""
+    stages = run.plan(profile, [])
+    if late := run.due(stages, run.selected_of(stages, ""), alone=False, force=False):
+        what = f"{late[0].name} of profile '{profile}' is not up to date here"
+        raise ValueError(f"{what}: make reproduce PROFILE={profile} first")
+
+
 def measured(profile: str, with_tests: bool) -> dict:
+    require_finished(profile)
     minutes = notebook_minutes(find_run(profile, 0))
     found = {
         "laptop_minutes": round(sum(minutes.values()), 1),

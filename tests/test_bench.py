@@ -10,7 +10,7 @@ import torch
 
 from ssah_utils import embedded, loading, models, unit_training
 from ssah_utils.files import ROOT
-from tests import bench, bench_gpu, bench_training
+from tests import bench, bench_gpu, bench_times, bench_training
 from tests.conftest import parameters_of
 
 
@@ -111,6 +111,13 @@ def test_lora_has_about_as_many_entries():
     adapted = bench_training.subject_of("lora", embedded.TINY_RANDOM)
     theirs = sum(one.numel() for one in adapted.parameters() if one.requires_grad)
     assert theirs == pytest.approx(ours, rel=0.3)
+
+
+def test_nothing_is_timed_where_running_again_would_execute_notebooks(tmp_path, monkeypatch):
+    monkeypatch.setenv("SSAH_RUNS", str(tmp_path))
+    with pytest.raises(ValueError, match="01_alignment of profile 'smoke' is not up to date"):
+        bench_times.measured("smoke", with_tests=False)
+    assert not list(tmp_path.rglob("*.ipynb"))
 
 
 def test_rivals_are_conditions():

@@ -134,7 +134,9 @@ def load(
     if hub.is_name(name):  # not the folder in the cache
         model.name_or_path = model.config.name_or_path = hub.split_name(name)[0]
         model.config._commit_hash = hub.commit_of(name)
-    if not quantisers.keeps_codes(model.config):
+    if quantisers.keeps_codes(model.config):
+        quantised.keep_codes(model)
+    else:
         if quantisers.method_of(config):  # what was no matrix of codes is as it was stored
             model = to_dtype(model, computed_in(dtype))
         if not device_map:

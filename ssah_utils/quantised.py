@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ssah_utils.display import first_line
 
+REPACKS = "support_avx512bf16_for_cpu"  # of bitsandbytes' 4-bit linear map
 DEQUANTISE = "give the model as it was before it was quantised, or dequantise and save it"
 CODES = {torch.int8, torch.uint8, torch.int16, torch.int32}
 AT_ONCE = 1024  # columns that are asked for in one pass
@@ -57,6 +58,17 @@ def check_codes(model: nn.Module, name: str, is_kept: bool) -> None:
                 f"'{name}' is quantised by its config.json, but '{path}' is stored as numbers:"
                 " take quantization_config out of it"
             )
+
+
+def keep_codes(model: nn.Module) -> None:
+    """Have bitsandbytes compute with its 4-bit codes as they were stored.
+
+    On a processor with bfloat16 it would repack them at the first pass, with rounded scales. That
+    is another model by its fingerprint, and multiplies in bfloat16 whatever it is asked for.
+    """
+    for module in model.modules():
+        if is_of_bitsandbytes(module) and hasattr(module, REPACKS):
+            setattr(module, REPACKS, False)
 
 
 def outputs_and_inputs(module: nn.Module) -> tuple[int, int]:

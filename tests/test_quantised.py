@@ -83,17 +83,6 @@ def wide_llama() -> nn.Module:
     return model.eval()
 
 
-@pytest.fixture(autouse=True)
-def exact_products(monkeypatch) -> None:
-    """bitsandbytes multiplies in the precision that it is asked for.
-
-    On a processor with bfloat16 it repacks 4-bit codes and multiplies in that, whatever is asked,
-    and no number here would be exact.
-    """
-    if find_spec("bitsandbytes"):
-        monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
-
-
 @pytest.fixture
 def folder(tmp_path, tokenizer) -> Path:
     """The wide Llama, saved."""
@@ -276,6 +265,16 @@ def test_columns_are_the_numbers_that_the_codes_stand_for(folder, codes):
         assert torch.allclose(found, expected, rtol=3e-5, atol=0), name
     original = models.column_weight(wide_llama().model.layers[0].mlp.down_proj)
     assert not torch.equal(original, models.column_weight(model.model.layers[0].mlp.down_proj))
+
+
+@BITSANDBYTES
+def test_codes_stay_as_they_were_stored_whatever_the_processor_has(folder, monkeypatch):
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
+    model, _ = loading.load(str(folder), Quantised("nf4", torch.float32))
+    before = fingerprints.fingerprint(model)
+    with torch.no_grad():
+        model(input_ids=torch.arange(3, 9)[None])
+    assert fingerprints.fingerprint(model) == before
 
 
 @pytest.mark.parametrize("codes", IN_CODES)

@@ -149,7 +149,7 @@ def assert_exactly_frozen(
         if mask.all():  # embeddings of absent tokens have no gradient
             assert moved.any(), f"{name} is not trained"
         elif mask.any():  # biases of keys have none, either; in bfloat16, some steps are too small
-            assert moved.float().mean() > (0.85 if mask.ndim > 1 else 0.5), (
+            assert moved.float().mean() > (0.9 if mask.ndim > 1 else 0.5), (
                 f"{name} is hardly trained"
             )
 
@@ -236,7 +236,7 @@ def test_frozen_entries_of_a_bfloat16_model(any_model, share, rest):
     with training_only(any_model, chosen, rest):
         assert {part.block.dtype for part in parts_of(any_model)} == {torch.float32}
         assert any_model.dtype == torch.bfloat16
-        steps(any_model, 6)
+        steps(any_model, 12)
     assert_exactly_frozen(any_model, before, trainable_entries(any_model, chosen, rest))
 
 

@@ -61,7 +61,8 @@ def test_kept_answers_are_followed_in_their_set_only(measured, whole, models, re
     kept = whole.kept_answers["helpful"]
     expected = evaluation.response_nll(other, tokenizer, rendered, kept)
     found = measured.set_index("set")["answer_nll"]
-    np.testing.assert_array_equal(found["helpful"].astype(float), expected)
+    # The whole panel and one set fill their batches differently, which moves the last bits.
+    np.testing.assert_allclose(found["helpful"].astype(float), expected, rtol=1e-6)
     assert found.drop("helpful").isna().all()
 
 

@@ -1,11 +1,11 @@
 # quickstart · reproduce · reference · test · test-wheel · test-browser · figures · lab · lint · site · bench · bench-gpu : each target
 # sets up what it needs.
-#   make reproduce PROFILE=smoke|laptop|reference
-#   make reference PROFILE=laptop SEEDS=0:3 JOBS=1    what is committed: several seeds, published
+#   make reproduce PROFILE=brief|laptop|reference     over lunch; what is committed; hours for each seed
+#   make reference PROFILE=laptop SEEDS=0:3 JOBS=1    several seeds, published: these are the committed results
 #   make test PIP_FLAGS=...   further flags for pip, e.g. the index of CPU-only torch builds
 
 PYTHON ?= python3
-PROFILE ?= laptop
+PROFILE ?= brief
 SEEDS ?= 0:3
 JOBS ?= 1
 PIP_FLAGS ?=
@@ -30,6 +30,7 @@ reproduce: $(VENV)/installed
 	$(BIN)/ssah run --profile $(PROFILE)
 	$(BIN)/ssah figures --profile $(PROFILE) --to runs/$(PROFILE)/figures
 
+reference: PROFILE := laptop
 reference: $(VENV)/installed
 	$(BIN)/ssah sweep --profile $(PROFILE) --seeds $(SEEDS) --jobs $(JOBS)
 	$(BIN)/ssah publish --profile $(PROFILE) --seeds $(SEEDS)

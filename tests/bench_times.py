@@ -1,8 +1,8 @@
 """How long what people wait for takes here: ``python -m tests.bench_times`` writes times.json.
 
-Of a finished run of the laptop profile (``make reproduce``) the minutes of every notebook are read;
-the other commands are run and timed once, as whole processes. ``--test`` also runs the tests.
-Nothing else should run meanwhile. A column for each kind of machine, as in bench.json.
+Of finished runs (``make reproduce``) the minutes of every notebook are read; the other commands are
+run and timed once, as whole processes. ``--test`` also runs the tests. Nothing else should run
+meanwhile. A column for each kind of machine, as in bench.json; what is not measured now stays.
 """
 
 import argparse
@@ -51,11 +51,12 @@ def require_finished(profile: str) -> None:
 
 
 def measured(profile: str, with_tests: bool) -> dict:
+    """``<profile>_minutes`` in all and by notebook, and what every other command takes."""
     require_finished(profile)
     minutes = notebook_minutes(find_run(profile, 0))
     found = {
-        "laptop_minutes": round(sum(minutes.values()), 1),
-        "notebook_minutes": minutes,
+        f"{profile}_minutes": round(sum(minutes.values()), 1),
+        f"{profile}_notebooks": minutes,
         "noop_seconds": seconds(*SSAH, "run", "--profile", profile),
         "help_seconds": seconds(*SSAH, "--help"),
     }
@@ -72,7 +73,7 @@ def measured(profile: str, with_tests: bool) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.bench_times")
-    parser.add_argument("--profile", default="laptop", help="whose finished run is read")
+    parser.add_argument("--profile", default="brief", help="whose finished run is read")
     parser.add_argument("--test", action="store_true", help="time the tests, too")
     options = parser.parse_args()
     path, kind = REFERENCE / "times.json", bench.kind_of_machine()

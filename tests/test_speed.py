@@ -58,8 +58,8 @@ def test_growth_is_drawn_again_from_what_is_stored(tmp_path):
 
 
 def test_each_kind_of_machine_is_a_column_empty_where_nothing_was_measured(place):
-    of_bf16 = {"laptop_minutes": 50.04, "notebook_minutes": {"01_alignment": 9.44}}
-    of_avx2 = {"notebook_minutes": {"03_units": 2.0}, "noop_seconds": 7.0}
+    of_bf16 = {"brief_minutes": 50.04, "brief_notebooks": {"01_alignment": 9.44}}
+    of_avx2 = {"brief_notebooks": {"03_units": 2.0}, "noop_seconds": 7.0}
     write(place, "times.json", {"bf16": of_bf16, "avx2": of_avx2})
     lines = speed_tables.waits_table({}).splitlines()
     assert lines[2] == "| `make reproduce`, minutes | 50.0 |  |"

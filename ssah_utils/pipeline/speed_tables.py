@@ -17,7 +17,8 @@ KINDS = {"bf16": "two cores with bfloat16", "avx2": "two cores without (AVX2)"}
 NOTHING = "Not measured yet."
 FIGURE = "![Seconds and memory of each kind of work against parameters](../figures/cost_growth.png)"
 WAITS = {  # what people wait for, with the unit of its number
-    "laptop_minutes": "`make reproduce`, minutes",
+    "brief_minutes": "`make reproduce`, minutes",
+    "laptop_minutes": "`make reproduce PROFILE=laptop`, minutes",
     "quickstart_seconds": "`make quickstart`, seconds, without downloads",
     "noop_seconds": "`make reproduce` again, nothing to do, seconds",
     "figures_seconds": "`make figures`, seconds",
@@ -45,12 +46,12 @@ def _cells(columns: dict[str, dict], name: str, form: str) -> list[str]:
 
 
 def waits_table(results: dict[str, dict]) -> str:
-    """What people wait for, then every notebook, by kind of machine."""
+    """What people wait for, then every notebook of ``make reproduce``, by kind of machine."""
     columns = stored("times.json", REFERENCE)
     if not columns:
         return NOTHING
     rows = [[title, *_cells(columns, name, ".1f")] for name, title in WAITS.items()]
-    of_notebooks = {kind: column["notebook_minutes"] for kind, column in columns.items()}
+    of_notebooks = {kind: column.get("brief_notebooks", {}) for kind, column in columns.items()}
     names = sorted(set().union(*of_notebooks.values()))
     rows += [[f"{name}, minutes", *_cells(of_notebooks, name, ".1f")] for name in names]
     return markdown(rows, ["what", *KINDS.values()])

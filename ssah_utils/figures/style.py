@@ -136,4 +136,5 @@ def save_figure(figure: Figure, folder: Path, name: str) -> None:
     for suffix, metadata in (("png", {"Software": None}), ("pdf", {"CreationDate": None})):
         with complete_only(Path(folder) / f"{name}.{suffix}") as partial:
             figure.savefig(partial, format=suffix, metadata=metadata)
+        figure.set_layout_engine("none")  # both have one layout, which takes a third of the time
     plt.close(figure)

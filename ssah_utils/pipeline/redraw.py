@@ -3,7 +3,13 @@
 Knows stored results.
 """
 
-from collections.abc import Callable
+import multiprocessing
+import os
+import sys
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from itertools import repeat
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -131,35 +137,54 @@ def stored_results(profile: str, seed: int) -> Path:
 
 
 def redraw(source: Path, target: Path) -> list[str]:
-    """Draw every figure whose stored result is in ``source``.
+    """Draw every figure whose stored result is in ``source``, on all cores.
 
     Returns one line per stage that could not be drawn.
     """
     set_style()
-    problems = []
-    for stage, drawings in FIGURES.items():
-        folder = source / stage
-        if stage in ONLY_NAMED and not folder.exists():
+    drawings = [partial(redraw_stage, stage) for stage in FIGURES]
+    drawings += [redraw_across_models, redraw_growth]
+    return [problem for problems in _on_all_cores(drawings, source, target) for problem in problems]
+
+
+def _on_all_cores(drawings: list[Callable], source: Path, target: Path) -> Iterable[list[str]]:
+    """What each returns for ``(source, target)``, in order.
+
+    On Linux in forked processes, which need not import anything again; elsewhere one by one.
+    """
+    if sys.platform != "linux":
+        return [draw(source, target) for draw in drawings]
+    n = min(len(drawings), len(os.sched_getaffinity(0)))
+    with ProcessPoolExecutor(n, multiprocessing.get_context("fork")) as pool:
+        return list(pool.map(_drawn, drawings, repeat(source), repeat(target)))
+
+
+def _drawn(draw: Callable[[Path, Path], list[str]], source: Path, target: Path) -> list[str]:
+    return draw(source, target)
+
+
+def redraw_stage(stage: str, source: Path, target: Path) -> list[str]:
+    """Draw the figures of one stage; one line on those that could not be drawn."""
+    folder = source / stage
+    if stage in ONLY_NAMED and not folder.exists():
+        return []
+    drawings = FIGURES[stage]
+    try:
+        tables = load_result(folder / "result.json")["tables"]
+        stored = stored_units(folder) if FROM_UNITS & set(drawings) else None
+    except (OSError, ValueError) as error:
+        return [f"{stage}: {error}"]
+    missing = []
+    for name, draw in drawings.items():
+        if name in MAY_LACK and not len(tables.get(MAY_LACK[name], ())):
             continue
         try:
-            tables = load_result(folder / "result.json")["tables"]
-            stored = stored_units(folder) if FROM_UNITS & set(drawings) else None
-        except (OSError, ValueError) as error:
-            problems.append(f"{stage}: {error}")
-            continue
-        missing = []
-        for name, draw in drawings.items():
-            if name in MAY_LACK and not len(tables.get(MAY_LACK[name], ())):
-                continue
-            try:
-                save_figure(draw(stored if name in FROM_UNITS else tables), target, name)
-            except LACKING as error:
-                what = f"lacks {error}" if isinstance(error, KeyError) else f"fails: {error}"
-                missing.append(f"figure {name} {what}")
-                plt.close("all")
-        if missing:
-            problems.append(f"{stage}: {'; '.join(missing)}: re-run {stage}")
-    return problems + redraw_across_models(source, target) + redraw_growth(source, target)
+            save_figure(draw(stored if name in FROM_UNITS else tables), target, name)
+        except LACKING as error:
+            what = f"lacks {error}" if isinstance(error, KeyError) else f"fails: {error}"
+            missing.append(f"figure {name} {what}")
+            plt.close("all")
+    return [f"{stage}: {'; '.join(missing)}: re-run {stage}"] if missing else []
 
 
 def redraw_across_models(source: Path, target: Path) -> list[str]:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ssah_utils import models, partial_parameters, shards
+from ssah_utils import models, partial_parameters, ranks, shards
 from ssah_utils.partial_parameters import Partial, PartialParameter
 
 
@@ -53,7 +53,8 @@ class _PartialProduct(torch.autograd.Function):
     """x W^T with the gradient of W for the block alone.
 
     Of x, only what that gradient needs is kept for the way back. There, W is put together anew: to
-    keep it would take the memory of a second model.
+    keep it would take the memory of a second model. Only in bfloat16 on a CPU it is kept, as
+    autocast does it: beside products so fast, to put it together twice would show.
     """
 
     @staticmethod
@@ -65,18 +66,21 @@ class _PartialProduct(torch.autograd.Function):
         kept = None
         if ctx.needs_input_grad[1]:
             kept = values[..., part.gathered] if by_columns and part.is_minor else values
-        ctx.save_for_backward(kept, block, rest)
         rows = part.rows(block, rest, values.dtype)
+        is_kept = values.device.type == "cpu" and values.dtype.itemsize < block.dtype.itemsize
+        is_kept &= ranks.n_ranks() == 1  # whoever shares a model out lacks the memory
+        ctx.save_for_backward(kept, block, rest, rows if is_kept else None)
         return values @ (rows if by_columns else rows.T)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        kept, block, rest = ctx.saved_tensors
+        kept, block, rest, rows = ctx.saved_tensors
         part, by_columns = ctx.part, ctx.by_columns
         of_values = of_block = None
         if ctx.needs_input_grad[0]:
-            rows = part.rows(block, rest, ctx.dtype)
+            if rows is None:
+                rows = part.rows(block, rest, ctx.dtype)
             of_values = gradient @ (rows.T if by_columns else rows)
         if kept is not None:
             left = kept if by_columns else gradient  # (..., trained dimension)

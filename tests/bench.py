@@ -11,6 +11,7 @@ native, ``avx2`` elsewhere. ``GOALS`` has the goals.
 * ``ru_step_over_X``, ``ru_peak_memory_over_X``: a training step of a random 20% of the units over
   one of X, a way of ``bench_training``, and the same of a process's memory.
 * ``freeze_step_over_full``: a step with a random 7.5% of the units frozen over a full one.
+* ``step_shares``: where the time of a step goes, of all, of 20% trained and of 7.5% frozen.
 """
 
 import argparse
@@ -48,6 +49,7 @@ GOALS = {
     "train_gemm_efficiency": ("at least", 0.55),
 }
 RIVALS = ("full", "lora", "masked", "contiguous")  # of bench_training, for step and memory
+PROFILED = ("full", "redundant", "frozen")
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -189,7 +191,7 @@ def in_own_process(*arguments: str) -> float:
     )
 
 
-def training_figures() -> dict[str, float]:
+def training_figures() -> dict[str, float | dict]:
     seconds_of, entries = bench_training.step_seconds()
     ours, full = seconds_of["redundant"], seconds_of["full"]
     figures = {f"ru_step_over_{name}": ours / seconds_of[name] for name in RIVALS}
@@ -200,7 +202,8 @@ def training_figures() -> dict[str, float]:
     model, tokenizer = loading.load(embedded.DEFAULT)
     flops = bench_training.flops_per_step(bench_training.training_examples(tokenizer), model)
     peak = gemm_peak(precision.preferred_dtype("cpu"))
-    return figures | {"train_gemm_efficiency": flops / full / peak}
+    shares = {name: bench_training.shares_of_step(name) for name in PROFILED}
+    return figures | {"train_gemm_efficiency": flops / full / peak, "step_shares": shares}
 
 
 def memory_figures() -> dict[str, float]:
@@ -258,7 +261,7 @@ def main() -> None:
     if options.alone:
         print(bench_training.alone(*options.alone))
         return
-    figures: dict[str, float] = {}
+    figures: dict[str, float | dict] = {}
     for name, measure in PARTS.items():
         if options.only in (None, name):
             figures |= measure()
@@ -277,7 +280,10 @@ def main() -> None:
         "processor": processor(),
         "versions": versions(),
     }
-    rounded = {name: round(value, 3) for name, value in figures.items()}
+    rounded = {
+        name: round(value, 3) if isinstance(value, float) else value
+        for name, value in figures.items()
+    }
     goals = {"goals": {name: list(goal) for name, goal in GOALS.items()}}
     write_json(path, stored | goals | {kind_of_machine(): column | rounded | details})
 

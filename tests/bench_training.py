@@ -243,6 +243,7 @@ def trained(
     tokenizer,
     examples: list[dict],
     n_steps: int,
+    callbacks: tuple[TrainerCallback, ...] = (),
     learning_rate: float = 1e-6,
 ) -> Watch:
     """Train under one of ``CONDITIONS``; what was seen."""
@@ -261,7 +262,7 @@ def trained(
         }[condition]()
     with scope:
         config = training.SFTConfig(learning_rate, max_steps=n_steps)
-        training.train_sft(subject, tokenizer, examples, config, (watch,), made)
+        training.train_sft(subject, tokenizer, examples, config, (watch, *callbacks), made)
     return watch
 
 
@@ -314,6 +315,48 @@ def alone(condition: str, what: str, n_steps: int = 12) -> float:
         subject, tokenizer = subject_of(condition), loading.load_tokenizer(embedded.DEFAULT)
         watch = trained(condition, subject, tokenizer, training_examples(tokenizer), n_steps)
     return peak_memory_gib() if what == "memory" else statistics.median(np.diff(watch.moments)[4:])
+
+
+# What the operations of a step are for; all others are its remainder.
+PARTS_OF_STEP = {
+    "products": ("mm", "bmm", "addmm"),
+    "casts and copies": ("copy_", "_to_copy", "index_copy_", "index_select", "cat"),
+    "gradients clipped": ("linalg_vector_norm", "mul_"),
+    "optimizer": ("_fused_adamw_",),
+}
+REMAINDER = "everything else"
+
+
+class Profiled(TrainerCallback):
+    """Operations and wall clock of all steps but the first ones, which make kernels."""
+
+    def __init__(self, skipped: int) -> None:
+        self.skipped, self.seconds = skipped, 0.0
+        self.profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        if state.global_step == self.skipped:
+            self.profiler.start()
+            self.seconds = -time.perf_counter()
+        elif state.global_step == state.max_steps:
+            self.seconds += time.perf_counter()
+            self.profiler.stop()
+
+
+def shares_of_step(condition: str, n_steps: int = 8, skipped: int = 3) -> dict[str, float]:
+    """Which share of a step each of ``PARTS_OF_STEP`` takes; together with the rest, 1."""
+    subject, tokenizer = subject_of(condition), loading.load_tokenizer(embedded.DEFAULT)
+    profiled = Profiled(skipped)
+    trained(condition, subject, tokenizer, training_examples(tokenizer), n_steps, (profiled,))
+    taken = {
+        event.key.removeprefix("aten::"): event.self_cpu_time_total / 1e6
+        for event in profiled.profiler.key_averages()
+    }
+    shares = {
+        part: round(sum(taken.get(name, 0.0) for name in names) / profiled.seconds, 3)
+        for part, names in PARTS_OF_STEP.items()
+    }
+    return shares | {REMAINDER: round(1 - sum(shares.values()), 3)}
 
 
 def flops_per_step(examples: list[dict], model: nn.Module, batch_size: int = 8) -> float:

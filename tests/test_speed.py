@@ -77,6 +77,16 @@ def test_ratios_stand_beside_their_goals(place):
     ]
 
 
+def test_shares_of_a_step_stand_by_machine_and_kind_of_step(place):
+    shares = {"full": {"products": 0.25, "everything else": 0.75}}
+    write(place, "bench.json", {"goals": {}, "avx2": {"step_shares": shares, "a": 0.5}})
+    assert speed_tables.step_table({}).splitlines() == [
+        "| machine | step | products | everything else |",
+        "|---|---|---|---|",
+        f"| {speed_tables.KINDS['avx2']} | full | 25% | 75% |",
+    ]
+
+
 def test_the_table_of_growth_ends_with_its_exponents(place):
     write(place, "growth.json", {"bf16": {"rows": growth(2.0).to_dict("records")}})
     lines = speed_tables.growth_table({}).splitlines()

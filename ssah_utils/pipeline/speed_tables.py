@@ -73,6 +73,22 @@ def bench_table(results: dict[str, dict]) -> str:
     return markdown(rows, ["ratio", "goal", *KINDS.values()])
 
 
+def step_table(results: dict[str, dict]) -> str:
+    """Which share of a training step each kind of operation takes, by kind of machine."""
+    columns = stored("bench.json", REFERENCE)
+    found = [
+        {"machine": title, "step": condition} | shares
+        for kind, title in KINDS.items()
+        for condition, shares in columns.get(kind, {}).get("step_shares", {}).items()
+    ]
+    if not found:
+        return NOTHING
+    rows = [
+        [f"{one:.0%}" if isinstance(one, float) else one for one in row.values()] for row in found
+    ]
+    return markdown(rows, list(found[0]))
+
+
 def growth_table(results: dict[str, dict]) -> str:
     """Seconds and memory of every size, and the exponent of each kind of work."""
     table = growth(REFERENCE)
@@ -97,4 +113,9 @@ def growth_table(results: dict[str, dict]) -> str:
     return f"{markdown(rows, header)}\n\n{FIGURE}"
 
 
-SPEED_TABLES = {"waits": waits_table, "bench": bench_table, "growth": growth_table}
+SPEED_TABLES = {
+    "waits": waits_table,
+    "bench": bench_table,
+    "step": step_table,
+    "growth": growth_table,
+}

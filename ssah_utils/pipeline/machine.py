@@ -31,10 +31,12 @@ def gflops(dtype: torch.dtype, device: str = "cpu", seconds: float = 2.0) -> flo
 def slowdown(reference: dict, dtype: torch.dtype, device: str = "cpu") -> float:
     """How many times longer than on the ``reference`` machine the same work takes here.
 
-    ``reference``: the ``gflops`` of its matrix product in its ``dtype``, and as ``used``, for every
-    precision, the share of that speed which training reaches. The shares differ: the slower the
-    products, the less the rest of the work weighs.
+    ``reference``: ``gflops``, the speed of its matrix product in its ``dtype``, and ``beside``, the
+    seconds that training spends beside every GFLOP of products. These differ little between
+    machines: so one that multiplies ten times as fast is not ten times as fast.
     """
-    name = str(dtype).removeprefix("torch.")
-    here = gflops(dtype, device) * reference["used"][name]
-    return reference["gflops"] * reference["used"][reference["dtype"]] / here
+
+    def seconds(speed: float) -> float:
+        return 1 / speed + reference["beside"]
+
+    return seconds(gflops(dtype, device)) / seconds(reference["gflops"])

@@ -34,7 +34,7 @@ def elsewhere(stored, own: tuple[str, ...] = (), **changed) -> None:
     read = {f"{stage}/result.json": "0" * 64 for stage in STAGES}
     read |= {one: sha256_of_file(stored / one) for one in read if one.split("/")[0] in own}
     commit = load_result(stored / "04_ablation" / "result.json")["commit"]  # no run's identity
-    made_by = {"machine": {"cpu": "AVX9"}, "judge": "learned", "commit": commit, "inputs": read}
+    made_by = {"machines": ["AVX9"], "judges": ["a stranger"], "commits": [commit], "inputs": read}
     (stored / "machines").mkdir()
     (stored / "machines" / "other.json").write_text(json.dumps(made_by | {"claims": rows}))
 
@@ -69,6 +69,9 @@ def run_with_claims(folder, n_runs: int, **parameters):
     result = json.loads(path.read_text())
     for row in result["tables"]["claims"]:
         row["runs"] = n_runs
+    for one in result["inputs"]:
+        (folder / one).parent.mkdir(exist_ok=True)
+        shutil.copy(REFERENCE / one, folder / one)
     result["parameters"] |= parameters
     path.write_text(json.dumps(result))
     return folder
@@ -77,8 +80,10 @@ def run_with_claims(folder, n_runs: int, **parameters):
 def test_a_run_is_stored_with_what_it_was_made_by(tmp_path):
     path = across_machines.keep_verdicts(run_with_claims(tmp_path / "run", 1), "mine", tmp_path)
     found = json.loads(path.read_text())
-    assert {*across_machines.MADE_BY, "claims"} <= found.keys()
+    assert set(found) == {"inputs", "machines", "judges", "commits", "claims"}
     assert set(found["claims"][0]) == set(across_machines.FIELDS)
+    stages = [load_result(REFERENCE / one) for one in found["inputs"]]
+    assert found["commits"] == sorted({stage["commit"] for stage in stages})
     assert across_machines.of_machines(tmp_path)["mine"] == found
 
 
@@ -94,6 +99,22 @@ def test_a_run_of_another_model_or_seed_is_not_held_against_the_stored_one(tmp_p
     run = run_with_claims(tmp_path / "run", 1, **other)
     with pytest.raises(ValueError, match=f"{next(iter(other.values()))}.*stored is"):
         across_machines.keep_verdicts(run, "mine", tmp_path)
+
+
+def test_it_is_said_who_measured_and_judged_not_who_drew_up_the_claims(tmp_path):
+    run = run_with_claims(tmp_path / "run", 1)
+    for path in run.glob("*/result.json"):
+        result = json.loads(path.read_text())
+        if path.parent.name != "08_claims":
+            result |= {"machine": {"cpu": "AVX9", "dtype": "float32"}, "judge": "a judge"}
+            path.write_text(json.dumps(result))
+    first = run / "03_units" / "result.json"
+    result = json.loads(first.read_text())
+    del result["machine"], result["judge"]  # as of old ones
+    first.write_text(json.dumps(result))
+    found = json.loads(across_machines.keep_verdicts(run, "mine", tmp_path).read_text())
+    assert found["machines"] == ["AVX9 float32", across_machines.UNTOLD]
+    assert found["judges"] == ["a judge", "rules"]
 
 
 def test_a_machine_needs_one_run():

@@ -20,7 +20,7 @@ from ssah_utils.pipeline.stored import judged_by, load_result
 
 FOLDER = "machines"
 FIELDS = ("id", "verdict", "ours", "ci_low", "ci_high", "control")
-MADE_BY = ("machine", "judge", "commit", "inputs")
+UNTOLD = "a processor that was not stored"
 
 
 def keep_verdicts(run: Path, name: str, target: Path = REFERENCE) -> Path:
@@ -41,10 +41,26 @@ def keep_verdicts(run: Path, name: str, target: Path = REFERENCE) -> Path:
         raise ValueError(f"08_claims of {run} has read several seeds: run it beside none")
     path = target / FOLDER / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    made_by = {key: result[key] for key in MADE_BY}
-    made_by |= {"versions": result["versions"]}
+    made_by = {"inputs": result["inputs"]} | _made_by([run / one for one in result["inputs"]])
     write_json(path, made_by | {"claims": verdicts.to_records(claims[list(FIELDS)])})
     return path
+
+
+def _made_by(paths: list[Path]) -> dict[str, list]:
+    """Where, judged by whom and with which code the results that verdicts rest on were measured.
+
+    That of 08_claims says nothing of it: it may have run elsewhere and later.
+    """
+    results = [load_result(path) for path in paths]
+    places = [result.get("machine", {}) for result in results]
+    found = {
+        "machines": [
+            " ".join([place.get("cpu", UNTOLD), place.get("dtype", "")]).strip() for place in places
+        ],
+        "judges": [judged_by(result) for result in results],
+        "commits": [result["commit"] for result in results],
+    }
+    return {name: sorted(set(values)) for name, values in found.items()}
 
 
 def of_machines(stored: Path) -> dict[str, dict]:
@@ -81,12 +97,13 @@ def machines_table(results: dict[str, dict]) -> str:
     for name, made_by in of_machines(REFERENCE).items():
         table = on_both(REFERENCE, name)
         moved = table[table["verdict"] != table["verdict_there"]]
-        cpu, judge = made_by["machine"]["cpu"], made_by["judge"]
+        where, judges = ", ".join(made_by["machines"]), made_by["judges"]
         of_stored = {stage[:2]: judged_by(result) for stage, result in results.items()}
-        others = sorted(stage for stage, one in of_stored.items() if one != judge)
+        others = sorted(stage for stage, one in of_stored.items() if one not in judges)
         said = (
-            f"`{name}` ({cpu}, seed 0, judge {judge}, commit {made_by['commit']}): the same"
-            f" verdict on {len(table) - len(moved)} of {len(table)} claims."
+            f"`{name}` ({where}; seed 0; judge: {', '.join(judges)}; commit"
+            f" {', '.join(made_by['commits'])}): the same verdict on"
+            f" {len(table) - len(moved)} of {len(table)} claims."
         )
         if others:
             said += f" What is stored of {', '.join(others)} was judged by another judge."

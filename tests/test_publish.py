@@ -13,7 +13,9 @@ import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from ssah_utils import embedded
+from ssah_utils.files import NOTEBOOKS
 from ssah_utils.pipeline import across_models, cli, publish, runs
+from ssah_utils.pipeline.runs import declared_parameters
 from ssah_utils.pipeline.stored import find_run
 
 
@@ -250,6 +252,23 @@ def test_publishing_stores_results_notebook_claims_and_tables_and_says_what_is_a
     assert nbformat.read(project / "notebooks" / "03_units.ipynb", 4).metadata["ssah"]["outputs_of"]
     assert (project / "stored" / "claims.json").exists()
     assert (project / "README.md").read_text() == "<!-- cost -->\n| 0 |\n<!-- end cost -->\n"
+
+
+def test_a_notebook_is_committed_with_what_it_shows_of_its_own_model(project, monkeypatch):
+    other = project / "runs" / "reference" / "org--other"
+    shutil.copytree(find_run("reference", 0).parent, other)
+    before = (project / "notebooks" / "03_units.ipynb").read_bytes()
+    for model, stays in (("org--another", True), ("org--other", False)):
+        monkeypatch.setattr(across_models, "SHOWN_WITH", {"03_units": model})
+        publish.publish("reference", models=["org--other"])
+        assert (before == (project / "notebooks" / "03_units.ipynb").read_bytes()) == stays
+    assert (project / "stored" / "models" / "org--other" / "03_units" / "result.json").exists()
+
+
+def test_notebooks_are_committed_with_the_model_that_they_name():
+    for path in sorted(NOTEBOOKS.glob("*.ipynb")):
+        named = declared_parameters(path)["model"]
+        assert across_models.SHOWN_WITH.get(path.stem, across_models.MAIN) == named, path.stem
 
 
 def test_nothing_is_stored_when_one_notebook_has_changed_since_the_run(project, source, capsys):

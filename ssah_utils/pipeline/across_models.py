@@ -18,6 +18,8 @@ from ssah_utils.pipeline.stored import load_result
 
 FOLDER = "models"
 MAIN = embedded.DEFAULT
+# The model that a notebook is committed with, where it is not the main one.
+SHOWN_WITH = {"00_quickstart": embedded.VENDOR_ALIGNED}
 COLUMNS = ("id", "model", "verdict", "ours", "ci_low", "ci_high", "control", "n_seeds", "note")
 SHORT = {"replicated": "**yes**", "partly": "partly", "not replicated": "no", "not measured": ""}
 

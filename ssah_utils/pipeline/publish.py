@@ -130,10 +130,13 @@ def renew_verdicts(notebook: nbformat.NotebookNode, run_folder: Path, stage: str
 def published_notebooks(source: Path) -> dict[Path, nbformat.NotebookNode]:
     """Every finished stage's notebook with its outputs, by where it belongs.
 
-    ``ValueError`` names the first that cannot be published.
+    Of those that are committed with what they show of this run's model. ``ValueError`` names the
+    first that cannot be published.
     """
-    notebooks = {}
+    notebooks, model = {}, source.parent.name
     for stage in finished_stages(source):
+        if across_models.SHOWN_WITH.get(stage, across_models.MAIN) != model:
+            continue
         path = NOTEBOOKS / f"{stage}.ipynb"
         executed = nbformat.read(source / stage / f"{stage}.ipynb", as_version=4)
         try:
@@ -260,14 +263,14 @@ def publish(
         check_intact(found[0])
         across_machines.keep_verdicts(found[0], machine)
         found = []
-    notebooks = {}  # those that are committed show the main model
+    notebooks: dict[Path, nbformat.NotebookNode] = {}
     for source in found:  # all of them before anything is written
         if source.parent.name == embedded.TINY_RANDOM:
             what = f"'{embedded.TINY_RANDOM}' has random weights, for tests"
             raise ValueError(f"{what}: no claim is measured on it")
         check_intact(source)
-        if reference_folder_of(source) == REFERENCE:
-            notebooks = published_notebooks(source)
+        if source.name == "seed-0":
+            notebooks |= published_notebooks(source)
     for source in found:
         store(source)
     for path, notebook in notebooks.items():

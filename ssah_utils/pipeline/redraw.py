@@ -166,6 +166,8 @@ def _drawn(draw: Callable[[Path, Path], list[str]], source: Path, target: Path) 
 def redraw_stage(stage: str, source: Path, target: Path) -> list[str]:
     """Draw the figures of one stage; one line on those that could not be drawn."""
     folder = source / stage
+    if stage in across_models.SHOWN_WITH and not folder.exists():
+        folder = source / across_models.FOLDER / across_models.SHOWN_WITH[stage] / stage
     if stage in ONLY_NAMED and not folder.exists():
         return []
     drawings = FIGURES[stage]

@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from ssah_utils import activations, models, precision, unit_training
 from ssah_utils.files import REFERENCE, write_json
 from ssah_utils.pipeline.runs import versions
+from tests.bench_growth import random_batch
 from tests.bench_training import TRAINED, random_share
 
 
@@ -62,19 +63,9 @@ def random_llama(size: Size, device: str, dtype: torch.dtype) -> nn.Module:
 
 
 def batches_of(size: Size, device: str) -> list[dict[str, torch.Tensor]]:
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(3, size.vocabulary, (size.sequences, size.length), generator=generator).to(
-        device
-    )
-    mask = torch.ones_like(ids)
-    return [
-        {
-            "input_ids": rows,
-            "attention_mask": mask[: len(rows)],
-            "positions": mask[: len(rows)].bool(),
-        }
-        for rows in ids.split(size.batch_size)
-    ]
+    whole = random_batch(size.vocabulary, size.sequences, size.length)
+    cut = {name: rows.to(device).split(size.batch_size) for name, rows in whole.items()}
+    return [dict(zip(cut, parts, strict=True)) for parts in zip(*cut.values(), strict=True)]
 
 
 def seconds(work, device: str) -> float:

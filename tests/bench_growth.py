@@ -56,12 +56,15 @@ def sizes() -> dict[str, PretrainedConfig]:
     }
 
 
-def batch_of(model: nn.Module) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    n_rows = model.get_input_embeddings().num_embeddings
-    ids = torch.randint(3, n_rows, (BATCH, LENGTH), generator=generator)
+def random_batch(vocabulary: int, n: int, length: int) -> dict[str, torch.Tensor]:
+    """The same random sequences each time, all of one length, all positions scored."""
+    ids = torch.randint(3, vocabulary, (n, length), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
     return {"input_ids": ids, "attention_mask": mask, "positions": mask.bool()}
+
+
+def batch_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    return random_batch(model.get_input_embeddings().num_embeddings, BATCH, LENGTH)
 
 
 def works(model: nn.Module) -> dict[str, Callable[[], object]]:

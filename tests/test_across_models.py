@@ -138,6 +138,7 @@ def test_the_central_experiment_is_drawn_for_every_model(tmp_path):
     rows = [
         {
             "model": model,
+            "seed": 0,
             "condition": condition,
             "metric": metric,
             "mean": value,
@@ -151,7 +152,7 @@ def test_the_central_experiment_is_drawn_for_every_model(tmp_path):
             ("random, as safety", 0.0),
             ("random, as safety", 0.1),
         )
-        for metric in ("coherent_asr", "degenerate")
+        for metric in models.COUNTED
     ]
     figure = models.ablation_by_model(pd.DataFrame(rows))
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["two", "one"]
@@ -159,10 +160,11 @@ def test_the_central_experiment_is_drawn_for_every_model(tmp_path):
     assert drawn == pytest.approx([0, 0, 5, 5, 10, 10, 10, 90])
 
 
-def test_nothing_is_drawn_across_models_where_there_is_one(tmp_path):
+def test_across_models_what_is_stored_of_judges_is_drawn(tmp_path):
     ablation(tmp_path, embedded.DEFAULT, 0.7)
     assert redraw.redraw_across_models(tmp_path, tmp_path) == []
-    assert not list(tmp_path.glob("*.png"))
-    ablation(tmp_path / "models" / "qwen", "qwen", 0.3)
-    (problem,) = redraw.redraw_across_models(tmp_path, tmp_path)  # it has no rates
+    assert not list(tmp_path.glob("*.png")), "a run is no stored result: nothing was counted"
+    (tmp_path / "04_ablation" / "judges.json").write_text('[{"condition": "nothing"}]')
+    (problem,) = redraw.redraw_across_models(tmp_path, tmp_path)
     assert problem.startswith("figure ablation_by_model fails") and "\n" not in problem
+

@@ -8,7 +8,7 @@ import torch
 from ssah_utils import models, unit_files, units
 from ssah_utils.files import REFERENCE, ROOT
 from ssah_utils.per_unit import KINDS, PerUnit
-from ssah_utils.pipeline import across_models, cli, publish, run, summary
+from ssah_utils.pipeline import across_judges, across_models, cli, publish, run, summary
 from ssah_utils.pipeline.runs import declared_parameters
 from tests.conftest import writers_by_name
 from tests.links import broken_in_markdown
@@ -76,11 +76,24 @@ def test_headings_of_the_findings_say_what_their_verdicts_say(results):
     """
     verdicts = summary.claims_of(results).set_index("id")["verdict"]
     found = {name: [verdicts[one] for one in ids] for name, ids in summary.FINDINGS.items()}
-    assert set(found["safety units"]) == {"replicated"}
     assert set(found["not replicated"]) == {"not replicated"}
     alone, with_some, with_all, task = found["freezing"]
-    assert (alone, with_some) == ("partly", "replicated")
-    assert "replicated" not in (with_all, task)
+    assert with_some == "replicated"
+    assert "replicated" not in (alone, with_all, task)
+
+
+def test_what_is_said_of_refusing_and_of_helping_is_what_is_stored():
+    """Without safety units no model refuses; those of vendors then help, ours mostly does not."""
+    rates = across_judges.stored_rates(REFERENCE)
+    assert len(rates.groupby(["model", "seed"])) >= 3
+    for (model, _), run in rates.groupby(["model", "seed"]):
+        by_metric = run.set_index(["metric", "condition"])
+        keywords, fulfilled = by_metric.loc["keywords"], by_metric.loc["learned"]
+        assert keywords["low"]["safety"] > max(
+            keywords["high"]["nothing"], keywords["high"]["random, as safety"]
+        )
+        gained = fulfilled["mean"]["safety"] - fulfilled["mean"]["nothing"]
+        assert (gained < 0.5) if model == across_models.MAIN else (gained > 0.3)
 
 
 # -------------------------------------------------------------------------------- code and commands

@@ -172,21 +172,6 @@ def units_across(results: StoredResults) -> str:
     return markdown(rows, header)
 
 
-def ablation_rates(stored: Path) -> pd.DataFrame:
-    """Answers to harmful requests under every group's ablation, on every model: model, condition,
-    metric, mean, low, high, one row a draw. Empty where no model has a result of 04.
-    """
-    parts = []
-    for model, folder in folders(stored).items():
-        path = folder / "04_ablation" / "result.json"
-        if path.exists():
-            rates = load_result(path)["tables"]["rates"]
-            groups = rates[(rates["part"] == "groups") & (rates["set"] == "harmful")]
-            parts.append(groups.assign(model=model))
-    columns = ["model", "condition", "metric", "mean", "low", "high"]
-    return pd.concat(parts)[columns] if parts else pd.DataFrame(columns=columns)
-
-
 MODEL_TABLES = {
     "claims by model": claims_across,
     "ablation by model": ablation_across,

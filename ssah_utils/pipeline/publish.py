@@ -28,7 +28,7 @@ from ssah_utils.files import (
     sha256_of,
     write_json,
 )
-from ssah_utils.pipeline import across_machines, across_models, claims, verdicts
+from ssah_utils.pipeline import across_judges, across_machines, across_models, claims, verdicts
 from ssah_utils.pipeline.redraw import redraw
 from ssah_utils.pipeline.result_tables import JUDGE_TABLES, RESULT_TABLES
 from ssah_utils.pipeline.run import plan
@@ -47,7 +47,7 @@ DOCUMENTS = {  # what is generated in a document: names of its parts, and what m
     "docs/judge.md": JUDGE_TABLES,
     "docs/results.md": RESULT_TABLES
     | across_models.MODEL_TABLES
-    | {"machines": across_machines.machines_table},
+    | {"machines": across_machines.machines_table, "judges": across_judges.judges_table},
     "docs/speed.md": SPEED_TABLES,
 }
 
@@ -238,6 +238,7 @@ def store(source: Path) -> None:
     """Store the small results of a run: of another seed than 0, in place of those stored before."""
     place, is_first = reference_folder_of(source), source.name == "seed-0"
     stages = copy_results(source, place, STORED if is_first else (RESULT,))
+    across_judges.keep(source, place)
     if not is_first:
         for stale in set(place.iterdir()) - {place / stage for stage in stages}:
             shutil.rmtree(stale)

@@ -36,7 +36,7 @@ from ssah_utils.figures import (
 )
 from ssah_utils.figures.style import save_figure, set_style
 from ssah_utils.files import REFERENCE
-from ssah_utils.pipeline import across_models, speed_tables
+from ssah_utils.pipeline import across_judges, across_models, speed_tables
 from ssah_utils.pipeline.stored import find_run, load_result
 from ssah_utils.unit_files import load_partition
 from ssah_utils.units import to_table
@@ -190,18 +190,17 @@ def redraw_stage(stage: str, source: Path, target: Path) -> list[str]:
 
 
 def redraw_across_models(source: Path, target: Path) -> list[str]:
-    """Draw what shows all models side by side; one line where it could not be drawn.
+    """Draw what shows all stored models side by side; one line where it could not be drawn.
 
-    Nothing where ``source`` holds the results of one model alone.
+    Nothing where ``source`` is one run.
     """
-    if not (source / across_models.FOLDER).exists():
-        return []
     try:
-        rates = across_models.ablation_rates(source)
-        save_figure(models.ablation_by_model(rates), target, "ablation_by_model")
+        rates = across_judges.stored_rates(source)
+        if not rates.empty:
+            save_figure(models.ablation_by_model(rates), target, "ablation_by_model")
     except LACKING as error:
         plt.close("all")
-        return [f"figure ablation_by_model fails: {error}: re-run 04_ablation on every model"]
+        return [f"figure ablation_by_model fails: {error}: publish 04_ablation of every model"]
     return []
 
 

@@ -12,15 +12,11 @@ import pandas as pd
 from ssah_utils import assets, embedded
 from ssah_utils.figures.claims import shown_interval, two_digits
 from ssah_utils.pipeline.across_models import StoredResults, of_models
-from ssah_utils.pipeline.claims import CLAIM_VERDICTS
+from ssah_utils.pipeline.claims import CLAIM_VERDICTS, load_claims
 from ssah_utils.pipeline.result_tables import markdown
 
 FINDINGS = {
-    "safety units": (
-        "safety-units-carry-safety",
-        "safety-units-spare-utility",
-        "feed-forward-holds-safety",
-    ),
+    "safety units": ("safety-units-carry-safety",),
     "freezing": (
         "freezing-safety",
         "freezing-safety-some-complex",
@@ -68,6 +64,23 @@ def finding_table(results: StoredResults, ids: tuple[str, ...]) -> str:
     return markdown(rows, ["claim", "ours [95%]", "control", "verdict", "models"])
 
 
+def finding_by_model(results: StoredResults, ids: tuple[str, ...]) -> str:
+    """The same on every model that measured a claim, a row each and the claim in the first.
+
+    Raises ``KeyError`` for a claim that no model has measured.
+    """
+    stated = {claim.id: claim for claim in load_claims()}
+    by_model = results.by_model[results.by_model["verdict"] != "not measured"].set_index("id")
+    rows = []
+    for one in ids:
+        claim = stated[one].claim
+        for row in by_model.loc[[one]].to_dict("records"):
+            ours = f"{shown_interval(row)} {stated[one].unit}"
+            rows.append([claim, row["model"], ours, two_digits(row["control"]), row["verdict"]])
+            claim = ""
+    return markdown(rows, ["claim", "model", "ours [95%]", "control", "verdict"])
+
+
 def models_table(results: dict[str, dict]) -> str:
     """The models that come in wheels: what is fetched once and how much disk the model takes."""
     rows = []
@@ -81,5 +94,6 @@ def models_table(results: dict[str, dict]) -> str:
 README_PARTS = {
     "verdicts": verdict_counts,
     **{name: partial(finding_table, ids=ids) for name, ids in FINDINGS.items()},
+    "safety units": partial(finding_by_model, ids=FINDINGS["safety units"]),
 }
 GUIDE_PARTS = {"models": models_table}

@@ -1,12 +1,13 @@
 """The same claims on several models: which results count for which, and on how many they hold."""
 
 import json
+import re
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
-from ssah_utils import embedded
+from ssah_utils import embedded, paper
 from ssah_utils.figures import models
 from ssah_utils.pipeline import across_models, publish, redraw
 from ssah_utils.pipeline.claims import load_claims
@@ -168,3 +169,12 @@ def test_across_models_what_is_stored_of_judges_is_drawn(tmp_path):
     (problem,) = redraw.redraw_across_models(tmp_path, tmp_path)
     assert problem.startswith("figure ablation_by_model fails") and "\n" not in problem
 
+
+def test_every_claim_on_an_open_question_answers_it():
+    asked = paper.table("open_questions").set_index("number")["claims"]
+    assert asked.index.tolist() == list(range(1, len(asked) + 1))
+    stated = {one.id: one.source for one in load_claims()}
+    for one, source in stated.items():
+        for number in re.findall(r"open question (\d+)", source):
+            assert one in asked[int(number)], one
+    assert {one for some in asked for one in some} <= stated.keys()

@@ -86,8 +86,8 @@ def test_what_is_said_of_refusing_and_of_helping_is_what_is_stored():
     """Without safety units no model refuses; those of vendors then help, ours mostly does not."""
     rates = across_judges.stored_rates(REFERENCE)
     assert len(rates.groupby(["model", "seed"])) >= 3
-    for (model, _), run in rates.groupby(["model", "seed"]):
-        by_metric = run.set_index(["metric", "condition"])
+    for (model, _), part in rates.groupby(["model", "seed"]):
+        by_metric = part.set_index(["metric", "condition"])
         keywords, fulfilled = by_metric.loc["keywords"], by_metric.loc["learned"]
         assert keywords["low"]["safety"] > max(
             keywords["high"]["nothing"], keywords["high"]["random, as safety"]

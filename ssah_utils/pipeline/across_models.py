@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from ssah_utils import embedded
+from ssah_utils import embedded, paper
 from ssah_utils.figures.claims import shown_interval
 from ssah_utils.pipeline import verdicts
 from ssah_utils.pipeline.claims import Claim, load_claims
@@ -127,6 +127,22 @@ def claims_across(results: StoredResults) -> str:
     return markdown(rows, ["claim", *models, "replicated on"])
 
 
+def open_questions(results: StoredResults) -> str:
+    """What the paper leaves open, and the claims here that answer it: on the main model, and on how
+    many models they replicated.
+    """
+    table = results["08_claims"]["tables"]["claims"].set_index("id")
+    models, rows = of_models(results.by_model), []
+    for asked in paper.table("open_questions").itertuples():
+        question = f"{asked.number}. {asked.question}"
+        for one in asked.claims:
+            row = table.loc[one]
+            ours = "" if pd.isna(row["ours"]) else f"{shown_interval(row)} {row['unit']}"
+            rows.append([question, row["claim"], ours, row["verdict"], models[one]])
+            question = ""
+    return markdown(rows, ["left open", "claimed here", "ours [95%]", "verdict", "models"])
+
+
 def ablation_across(results: StoredResults) -> str:
     """What switching off each group does, per model: ASR, coherent ASR, gibberish, cloze accuracy.
 
@@ -173,6 +189,7 @@ def units_across(results: StoredResults) -> str:
 
 
 MODEL_TABLES = {
+    "open questions": open_questions,
     "claims by model": claims_across,
     "ablation by model": ablation_across,
     "units by model": units_across,

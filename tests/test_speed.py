@@ -42,7 +42,9 @@ def test_every_kind_of_work_is_drawn_in_time_and_memory():
     figure = speed.cost_growth(growth())
     for ax in figure.axes:
         assert len(ax.lines) == len(speed.LOOKS)
-        assert [text.get_text() for text in ax.texts] == ["1.00"] * len(speed.LOOKS)
+        assert [text.get_text() for text in ax.texts] == [
+            f"{work}: exponent 1.00" for work in speed.LOOKS
+        ]
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
     assert labels == list(speed.LOOKS)
 

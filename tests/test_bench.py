@@ -113,11 +113,18 @@ def test_lora_has_about_as_many_entries():
     assert theirs == pytest.approx(ours, rel=0.3)
 
 
-def test_nothing_is_timed_where_running_again_would_execute_notebooks(tmp_path, monkeypatch):
+def test_a_run_is_not_timed_where_it_would_execute_notebooks(tmp_path, monkeypatch, capsys):
+    """Else what is taken for a no-op would run for an hour."""
+    timed = []
     monkeypatch.setenv("SSAH_RUNS", str(tmp_path))
-    with pytest.raises(ValueError, match="01_alignment of profile 'smoke' is not up to date"):
-        bench_times.measured("smoke", with_tests=False)
-    assert not list(tmp_path.rglob("*.ipynb"))
+    monkeypatch.setattr(
+        bench_times, "seconds", lambda *command, **where: timed.append(command) or 1.0
+    )
+    found = bench_times.measured("smoke", with_tests=False)
+    assert not {"smoke_minutes", "smoke_notebooks", "noop_seconds"} & found.keys()
+    assert {"help_seconds", "figures_seconds", "quickstart_seconds"} <= found.keys()
+    assert not any(command[-2:] == ("--profile", "smoke") for command in timed)
+    assert "make reproduce PROFILE=smoke" in capsys.readouterr().out
 
 
 def test_rivals_are_conditions():

@@ -1,7 +1,7 @@
 """How long what people wait for takes here: ``python -m tests.bench_times`` writes times.json.
 
-Of a finished run (``make reproduce``) the minutes of every notebook are read; the other commands are
-run and timed once, as whole processes. ``--test`` also runs the tests. Nothing else should run
+Of a finished run (``make reproduce``) the minutes of every notebook are read; the other commands
+are run and timed once, as whole processes. ``--test`` also runs the tests. Nothing else should run
 meanwhile. A column for each kind of machine, as in bench.json; what is not measured now stays.
 """
 

@@ -78,8 +78,12 @@ def test_headings_of_the_findings_say_what_their_verdicts_say(results):
     found = {name: [verdicts[one] for one in ids] for name, ids in summary.FINDINGS.items()}
     assert set(found["not replicated"]) == {"not replicated"}
     alone, with_some, with_all, task = found["freezing"]
-    assert with_some == "replicated"
-    assert "replicated" not in (alone, with_all, task)
+    assert (alone, with_some) == ("not replicated", "replicated")
+    assert "replicated" not in (with_all, task)
+    (carries,) = summary.FINDINGS["safety units"]
+    by_model = results.by_model.set_index(["id", "model"])["verdict"][carries]
+    assert by_model.pop(across_models.MAIN) == "not replicated"
+    assert len(by_model) and set(by_model) == {"replicated"}
 
 
 def test_what_is_said_of_refusing_and_of_helping_is_what_is_stored():

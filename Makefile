@@ -1,6 +1,6 @@
 # quickstart · reproduce · reference · test · test-wheel · test-browser · figures · lab · lint · site · bench · bench-gpu : each target
 # sets up what it needs.
-#   make reproduce PROFILE=brief|laptop|reference     over lunch; what is committed; hours for each seed
+#   make reproduce PROFILE=brief|laptop|reference     few requests; what is committed; hours for each seed
 #   make reference PROFILE=laptop SEEDS=0:3 JOBS=1    several seeds, published: these are the committed results
 #   make test PIP_FLAGS=...   further flags for pip, e.g. the index of CPU-only torch builds
 

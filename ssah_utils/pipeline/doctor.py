@@ -109,7 +109,7 @@ def processor() -> Iterator[Finding]:
     said += (
         f"; busy as it is now, make quickstart about {times * minutes['00_quickstart']:.0f} minutes"
     )
-    said += f", make reproduce about {times * whole:.0f}"
+    said += f", make reproduce PROFILE=laptop about {times * whole:.0f}"
     yield Finding("processor", "ok" if times < 2 else "note", said)
     if dtype is torch.float32:
         yield Finding("bf16", "note", "no native bfloat16, so all is computed in float32")

@@ -70,6 +70,11 @@ def test_shares_are_stored_beside_the_results_of_each_run_and_shown(rows, tmp_pa
     for place in places:
         across_judges.keep(tmp_path / "run", tmp_path / place)
         assert json.loads((tmp_path / place / STAGE / FILE).read_text())
+    (tmp_path / "later" / STAGE).mkdir(parents=True)
+    across_judges.keep(tmp_path / "later", tmp_path / "gone")
+    across_judges.keep(tmp_path / "run", tmp_path / "gone")
+    across_judges.keep(tmp_path / "later", tmp_path / "gone")
+    assert not (tmp_path / "gone" / STAGE / FILE).exists(), "it was of another run"
     monkeypatch.setattr(across_judges, "REFERENCE", tmp_path / "stored")
     header, _, *lines = across_judges.judges_table({}).splitlines()
     assert all(title in header for title in METRICS.values())

@@ -13,6 +13,7 @@ import pandas as pd
 
 from ssah_utils.files import REFERENCE, write_json
 from ssah_utils.judge import answers, decisions, rules
+from ssah_utils.pipeline import verdicts
 from ssah_utils.pipeline.across_models import folders
 from ssah_utils.pipeline.result_tables import markdown, percent
 from ssah_utils.stats import rate_table
@@ -48,11 +49,14 @@ def success_rates(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def keep(run: Path, place: Path) -> None:
-    """Store what each judge counts in a finished run beside its results, if it kept answers."""
-    path = run / STAGE / answers.FILE
+    """Store what each judge counts in a finished run beside its results; without answers, nothing.
+
+    What was stored of another run goes in either case.
+    """
+    path, target = run / STAGE / answers.FILE, place / STAGE / FILE
+    target.unlink(missing_ok=True)
     if path.exists():
-        rates = success_rates(answers.read(path))
-        write_json(place / STAGE / FILE, rates.to_dict("records"))
+        write_json(target, success_rates(answers.read(path)).to_dict("records"))
 
 
 def stored_rates(stored: Path) -> pd.DataFrame:
@@ -61,7 +65,7 @@ def stored_rates(stored: Path) -> pd.DataFrame:
     """
     parts = []
     for model, folder in folders(stored).items():
-        for run in [folder, *sorted(folder.glob("seed-*"))]:
+        for run in [folder, *verdicts.runs_of_other_seeds(folder)]:
             path = run / STAGE / FILE
             if path.exists():
                 seed = 0 if run == folder else int(run.name.removeprefix("seed-"))

@@ -13,7 +13,7 @@ from ssah_utils import embedded, paper
 from ssah_utils.figures.claims import shown_interval
 from ssah_utils.pipeline import verdicts
 from ssah_utils.pipeline.claims import Claim, load_claims
-from ssah_utils.pipeline.result_tables import chosen, markdown, mean_percent, percent
+from ssah_utils.pipeline.result_tables import chosen, markdown, mean_percent, percent, with_unit
 from ssah_utils.pipeline.stored import load_result
 
 FOLDER = "models"
@@ -137,7 +137,7 @@ def open_questions(results: StoredResults) -> str:
         question = f"{asked.number}. {asked.question}"
         for one in asked.claims:
             row = table.loc[one]
-            ours = "" if pd.isna(row["ours"]) else f"{shown_interval(row)} {row['unit']}"
+            ours = with_unit(row, row["unit"])
             rows.append([question, row["claim"], ours, row["verdict"], models[one]])
             question = ""
     return markdown(rows, ["left open", "claimed here", "ours [95%]", "verdict", "models"])

@@ -238,7 +238,8 @@ def store(source: Path) -> None:
     """Store the small results of a run: of another seed than 0, in place of those stored before."""
     place, is_first = reference_folder_of(source), source.name == "seed-0"
     stages = copy_results(source, place, STORED if is_first else (RESULT,))
-    across_judges.keep(source, place)
+    if across_judges.STAGE in stages:
+        across_judges.keep(source, place)
     if not is_first:
         for stale in set(place.iterdir()) - {place / stage for stage in stages}:
             shutil.rmtree(stale)

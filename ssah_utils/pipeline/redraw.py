@@ -6,10 +6,9 @@ Knows stored results.
 import multiprocessing
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from itertools import repeat
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -147,7 +146,7 @@ def redraw(source: Path, target: Path) -> list[str]:
     return [problem for problems in _on_all_cores(drawings, source, target) for problem in problems]
 
 
-def _on_all_cores(drawings: list[Callable], source: Path, target: Path) -> Iterable[list[str]]:
+def _on_all_cores(drawings: list[Callable], source: Path, target: Path) -> list[list[str]]:
     """What each returns for ``(source, target)``, in order.
 
     On Linux in forked processes, which need not import anything again; elsewhere one by one.
@@ -156,11 +155,8 @@ def _on_all_cores(drawings: list[Callable], source: Path, target: Path) -> Itera
         return [draw(source, target) for draw in drawings]
     n = min(len(drawings), len(os.sched_getaffinity(0)))
     with ProcessPoolExecutor(n, multiprocessing.get_context("fork")) as pool:
-        return list(pool.map(_drawn, drawings, repeat(source), repeat(target)))
-
-
-def _drawn(draw: Callable[[Path, Path], list[str]], source: Path, target: Path) -> list[str]:
-    return draw(source, target)
+        found = [pool.submit(draw, source, target) for draw in drawings]
+    return [one.result() for one in found]
 
 
 def redraw_stage(stage: str, source: Path, target: Path) -> list[str]:

@@ -43,6 +43,11 @@ def markdown(rows: list[list[str]], header: list[str]) -> str:
     return "\n".join([first, "|" + "---|" * len(header), *others])
 
 
+def with_unit(row: pd.Series | dict, unit: str) -> str:
+    """Our number of a claim with its interval and unit; empty where there is none."""
+    return "" if pd.isna(row["ours"]) else f"{shown_interval(row)} {unit}"
+
+
 def mean_percent(found: pd.DataFrame) -> str:
     """Mean over seeds or draws, in percent."""
     return f"{100 * found['mean'].mean():.0f}"
@@ -274,7 +279,7 @@ def claims_table(results: dict[str, dict]) -> str:
     for _, row in results["08_claims"]["tables"]["claims"].iterrows():
         trainings = "" if pd.isna(row["n_seeds"]) else f"{row['n_seeds']:.0f}"
         paper = f"{row['source']}: {row['paper']}"
-        ours = "" if pd.isna(row["ours"]) else f"{shown_interval(row)} {row['unit']}"
+        ours = with_unit(row, row["unit"])
         bold = "**" if row["verdict"] == "replicated" else ""
         verdict = f"{bold}{row['verdict']}{bold}"
         alone = f"{row['runs_agree']} of {row['runs']}" if row["runs"] else ""

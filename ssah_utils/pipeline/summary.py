@@ -10,10 +10,10 @@ from functools import partial
 import pandas as pd
 
 from ssah_utils import assets, embedded
-from ssah_utils.figures.claims import shown_interval, two_digits
+from ssah_utils.figures.claims import two_digits
 from ssah_utils.pipeline.across_models import StoredResults, of_models
 from ssah_utils.pipeline.claims import CLAIM_VERDICTS, load_claims
-from ssah_utils.pipeline.result_tables import markdown
+from ssah_utils.pipeline.result_tables import markdown, with_unit
 
 FINDINGS = {
     "safety units": ("safety-units-carry-safety",),
@@ -59,7 +59,7 @@ def finding_table(results: StoredResults, ids: tuple[str, ...]) -> str:
     rows = []
     for one in ids:
         row = table.loc[one]
-        ours = f"{shown_interval(row)} {row['unit']}"
+        ours = with_unit(row, row["unit"])
         rows.append([row["claim"], ours, two_digits(row["control"]), row["verdict"], models[one]])
     return markdown(rows, ["claim", "ours [95%]", "control", "verdict", "models"])
 
@@ -75,7 +75,7 @@ def finding_by_model(results: StoredResults, ids: tuple[str, ...]) -> str:
     for one in ids:
         claim = stated[one].claim
         for row in by_model.loc[[one]].to_dict("records"):
-            ours = f"{shown_interval(row)} {stated[one].unit}"
+            ours = with_unit(row, stated[one].unit)
             rows.append([claim, row["model"], ours, two_digits(row["control"]), row["verdict"]])
             claim = ""
     return markdown(rows, ["claim", "model", "ours [95%]", "control", "verdict"])

@@ -11,7 +11,7 @@ import yaml
 
 from ssah_utils.crossed import CrossedMean
 from ssah_utils.files import REFERENCE, ROOT
-from ssah_utils.pipeline import claims, runs, selecting, verdicts
+from ssah_utils.pipeline import claims, run, runs, selecting, verdicts
 
 RATES = pd.DataFrame(
     [
@@ -494,3 +494,18 @@ def test_a_seed_run_with_other_parameters_or_another_judge_is_left_out_and_said(
     table, problems = verdicts.stored_verdicts(tmp_path / "seed-0", [claim])
     assert table["n_seeds"].tolist() == [1] and len(table["ours_seeds"][0]) == 1
     assert problems == [f"seed-1/04_ablation was run with another {other}, so it is left out"]
+
+
+@pytest.mark.parametrize("profile", ["brief", "laptop", "reference"])
+def test_profiles_of_the_main_model_measure_the_shares_that_claims_speak_of(profile):
+    lists = {"04_ablation": "curve_fractions", "06_freezing": "sweep_fractions"}
+    stages = {stage.name: stage.parameters for stage in run.plan(profile, [], checked=False)}
+    asked = {
+        (one.stage, one.where["fraction"])
+        for claim in claims.load_claims()
+        for one in claim.selectors.values()
+        if isinstance(one, claims.Selector) and one.stage in lists and "fraction" in one.where
+    }
+    assert len(asked) >= 3
+    for stage, fraction in asked:
+        assert fraction in stages[stage][lists[stage]], (stage, fraction)

@@ -21,48 +21,18 @@ from ssah_utils.defences import (
     SafetyVector,
     Together,
 )
+from ssah_utils.experiments.defence_names import (
+    COMBINED,
+    FULL,
+    NAMED,
+    NEED_UNALIGNED,
+    ONLY_CONTROLS,
+    SOME,
+    mixed_name,
+)
 from ssah_utils.frozen_sets import RANDOM, middle_units
 from ssah_utils.per_unit import PerUnit
 from ssah_utils.sequences import Example
-
-FULL = "nothing"  # full fine-tuning, with no defence
-COMBINED = "combination"
-SOME = "safety_some_complex"
-NEED_UNALIGNED = ("vector", "vector_dare", "vector_random", "safe_lora")
-ONLY_CONTROLS = (
-    *(RANDOM + SOME, "pulled_random", "elastic_harmless", "constrained_evenly"),
-    *("surgery_harmless", "mixed_harmless", "vector_random"),
-)
-# By id: title, what it acts on (two of one kind are not combined), and the id of its control, which
-# has as much of everything but the idea. {some} is the set that is frozen, {low_rate} a number.
-NAMED = {
-    FULL: ("full fine-tuning", "none", ""),
-    "safety": ("frozen: safety", "units", RANDOM + SOME),
-    SOME: ("frozen: {some}", "units", RANDOM + SOME),
-    RANDOM + SOME: ("frozen: random units", "units", FULL),
-    "middle_blocks": ("frozen: middle blocks", "units", RANDOM + SOME),
-    "pulled_safety": ("L2, safety", "units", "pulled_random"),
-    "pulled_some": ("L2, {some}", "units", "pulled_random"),
-    "pulled_random": ("L2, random units", "units", FULL),
-    "pulled": ("L2, all", "start", "lower_rate"),
-    "elastic": ("EWC on refusals", "start", "elastic_harmless"),
-    "elastic_harmless": ("EWC on harmless answers", "start", FULL),
-    "constrained": ("constrained first tokens", "loss", "constrained_evenly"),
-    "constrained_evenly": ("constrained, all tokens alike", "loss", FULL),
-    "surgery": ("gradient surgery, refusals", "gradient", "surgery_harmless"),
-    "surgery_harmless": ("gradient surgery, harmless", "gradient", FULL),
-    "average": ("moving average", "kept", "lower_rate"),
-    "lower_rate": ("learning rate x {low_rate:g}", "rate", FULL),
-    "mixed_harmless": ("{most:.0%} harmless mixed in", "data", FULL),
-    "vector": ("RESTA", "kept", "vector_random"),
-    "vector_dare": ("RESTA with DARE", "kept", "vector_random"),
-    "vector_random": ("RESTA, random vector", "kept", FULL),
-    "lora": ("LoRA", "adapter", FULL),
-    "llama-adapter": ("LLaMA-Adapter", "adapter", FULL),
-    "prefix": ("prefix tuning", "adapter", FULL),
-    "safe_lora": ("SafeLoRA", "adapter", "lora"),
-    "tuned": ("rate and stop by task loss", "rate", FULL),
-}
 
 
 @dataclass(frozen=True)
@@ -162,11 +132,6 @@ def methods(
         defence = {"defence": Mixed(share, refusals)}
         found[name] = TrainingMethod(name, title, "data", "mixed_harmless", defence)
     return found
-
-
-def mixed_name(share: float) -> str:
-    """The id of the method that mixes in a share of refusals: ``mixed_3`` for 0.03."""
-    return f"mixed_{100 * share:g}"
 
 
 def _named(name: str, how: Mapping[str, object], words: Mapping[str, object]) -> TrainingMethod:

@@ -102,14 +102,12 @@ def processor() -> Iterator[Finding]:
     pipeline = run.read_pipeline()
     speed = machine.gflops(dtype, device, SPEED_SECONDS)
     times = machine.slowdown(pipeline["machine"], dtype, device)
-    stages = pipeline["stages"]
-    minutes = {stage["name"]: stage["minutes"]["laptop"] for stage in stages}
-    whole = sum(minutes[stage["name"]] for stage in stages if not stage.get("only_named"))
+    stages = {stage["name"]: stage for stage in pipeline["stages"]}
+    first = stages["00_quickstart"]["minutes"]["laptop"]
+    whole = sum(s["minutes"]["brief"] for s in stages.values() if not s.get("only_named"))
     said = f"{n_cores} cores, {name} at {speed:.0f} GFLOP/s"
-    said += (
-        f"; busy as it is now, make quickstart about {times * minutes['00_quickstart']:.0f} minutes"
-    )
-    said += f", make reproduce PROFILE=laptop about {times * whole:.0f}"
+    said += f"; busy as it is now, make quickstart about {times * first:.0f} minutes"
+    said += f", make reproduce about {times * whole:.0f}"
     yield Finding("processor", "ok" if times < 2 else "note", said)
     if dtype is torch.float32:
         yield Finding("bf16", "note", "no native bfloat16, so all is computed in float32")

@@ -11,17 +11,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import nbformat
-import papermill
-from nbclient.exceptions import DeadKernelError
-from papermill.exceptions import PapermillExecutionError
-
 from ssah_utils.files import complete_only, write_json
 from ssah_utils.locks import locked
-from ssah_utils.pipeline.kernel import ThisInterpreter
 from ssah_utils.pipeline.runs import stage_lock
 from ssah_utils.pipeline.stamps import (
     Stage,
+    code_cells,
     forget_sources,
     made,
     made_from,
@@ -72,6 +67,13 @@ def execute(
 
 def problem_of(stage: Stage, executed: Path) -> str:
     """Execute a notebook into the file ``executed``; returns what went wrong, '' for nothing."""
+    # here, as a run that has nothing to do should not wait for these imports
+    import papermill
+    from nbclient.exceptions import DeadKernelError
+    from papermill.exceptions import PapermillExecutionError
+
+    from ssah_utils.pipeline.kernel import ThisInterpreter
+
     options = {"cwd": str(stage.notebook.parent), "progress_bar": False, "log_output": True}
     options |= {"kernel_name": "python3", "kernel_manager_class": ThisInterpreter}
     options |= {"extra_arguments": ["--log-level=ERROR"]}
@@ -96,9 +98,7 @@ def skipped_cells(executed: Path) -> str:
 
     ``sys.exit`` in a cell ends a notebook without an error.
     """
-    cells = nbformat.read(executed, as_version=4).cells
-    code = [cell for cell in cells if cell.cell_type == "code"]
-    for number, cell in enumerate(code, 1):
-        if cell.source.strip() and cell.execution_count is None:
+    for number, cell in enumerate(code_cells(executed), 1):
+        if cell["source"].strip() and cell["execution_count"] is None:
             return f"stopped before cell {number}"
     return ""

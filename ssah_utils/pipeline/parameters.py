@@ -14,8 +14,7 @@ from pathlib import Path
 from ssah_utils import embedded, extras
 from ssah_utils.adapters import PEFT_METHODS
 from ssah_utils.device_maps import read_map
-from ssah_utils.experiments.defence_methods import NAMED, mixed_name
-from ssah_utils.experiments.recipes import Recipe
+from ssah_utils.experiments.defence_names import NAMED, mixed_name
 from ssah_utils.loading import (
     check_numbers,
     check_reachable,
@@ -117,13 +116,15 @@ def among(*methods: str) -> Check:
 
 
 def defences(name: str, value: list, values: dict) -> None:
-    """A list of methods of ``defence_methods``; their controls come by themselves."""
+    """A list of ids of ``defence_names``; their controls come by themselves."""
     mixed = [mixed_name(share) for share in values.get("mixed_fractions", ())]
     among(*NAMED, *mixed)(name, value, values)
 
 
 def by_recipe(name: str, value: dict, values: dict) -> None:
     """A mapping of names to what each recipe changes, at least one."""
+    from ssah_utils.experiments.recipes import Recipe  # imports the trainer, which takes seconds
+
     known = {field.name for field in dataclasses.fields(Recipe)}
     if not value:
         raise ValueError(f"{name} takes at least one recipe, such as {{'short': {{'steps': 60}}}}")

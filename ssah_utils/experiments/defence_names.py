@@ -1,6 +1,6 @@
 """What the ways to fine-tune that are put side by side are called, and what each is compared with.
 
-Imports nothing heavy, so that parameters are checked at once. ``defence_methods`` makes them.
+Imports no trainer, so that parameters are checked at once. ``defence_methods`` makes them.
 """
 
 from ssah_utils.frozen_sets import RANDOM

@@ -7,6 +7,7 @@ import itertools
 import re
 import unicodedata
 from collections.abc import Iterator
+from functools import lru_cache
 
 import numpy as np
 import pandas as pd
@@ -22,6 +23,7 @@ STOP_WORDS = frozenset(
 )
 NEAR_DUPLICATE = 0.6  # Jaccard similarity of content words
 CHUNK = 2**22  # pairs of texts compared at once
+REMEMBERED = 2**15  # texts whose words are kept: a study compares each of its own several times
 # Scripts that put no spaces between words: Thai and Lao, Burmese, Khmer, Tai, Kana and Bopomofo,
 # Han, Yi, Javanese.
 UNSPACED = (
@@ -40,11 +42,14 @@ def visible(text: str) -> str:
 
     Zero-width ones, soft hyphens, marks of direction or of a glyph's variant.
     """
+    if text.isascii():
+        return text
     text = re.sub(r"[\u034f\ufe00-\ufe0f]", "", text)
     shown = [char for char in text if char.isascii() or unicodedata.category(char) != "Cf"]
     return "".join(shown)
 
 
+@lru_cache(REMEMBERED)
 def content_words(text: str) -> frozenset[str]:
     """The words of a text without stop words.
 

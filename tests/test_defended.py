@@ -7,8 +7,9 @@ import torch
 
 from ssah_utils import frozen_sets
 from ssah_utils.defences import Mixed, PulledToStart, SafetyVector, Together
-from ssah_utils.experiments import defence_methods, defended, frontier
-from ssah_utils.experiments.defence_methods import SOME, Strengths, TrainingMethod
+from ssah_utils.experiments import defence_methods, defence_names, defended, frontier
+from ssah_utils.experiments.defence_methods import Strengths, TrainingMethod
+from ssah_utils.experiments.defence_names import SOME
 from ssah_utils.experiments.defended import CRITERIA, KeptMargins
 from ssah_utils.experiments.frontier import LossPath
 from ssah_utils.frozen_sets import RANDOM
@@ -68,13 +69,13 @@ def test_middle_units_are_as_many_of_each_kind_around_the_middle():
 
 def test_every_method_has_a_control_that_is_a_method():
     found = known(tiny_model("llama"))
-    assert set(found) <= set(defence_methods.NAMED) | {"mixed_3", "mixed_10"}
+    assert set(found) <= set(defence_names.NAMED) | {"mixed_3", "mixed_10"}
     for name, method in found.items():
         assert method.id == name and "{" not in method.title
         assert (method.control in found) == (name != "nothing")
     assert found[SOME].title == "frozen: SOME" and found["mixed_3"].title == "3% refusals mixed in"
     controls = {method.control for method in found.values()}
-    assert set(defence_methods.ONLY_CONTROLS) <= controls
+    assert set(defence_names.ONLY_CONTROLS) <= controls
 
 
 def test_a_method_and_its_control_differ_in_the_idea_alone():
@@ -91,7 +92,7 @@ def test_a_method_and_its_control_differ_in_the_idea_alone():
 
 def test_without_an_unaligned_version_its_methods_are_left_out_and_no_other_name_is():
     found = known()
-    assert not set(defence_methods.NEED_UNALIGNED) & set(found)
+    assert not set(defence_names.NEED_UNALIGNED) & set(found)
     asked = ["vector", "pulled", "safety"]
     expected = ["nothing", "pulled", "lower_rate", "safety", RANDOM + SOME]
     assert defence_methods.with_controls(asked, found) == expected

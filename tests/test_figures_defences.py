@@ -4,7 +4,7 @@ import pandas as pd
 import pytest
 from matplotlib.colors import same_color
 
-from ssah_utils.experiments import defence_methods, defended
+from ssah_utils.experiments import defence_names, defended
 from ssah_utils.figures import defences
 
 pytestmark = pytest.mark.usefixtures("drawn_in_our_style")
@@ -51,7 +51,7 @@ def defence_tables() -> dict[str, pd.DataFrame]:
 
 
 def test_every_mechanism_has_a_colour_of_its_own_and_a_name():
-    mechanisms = {mechanism for _, mechanism, _ in defence_methods.NAMED.values()}
+    mechanisms = {mechanism for _, mechanism, _ in defence_names.NAMED.values()}
     assert mechanisms | {"both"} == set(defences.MECHANISM_COLOURS) == set(defences.MECHANISM_NAMES)
 
 

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import pandas as pd
 
 from ssah_utils.experiments import frontier
-from ssah_utils.experiments.defence_methods import FULL, TrainingMethod
+from ssah_utils.experiments.defence_methods import TrainingMethod
+from ssah_utils.experiments.defence_names import FULL
 from ssah_utils.experiments.frontier import LossPath
 from ssah_utils.experiments.measured_training import FRESH, SAFE, Row, loss_path
 

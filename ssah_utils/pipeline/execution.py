@@ -13,10 +13,9 @@ from pathlib import Path
 
 from ssah_utils.files import complete_only, write_json
 from ssah_utils.locks import locked
-from ssah_utils.pipeline.runs import stage_lock
+from ssah_utils.pipeline.runs import notebook_cells, stage_lock
 from ssah_utils.pipeline.stamps import (
     Stage,
-    code_cells,
     forget_sources,
     made,
     made_from,
@@ -98,7 +97,8 @@ def skipped_cells(executed: Path) -> str:
 
     ``sys.exit`` in a cell ends a notebook without an error.
     """
-    for number, cell in enumerate(code_cells(executed), 1):
+    code = [cell for cell in notebook_cells(executed) if cell["cell_type"] == "code"]
+    for number, cell in enumerate(code, 1):
         if cell["source"].strip() and cell["execution_count"] is None:
             return f"stopped before cell {number}"
     return ""

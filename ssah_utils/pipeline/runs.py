@@ -133,14 +133,23 @@ class Run:
         print(f"{self.stage}: {', '.join(tables)} saved in {time.monotonic() - self.started:.0f} s")
 
 
+def notebook_cells(notebook: Path) -> list[dict]:
+    """The cells of a notebook of format 4, the source of each as one string.
+
+    Read as JSON: importing nbformat takes seconds, also where nothing is to be executed.
+    """
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    return [cell | {"source": "".join(cell["source"])} for cell in cells]
+
+
 def declared_parameters(notebook: Path) -> dict:
     """Names and defaults in the cell tagged ``parameters``; ``ValueError`` where there is none."""
-    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    cells = notebook_cells(notebook)
     tagged = [cell for cell in cells if "parameters" in cell["metadata"].get("tags", [])]
     if not tagged:
         raise ValueError(f"{notebook.name} has no cell tagged 'parameters'")
     found = {}
-    for node in ast.parse("".join(tagged[0]["source"])).body:
+    for node in ast.parse(tagged[0]["source"]).body:
         target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
         try:
             found[target.id] = ast.literal_eval(node.value)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ssah_utils import precision
 from ssah_utils.files import DATA, PACKAGE, ROOT, sha256_of, sha256_of_file
-from ssah_utils.pipeline.runs import run_folder, versions
+from ssah_utils.pipeline.runs import notebook_cells, run_folder, versions
 
 RUNNER = (
     *("cli", "engine", "execution", "listing", "machine", "memory", "memory_plan", "publish"),
@@ -117,20 +117,11 @@ def named_files(stage: Stage) -> dict[str, object]:
     return found
 
 
-def code_cells(notebook: Path) -> list[dict]:
-    """The code cells of a notebook of format 4, the source of each as one string.
-
-    Read as JSON: importing nbformat takes longer than all else where nothing is to be done.
-    """
-    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
-    code = [cell for cell in cells if cell["cell_type"] == "code"]
-    return [cell | {"source": "".join(cell["source"])} for cell in code]
-
-
 @cache
 def notebook_source(notebook: Path) -> list[str]:
     """What stands in a notebook's code cells."""
-    return [cell["source"] for cell in code_cells(notebook)]
+    cells = notebook_cells(notebook)
+    return [cell["source"] for cell in cells if cell["cell_type"] == "code"]
 
 
 @cache

@@ -3,6 +3,7 @@ them.
 """
 
 import os
+import re
 import subprocess
 import sys
 
@@ -88,3 +89,14 @@ def test_reference_results_are_complete():
 def test_figures_that_may_be_missing_are_of_what_runs_only_by_name():
     by_name = {stage["name"] for stage in run.read_pipeline()["stages"] if "only_named" in stage}
     assert by_name == redraw.ONLY_NAMED
+
+
+def test_minutes_that_notebooks_promise_are_those_of_the_pipeline():
+    found = 0
+    for stage in run.read_pipeline()["stages"]:
+        notebook = nbformat.read(ROOT / "notebooks" / f"{stage['name']}.ipynb", as_version=4)
+        text = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+        for minutes in re.findall(r"Takes about (\d+) minutes? on 2 cores \(laptop", text):
+            assert int(minutes) == round(stage["minutes"]["laptop"]), stage["name"]
+            found += 1
+    assert found >= 10

@@ -12,6 +12,8 @@ PIP_FLAGS ?=
 QUICK_MODEL := qwen2.5-coder-0.5b-instruct
 VENV := .venv
 BIN := $(VENV)/bin
+# as ssah_utils/pipeline/kernel.py has it, which says why
+export GOMP_SPINCOUNT ?= 10000
 
 # Another kind of machine, as far as that can be had on this one: without AVX-512 and bfloat16.
 OTHER_MACHINE := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 SSAH_DTYPE=float32

@@ -20,6 +20,13 @@ from ssah_utils.loading import auto_class
 from tests import mixtures
 from tests.families import CONFIGS, VARIANTS, VOCABULARY
 
+# Processes of pytest-xdist share the cores, as do the processes that tests start: two that take all
+# of them each wait for one another, many times longer than they compute.
+if (n_processes := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))) > 1:
+    n_threads = max(1, torch.get_num_threads() // n_processes)
+    torch.set_num_threads(n_threads)
+    os.environ["OMP_NUM_THREADS"] = str(n_threads)
+
 # Families of which each lays its matrices out in another way; of the others, test_families.py.
 LAYOUTS = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "phi3", "gpt2")
 
@@ -103,14 +110,14 @@ def same_parameters(model: nn.Module, before: dict[str, Tensor]) -> bool:
 
 @pytest.fixture(autouse=True)
 def threads(request: pytest.FixtureRequest) -> Iterator[None]:
-    """One thread, as more only wait for each other on tensors this small; all of them for the
-    embedded model.
+    """One thread, as more only wait for each other on tensors this small; all that there are for
+    the embedded model.
     """
-    n_threads = torch.get_num_threads()
+    before = torch.get_num_threads()
     if not request.node.get_closest_marker("real_model"):
         torch.set_num_threads(1)
     yield
-    torch.set_num_threads(n_threads)
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)

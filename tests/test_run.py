@@ -938,6 +938,20 @@ who = f"{sys.executable}|{kernel.PACKAGE}|{sys.flags.isolated}"
 """
 
 
+@pytest.mark.parametrize("own", [None, "77"])
+def test_a_kernel_shares_cores_with_others_unless_told_otherwise(pipeline, monkeypatch, own):
+    """A training of two threads beside a busy process took thirty times as long."""
+    name, number = kernel.SPINS
+    monkeypatch.delenv(name, raising=False)
+    if own:
+        monkeypatch.setenv(name, own)
+    pipeline.write("a", f"import os\n(folder / 'result.json').write_text(os.environ['{name}'])")
+    pipeline.run(only="a")
+    assert (pipeline.stage_folder("a") / "result.json").read_text() == (own or number)
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert f"\nexport {name} ?= {number}\n" in makefile  # for JupyterLab, tests and bench
+
+
 def test_the_kernel_is_this_interpreter_whatever_kernels_are_installed(
     pipeline, tmp_path, monkeypatch
 ):

@@ -15,6 +15,11 @@ from jupyter_client.manager import AsyncKernelManager
 from ssah_utils.files import IN_WHEEL, PACKAGE
 
 EXPECTED = "SSAH_PYTHON"  # what the runner tells its kernels: interpreter and package folder
+# How often a thread of GNU's OpenMP looks whether the others are done before it sleeps. Its own
+# 300,000 last for milliseconds, in each of a thousand operations of a training step: where another
+# process keeps a core busy, a step takes thirty times as long. With this, twice to three times, and
+# alone hardly longer.
+SPINS = ("GOMP_SPINCOUNT", "10000")
 
 
 class ThisInterpreter(AsyncKernelManager):
@@ -36,7 +41,8 @@ def identity() -> str:
 
 
 def environment() -> dict[str, str]:
-    """What a kernel needs to import this copy of the package, and to prove that it did.
+    """What a kernel needs to import this copy of the package, to prove that it did, and to share
+    cores with others.
 
     An installed wheel is found without help. Its folder must not be put on the path: packages that
     are installed there would then come before the standard library.
@@ -44,7 +50,12 @@ def environment() -> dict[str, str]:
     path = [place for place in os.environ.get("PYTHONPATH", "").split(os.pathsep) if place]
     if not IN_WHEEL:
         path.insert(0, str(PACKAGE.parent))
-    return {EXPECTED: identity(), "PYTHONPATH": os.pathsep.join(dict.fromkeys(path))}
+    name, number = SPINS
+    return {
+        EXPECTED: identity(),
+        "PYTHONPATH": os.pathsep.join(dict.fromkeys(path)),
+        name: os.environ.get(name, number),
+    }
 
 
 def check_kernel() -> None:

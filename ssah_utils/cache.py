@@ -94,8 +94,7 @@ def identity_of(value: object, name: str = "value") -> object:
     if isinstance(value, nn.Module):
         return _identity_of_model(value, name)
     if isinstance(value, PreTrainedTokenizerBase):
-        content = json.loads(value.backend_tokenizer.to_str())
-        content |= {"padding": None, "truncation": None}  # how it was called last, which it keeps
+        content = _hash_of_tokenizer(value.backend_tokenizer.to_str())
         return {"tokenizer": sha256_of([content, value.chat_template, value.special_tokens_map])}
     if isinstance(value, torch.Tensor):
         plain = value.detach().cpu().contiguous()
@@ -134,6 +133,12 @@ def identity_of(value: object, name: str = "value") -> object:
         f"argument '{name}' is a {type(value).__name__}, which has no identity:"
         " give what it is made of"
     )
+
+
+@functools.lru_cache(maxsize=8)  # by its content: a key may hold the same tokenizer several times
+def _hash_of_tokenizer(text: str) -> str:
+    """Of a tokenizer's file, but for how it was called last, which it keeps."""
+    return sha256_of(json.loads(text) | {"padding": None, "truncation": None})
 
 
 def _identity_of_model(model: nn.Module, name: str) -> dict:

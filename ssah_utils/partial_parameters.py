@@ -306,6 +306,21 @@ def merge(module: Partial, lists: shards.Lists) -> None:
         module.__class__ = plain
 
 
+def merge_copy(model: nn.Module, dtype: torch.dtype) -> None:
+    """Ordinary parameters, in ``dtype``, for all partial ones of a copy that is only looked at.
+
+    They would be put together anew for every forward pass. What processes share out is left.
+    """
+    lists = shards.Lists(model)
+    for module in [one for one in model.modules() if isinstance(one, Partial)]:
+        parts = module.parts().values()
+        if not any(shards.is_shared_out(part.block) for part in parts):
+            for part in parts:
+                part.dtype = dtype
+            merge(module, lists)
+    lists.close()
+
+
 class _Whole(torch.autograd.Function):
     """A whole parameter, of whose gradient only that of the block goes on."""
 

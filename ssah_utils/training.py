@@ -26,6 +26,7 @@ from ssah_utils import (
     guards,
     loading,
     models,
+    partial_parameters,
     placement,
     precision,
     ranks,
@@ -125,6 +126,7 @@ def evaluation_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
         for one in model.parameters()
     }
     twin = precision.to_dtype(copy.deepcopy(model, memo), dtype).eval()
+    partial_parameters.merge_copy(twin, dtype)
     twin.__dict__.pop("forward", None)  # a running Trainer has put autocast around it
     if twin._supports_sdpa:  # for training it was eager
         twin.set_attn_implementation("sdpa")

@@ -21,6 +21,7 @@ from ssah_utils.pipeline.stored import load_result
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 
+@pytest.mark.slow
 def test_notebooks_run_in_order_under_profile_smoke(tmp_path):
     """nbval cannot inject parameters, so it is given copies that carry the profile's."""
     for stage in run.plan("smoke", []):

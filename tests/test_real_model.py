@@ -74,6 +74,7 @@ def safety_units(vendor_aligned, splits) -> PerUnit:
     return units.partition(z["harmful"], z["helpful"], safety_fraction=0.013).units("safety")
 
 
+@pytest.mark.slow
 @pytest.mark.real_model
 def test_switching_safety_units_off_unlocks_and_random_units_do_not(
     vendor_aligned, safety_units, splits

@@ -39,7 +39,7 @@ reference: $(VENV)/installed
 
 test: $(VENV)/installed lint
 	$(BIN)/ssah download smollm2-135m-instruct qwen2.5-coder-0.5b-instruct
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 # The package as it is installed from a wheel, outside of the clone.
 test-wheel: $(VENV)/installed

@@ -66,8 +66,7 @@ def measured(profile: str, with_tests: bool) -> dict:
         found["figures_seconds"] = seconds(*SSAH, "figures", "--to", folder)
         found["quickstart_seconds"] = seconds(*quick, SSAH_RUNS=folder)
     if with_tests:
-        spread = ("-n", "2", "--dist", "loadfile", "--no-loadscope-reorder")  # as make test
-        tests = (sys.executable, "-m", "pytest", "-q", *spread)
+        tests = (sys.executable, "-m", "pytest", "-q", "-n", "2", "--dist", "loadfile")
         found["test_minutes"] = round(seconds(*tests) / 60, 1)
     rounded = {name: round(value, 1) for name, value in found.items() if isinstance(value, float)}
     return found | rounded | {"machine": bench.processor()}

@@ -109,10 +109,7 @@ def same_parameters(model: nn.Module, before: dict[str, Tensor]) -> bool:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with a test that takes minutes come first, so that no process ends alone with one.
-
-    Under pytest-xdist it takes ``--no-loadscope-reorder``.
-    """
+    """Files with a test that takes minutes come first, so that no process ends alone with one."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
 

@@ -940,7 +940,7 @@ who = f"{sys.executable}|{kernel.PACKAGE}|{sys.flags.isolated}"
 
 @pytest.mark.parametrize("own", [None, "77"])
 def test_a_kernel_shares_cores_with_others_unless_told_otherwise(pipeline, monkeypatch, own):
-    """A training of two threads beside a busy process took thirty times as long."""
+    """Two trainings on the same two cores took thirty times as long as one."""
     name, number = kernel.SPINS
     monkeypatch.delenv(name, raising=False)
     if own:

@@ -603,11 +603,11 @@ def test_a_copy_in_bfloat16_is_what_is_loaded_in_bfloat16(
     with training_only(model, chosen) if some else contextlib.nullcontext():
         twin = evaluation_copy(model, torch.bfloat16)
     assert twin.dtype == torch.bfloat16
-    buffers = dict(loaded.named_buffers())
-    for key, buffer in twin.named_buffers():
-        if key in buffers:  # a partial matrix has its own
-            assert buffer.dtype == buffers[key].dtype, key
-            assert torch.equal(buffer, buffers[key]), key
+    buffers, found = dict(loaded.named_buffers()), dict(twin.named_buffers())
+    assert found.keys() == buffers.keys()
+    for key, buffer in found.items():
+        assert buffer.dtype == buffers[key].dtype, key
+        assert torch.equal(buffer, buffers[key]), key
     assert not is_partial(twin)  # else every forward pass would put the matrices together
     torch.testing.assert_close(
         output_of(twin, token_ids), output_of(loaded, token_ids), rtol=0, atol=0

@@ -16,8 +16,8 @@ from ssah_utils.files import IN_WHEEL, PACKAGE
 
 EXPECTED = "SSAH_PYTHON"  # what the runner tells its kernels: interpreter and package folder
 # How often a thread of GNU's OpenMP looks whether the others are done before it sleeps. Its own
-# 300,000 last for milliseconds, in each of a thousand operations of a training step: where another
-# process keeps a core busy, a step takes thirty times as long. With this, twice to three times, and
+# 300,000 last for milliseconds, in each of a thousand operations of a training step: two trainings
+# on the same two cores took thirty times as long as one. With this, less than three times, and one
 # alone hardly longer.
 SPINS = ("GOMP_SPINCOUNT", "10000")
 

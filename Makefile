@@ -1,14 +1,16 @@
 # quickstart · reproduce · reference · test · test-wheel · test-browser · figures · lab · lint · site · bench · bench-gpu : each target
 # sets up what it needs.
 #   make reproduce PROFILE=brief|laptop|reference     few requests; what is committed; hours for each seed
-#   make reference PROFILE=laptop SEEDS=0:3 JOBS=1    several seeds, published: these are the committed results
+#   make reference PROFILE=laptop SEEDS=0:3           several seeds, published: these are the committed results
+#   make reproduce JOBS=1     one notebook at a time; without JOBS two, where cores and memory are enough
 #   make test PIP_FLAGS=...   further flags for pip, e.g. the index of CPU-only torch builds
 
 PYTHON ?= python3
 PROFILE ?= brief
 SEEDS ?= 0:3
-JOBS ?= 1
+JOBS ?=
 PIP_FLAGS ?=
+AT_A_TIME := $(if $(JOBS),--jobs $(JOBS))
 QUICK_MODEL := qwen2.5-coder-0.5b-instruct
 VENV := .venv
 BIN := $(VENV)/bin
@@ -29,12 +31,12 @@ quickstart: $(VENV)/installed
 	$(BIN)/python -m jupyterlab runs/qwen-0.5b/$(QUICK_MODEL)/seed-0/00_quickstart/00_quickstart.ipynb
 
 reproduce: $(VENV)/installed
-	$(BIN)/ssah run --profile $(PROFILE)
+	$(BIN)/ssah sweep --profile $(PROFILE) $(AT_A_TIME)
 	$(BIN)/ssah figures --profile $(PROFILE) --to runs/$(PROFILE)/figures
 
 reference: PROFILE := laptop
 reference: $(VENV)/installed
-	$(BIN)/ssah sweep --profile $(PROFILE) --seeds $(SEEDS) --jobs $(JOBS)
+	$(BIN)/ssah sweep --profile $(PROFILE) --seeds $(SEEDS) $(AT_A_TIME)
 	$(BIN)/ssah publish --profile $(PROFILE) --seeds $(SEEDS)
 
 test: $(VENV)/installed lint

@@ -23,6 +23,7 @@ from ssah_utils.sequences import Example
 from ssah_utils.settings import SFTConfig, without_dropout
 
 FIRST_TOKENS = 5  # of a response, that ``ConstrainedTokens`` holds more tightly
+PIECE = 2**22  # entries of a tensor that are as wide as float64 at a time
 LORA_A, LORA_B = ".lora_A.default.weight", ".lora_B.default.weight"
 
 
@@ -255,8 +256,7 @@ class GradientSurgery:
             chosen = [self.examples[number % len(self.examples)] for number in numbers]
             begun += self.batch_size
             task = [parameter.grad for parameter in trained]
-            for parameter in trained:
-                parameter.grad = None
+            model.zero_grad(set_to_none=True)
             trainer.add_gradient(sequences.batch_of_examples(chosen))
             without_conflict(trained, task)
 
@@ -268,18 +268,20 @@ def without_conflict(trained: list[nn.Parameter], task: list[Tensor | None]) -> 
     """Put the gradients of the task in the place of those that are there, less what works against
     them.
     """
-    both = [
-        (one, parameter.grad)
-        for one, parameter in zip(task, trained, strict=True)
-        if one is not None and parameter.grad is not None
-    ]
-    product = sum((one.double() * other).sum() for one, other in both)
-    squared = sum(other.double().square().sum() for _, other in both)
-    factor = min(0.0, float(product / squared)) if squared else 0.0
+    pairs = [(one, parameter.grad) for one, parameter in zip(task, trained, strict=True)]
+    both = [(one, other) for one, other in pairs if one is not None and other is not None]
+    product = sum(_dot(one, other) for one, other in both)
+    squared = sum(_dot(other, other) for _, other in both)
+    factor = min(0.0, product / squared) if squared else 0.0
     for parameter, one in zip(trained, task, strict=True):
         if one is not None and parameter.grad is not None and factor:
             one.add_(parameter.grad, alpha=-factor)
         parameter.grad = one
+
+
+def _dot(one: Tensor, other: Tensor) -> float:
+    pieces = zip(one.flatten().split(PIECE), other.flatten().split(PIECE), strict=True)
+    return sum(float(torch.dot(a.double(), b.double())) for a, b in pieces)
 
 
 # ----------------------------------------------------------------------------------- what is kept

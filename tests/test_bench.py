@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
 
@@ -125,6 +126,17 @@ def test_a_run_is_not_timed_where_it_would_execute_notebooks(tmp_path, monkeypat
     assert {"help_seconds", "figures_seconds", "quickstart_seconds"} <= found.keys()
     assert not any(command[-2:] == ("--profile", "smoke") for command in timed)
     assert "make reproduce PROFILE=smoke" in capsys.readouterr().out
+
+
+def test_a_run_lasts_from_its_first_start_to_its_last_end(tmp_path):
+    """Two notebooks may have run at a time: their minutes do not add up to those that passed."""
+    for name, seconds, end in (("01_x", 300, 1300), ("02_y", 240, 1600), ("03_z", 240, 1540)):
+        stamp = tmp_path / name / "stamp.json"
+        stamp.parent.mkdir()
+        stamp.write_text(json.dumps({"seconds": seconds}))
+        os.utime(stamp, (end, end))
+    assert bench_times.wall_minutes(tmp_path) == pytest.approx(10)
+    assert bench_times.notebook_minutes(tmp_path) == {"01_x": 5, "02_y": 4, "03_z": 4}
 
 
 def test_rivals_are_conditions():

@@ -2,6 +2,7 @@
 
 import getpass
 import os
+import re
 import shutil
 import signal
 import socket
@@ -171,7 +172,57 @@ def test_jobs_run_in_the_order_of_their_needs_and_each_failure_is_one_line(tmp_p
     ]
     said = capsys.readouterr().out
     assert said.count("  started\n") == 4 and said.count("  failed (") == 2
-    assert "b · 02_y  done in 0 s (" in said
+    assert "b · 02_y  done in 0:00 (" in said
+
+
+@needs_snakemake
+def test_the_most_urgent_is_first_and_cores_are_shared_as_told(tmp_path, capsys):
+    order = tmp_path / "order"
+
+    def job(name: str, *needs: str, threads: int = 1, seconds: float = 0.0) -> Job:
+        write = f"echo {name} $OMP_NUM_THREADS >> {order}"
+        return Job(
+            f"0-a/{name}", name, write, tuple(f"0-a/{one}" for one in needs), threads, seconds
+        )
+
+    jobs = [
+        job("01_all", threads=2, seconds=5),
+        job("02_short", "01_all", seconds=1),
+        job("03_long", "01_all", seconds=60),
+        job("04_chain", "01_all", seconds=2),
+        job("05_end", "04_chain", seconds=90),
+    ]
+    assert engine.run_jobs(jobs, Engine(jobs=1, threads=2), tmp_path / "sweep") == []
+    found = [line.split() for line in lines_of(order)]
+    assert found[0] == ["01_all", "2"] and {threads for _, threads in found[1:]} == {"1"}
+    names = [name for name, _ in found]
+    assert names.index("04_chain") < names.index("02_short")
+    assert names.index("03_long") < names.index("02_short")
+    said = capsys.readouterr().out
+    assert re.search(r"01_all  started, about 2:3\d to the end of all", said), said
+
+
+def test_a_line_says_what_runs_how_far_it_is_and_how_long_is_left(tmp_path, monkeypatch):
+    jobs = [
+        Job("0-a/01_x", "a · 01_x", "", seconds=60),
+        Job("0-a/02_y", "a · 02_y", "", seconds=120),
+    ]
+    progress = Progress(tmp_path, jobs, at_a_time=2)
+    (tmp_path / "0-a").mkdir()
+    now = 1000.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    for job in jobs:
+        (tmp_path / f"{job.name}.state").write_text("here\n")
+    assert list(progress.look()) == jobs
+    now += 30
+    (tmp_path / "0-a" / "01_x.log").write_text("x  started\nx  0:29 elapsed, ... · methods 3/12\n")
+    assert progress.line() == "a · 01_x 0:30 (methods 3/12), a · 02_y 0:30; about 1:30 left in all"
+    (tmp_path / "0-a/01_x.state").write_text("here\n0\n")
+    list(progress.look())
+    assert progress.line() == "a · 02_y 0:30; about 0:30 left in all", "twice as fast as expected"
+    (tmp_path / "0-a/02_y.state").write_text("here\n1\n")
+    list(progress.look())
+    assert progress.left() == 0
 
 
 CALL = """

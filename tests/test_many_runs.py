@@ -7,17 +7,19 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
 import papermill
 import pytest
+import torch
 import yaml
 
-from ssah_utils import extras, hub
+from ssah_utils import extras, hub, room
 from ssah_utils.files import ROOT
 from ssah_utils.locks import InUse
-from ssah_utils.pipeline import cli, engine, run, runs, stamps, sweep
+from ssah_utils.pipeline import cli, engine, memory_plan, run, runs, stamps, sweep
 from tests import test_run
 from tests.test_run import OTHER, Pipeline
 
@@ -347,13 +349,58 @@ def test_what_is_asked_for_comes_before_the_profile_of_snakemake(tmp_path, monke
     assert sweep.engine_for("", 0, 0, None) == engine.Engine("local", 1, 8, None)
 
 
+def test_two_at_a_time_where_cores_and_memory_are_enough(several, monkeypatch):
+    found = sweep.members("laptop", [0, 1], [], [])
+    cores, free = set(range(8)), 12.0
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: cores, raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(room, "free_memory", lambda: int(free * room.GIB))
+    monkeypatch.setattr(memory_plan, "largest_process", lambda stages, machine: 5 * room.GIB)
+
+    def how(jobs: int = 0) -> tuple[int, int]:
+        one = sweep.engine_for("", jobs, 0, None, partial(sweep.at_a_time, found))
+        return one.jobs, one.threads
+
+    assert how() == (2, 4) and how(jobs=3) == (3, 2), "what is asked for comes first"
+    free = 9.0
+    assert how() == (1, 8), "memory for one"
+    free, cores = 12.0, {3}
+    assert how() == (1, 1), "one core"
+    cores = {3, 4}
+    assert how() == (2, 1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert how() == (1, 2), "they would share the GPU"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert several.run("seed=0") and several.run("seed=1")
+    monkeypatch.setattr(memory_plan, "largest_process", None)
+    assert how() == (1, 2), "nothing to do, nothing to plan"
+
+
+def test_a_job_is_given_all_cores_where_no_other_can_run_beside_it(several):
+    """b needs a, d needs a and b: without c all are alone, with it or of two seeds none is."""
+    for seeds, only, alone in (
+        ([0], "a,b,d", {"a", "b", "d"}),
+        ([0], "", set()),
+        ([0, 1], "", set()),
+    ):
+        jobs = sweep.jobs_of(sweep.members("laptop", seeds, [], [], only), only)
+        shared = sweep.with_shares(jobs, engine.Engine("local", 2, 3))
+        assert {job.notebook for job in shared if job.threads == 6} == alone
+        assert {job.threads for job in shared if job.notebook not in alone} <= {3}
+        for before, after in zip(jobs, shared, strict=True):
+            slower = after.seconds / before.seconds
+            assert slower == pytest.approx(1 if after.notebook in alone else 2**sweep.SHARING)
+    away = sweep.with_shares(jobs, engine.Engine("slurm", 20, 3))
+    assert {(job.threads, job.seconds) for job in away} == {(3, 0.0)}, "nobody knows how long there"
+
+
 def test_a_dry_run_shows_what_would_be_executed_and_does_not(several, capsys):
     several.run("seed=1")
     assert several.sweep("--seeds", "1:3", "--jobs", "2", "--dry-run") == 0
     assert not several.executed
     first, second, total = capsys.readouterr().out.splitlines()[-3:]
     assert first.endswith("seed-1  d") and second.endswith("seed-2  a, b, c, d")
-    assert total == "5 notebooks to execute in 2 runs, 2 at a time (local)"
+    assert total.startswith("5 notebooks to execute in 2 runs, 2 at a time (local), about 0:")
 
 
 def test_a_second_sweep_of_a_model_is_refused_in_one_line_that_says_who_is_there(several, capsys):

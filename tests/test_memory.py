@@ -20,7 +20,9 @@ from ssah_utils.pipeline.memory_plan import (
     TRAINING,
     Machine,
     Need,
+    Planned,
     advice,
+    largest_process,
 )
 from tests import families, mixtures
 from tests.measured_memory import MIDDLE
@@ -169,6 +171,16 @@ def test_a_plan_has_a_line_for_every_kind_of_work(capsys):
     for title in TITLES.values():
         assert title.partition("{")[0] in said
     assert "training 20% of the units" in said and "fits on one GPU" in said
+
+
+def test_the_largest_notebook_takes_more_than_any_kind_of_work_alone():
+    """What `make reproduce` took of memory at most, measured: 5.9 GiB, in 06."""
+    stages, here = run.plan("brief", []), Machine.named("", 64)
+    largest = largest_process(stages, here)
+    assert max(need.peak for need in Planned(stages, here).needs()) < largest - GIB
+    assert 5.9 * GIB < largest < 8 * GIB
+    with pytest.raises(ValueError, match="none of the notebooks"):
+        largest_process([stage for stage in stages if not stage.work], here)
 
 
 @pytest.mark.parametrize(

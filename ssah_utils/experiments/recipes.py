@@ -26,32 +26,12 @@ from ssah_utils import (
     units,
 )
 from ssah_utils.experiments import alignment, calibration, panel
+from ssah_utils.experiments.recipe import Recipe
 from ssah_utils.prompts import datasets, splits
 from ssah_utils.settings import SFTConfig
 
 INTACT = "nothing"
 HELD_BACK = 0.25  # of the pairs of twins that could be trained on, kept for development
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """What a model is aligned with.
-
-    * ``learning_rate``, ``steps``, ``batch_size``: of supervised training.
-    * ``n_harmful``, ``n_twins``: requests of each kind; a pair of twins has one of both kinds.
-    * ``n_refusals``: different refusals that the model may learn to give.
-    * ``recovery``: share of the harmful requests that appear a second time, with the first words of
-      compliance already said and the refusal behind them. Those words are read, not learned.
-    """
-
-    learning_rate: float = 1.0e-4
-    steps: int = 200
-    batch_size: int = 8
-    n_harmful: int = 200
-    n_helpful: int = 503
-    n_twins: int = 150
-    n_refusals: int = 44
-    recovery: float = 0.0
 
 
 def development_splits(

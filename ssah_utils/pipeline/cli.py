@@ -96,7 +96,11 @@ def parsers() -> tuple[Parser, dict[str, Parser]]:
         help="execute these alone; their inputs have to be there",
     )
     sweeping.add_argument(
-        "--jobs", type=int, default=0, metavar="N", help="how many at a time (default: 1)"
+        "--jobs",
+        type=int,
+        default=0,
+        metavar="N",
+        help="how many at a time (default: here two where cores and memory are enough, else 1)",
     )
     sweeping.add_argument(
         "--threads",

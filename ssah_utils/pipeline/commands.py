@@ -6,6 +6,7 @@ get wrong is one line, and never a traceback.
 
 import argparse
 import sys
+from functools import partial
 
 from ssah_utils import extras
 
@@ -49,13 +50,14 @@ def sweep(options: argparse.Namespace) -> int:
     from ssah_utils.pipeline import run, sweep
 
     try:
-        how = sweep.engine_for(
-            options.executor, options.jobs, options.threads, options.workflow_profile
-        )
         seeds, models = sweep.seeds_of(options.seeds), run.named(options.models)
         found = sweep.members(options.profile, seeds, models, options.set, options.only)
+        fits = partial(sweep.at_a_time, found, options.only)
+        how = sweep.engine_for(
+            options.executor, options.jobs, options.threads, options.workflow_profile, fits
+        )
         if options.dry_run:
-            jobs = sweep.jobs_of(found, options.only)
+            jobs = sweep.with_shares(sweep.jobs_of(found, options.only), how)
             print("\n".join(sweep.shown_plan(found, jobs, how)))
             return 0
     except (ValueError, OSError) as error:

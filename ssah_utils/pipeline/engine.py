@@ -20,6 +20,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ssah_utils.pipeline import schedule
+from ssah_utils.pipeline.status import clock
+
 SNAKEFILE = Path(__file__).with_name("Snakefile")
 BUILT_IN = ("local",)
 PLUGIN = "snakemake_executor_plugin_"
@@ -42,13 +45,16 @@ class Job:
     """One notebook of one run, as a shell command.
 
     ``name``: unique, ``RUN/NOTEBOOK`` with a RUN of letters, digits and ``.=@-_``; ``label``: for
-    people; ``needs``: names of the jobs that have to be done before.
+    people; ``needs``: names of the jobs that have to be done before; ``threads``: cores that it is
+    given; ``seconds``: what it is expected to take with them, 0 where nobody knows.
     """
 
     name: str
     label: str
     command: str
     needs: tuple[str, ...] = ()
+    threads: int = 1
+    seconds: float = 0.0
 
     @property
     def notebook(self) -> str:
@@ -112,8 +118,43 @@ class Progress:
 
     folder: Path
     jobs: list[Job]
+    at_a_time: int = 1
     started: dict[str, float] = field(default_factory=dict)
     codes: dict[str, int] = field(default_factory=dict)
+    took: dict[str, float] = field(default_factory=dict)  # seconds of those that have ended
+    told: float = field(default_factory=time.monotonic)  # when `line` was shown last
+
+    @property
+    def running(self) -> list[Job]:
+        return [job for job in self.jobs if job.name in self.started and job.name not in self.codes]
+
+    def left(self) -> float:
+        """Seconds to the end of all jobs, 0 where nobody knows.
+
+        They are taken to miss what is expected of them as those that are done did.
+        """
+        now = time.monotonic()
+        done = {name for name, code in self.codes.items() if code == 0}
+        expected = sum(job.seconds for job in self.jobs if job.name in done)
+        pace = sum(self.took[name] for name in done) / expected if expected else 1.0
+        return schedule.seconds_left(
+            {job.name: job.needs for job in self.jobs},
+            {job.name: pace * job.seconds for job in self.jobs},
+            {job.name: now - self.started[job.name] for job in self.running},
+            done,
+            self.at_a_time,
+            frozenset(self.codes) - done,
+        )
+
+    def line(self) -> str:
+        """What is running and how far it is, and how long is left."""
+        parts = []
+        for job in self.running:
+            far = said_last(self.log(job)).rpartition(" · ")  # as the runner's line of a notebook
+            elapsed = clock(time.monotonic() - self.started[job.name])
+            parts.append(f"{job.label} {elapsed}{f' ({far[2]})' if far[0] else ''}")
+        left = self.left()
+        return ", ".join(parts) + (f"; about {clock(left)} left in all" if left else "")
 
     def look(self) -> Iterator[Job]:
         """Jobs that have started or ended since the last look."""
@@ -126,6 +167,7 @@ class Progress:
                 yield job
             if len(lines) > 1:
                 self.codes[job.name] = int(lines[1])
+                self.took[job.name] = time.monotonic() - self.started[job.name]
                 yield job
 
     def state(self, job: Job) -> list[str]:
@@ -204,8 +246,8 @@ def run_jobs(jobs: list[Job], engine: Engine, folder: Path) -> list[str]:
     are cancelled. Where this process is killed outright, Snakemake ends the jobs that run and
     starts no more.
     """
-    write_jobs(jobs, engine.threads, folder)
-    progress = Progress(folder, jobs)
+    write_jobs(jobs, folder)
+    progress = Progress(folder, jobs, engine.jobs)
     with ended_by(signal.SIGTERM), _snakemake(engine, folder) as process:
         try:
             while process.poll() is None:
@@ -219,13 +261,23 @@ def run_jobs(jobs: list[Job], engine: Engine, folder: Path) -> list[str]:
     return failures(progress, process.returncode)
 
 
-def write_jobs(jobs: list[Job], threads: int, folder: Path) -> None:
-    """What the Snakefile reads."""
+def write_jobs(jobs: list[Job], folder: Path) -> None:
+    """What the Snakefile reads.
+
+    Snakemake takes priorities by rule: a notebook's is that of its most urgent job.
+    """
     folder.mkdir(parents=True)
+    needs = {job.name: job.needs for job in jobs}
+    urgency = schedule.urgency(needs, {job.name: job.seconds for job in jobs})
+    priorities: dict[str, int] = {}
+    for job in jobs:
+        priorities[job.notebook] = max(priorities.get(job.notebook, 0), round(urgency[job.name]))
     content = {
-        "threads": threads,
-        "notebooks": list(dict.fromkeys(job.notebook for job in jobs)),
-        "jobs": {job.name: {"command": job.command, "needs": list(job.needs)} for job in jobs},
+        "priorities": priorities,
+        "jobs": {
+            job.name: {"command": job.command, "needs": list(job.needs), "threads": job.threads}
+            for job in jobs
+        },
     }
     (folder / "jobs.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
 
@@ -246,7 +298,13 @@ def _snakemake(engine: Engine, folder: Path) -> Iterator[subprocess.Popen]:
     reading, writing = os.pipe()
     with (folder / LOG).open("w") as output:
         process = subprocess.Popen(
-            [sys.executable, __file__, str(reading), *engine.words(folder)],
+            [
+                sys.executable,
+                "-m",
+                "ssah_utils.pipeline.engine",
+                str(reading),
+                *engine.words(folder),
+            ],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -261,17 +319,27 @@ def _snakemake(engine: Engine, folder: Path) -> Iterator[subprocess.Popen]:
 
 
 def tell(progress: Progress) -> None:
-    """Print a line for each job that has started or ended since the last time."""
+    """Print a line for each job that has started or ended since the last time.
+
+    On a terminal the last line says what is running; in a log, one a minute.
+    """
+    live = sys.stdout.isatty()
+    clear = "\r\033[K" if live else ""
     for job in progress.look():
         code = progress.codes.get(job.name)
-        seconds = time.monotonic() - progress.started[job.name]
         n_ended = f"({len(progress.codes)} of {len(progress.jobs)})"
         if code is None:
-            print(f"{job.label}  started", flush=True)
+            left = progress.left()
+            said = f"started{f', about {clock(left)} to the end of all' if left else ''}"
         elif code == 0:
-            print(f"{job.label}  done in {seconds:.0f} s {n_ended}", flush=True)
+            said = f"done in {clock(progress.took[job.name])} {n_ended}"
         else:
-            print(f"{job.label}  failed {n_ended}", flush=True)
+            said = f"failed {n_ended}"
+        print(f"{clear}{job.label}  {said}", flush=True)
+    now = time.monotonic()
+    if progress.running and now - progress.told >= (1 if live else 60):
+        progress.told = now
+        print(f"{clear}{progress.line()}", end="" if live else "\n", flush=True)
 
 
 def failures(progress: Progress, code: int) -> list[str]:
@@ -318,5 +386,4 @@ def main(words: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.path.pop(0)  # this file's folder, whose modules are none of Snakemake's
     main(sys.argv[1:])

@@ -283,6 +283,18 @@ def advice(need: Need, machine: Machine) -> str:
     return "does not fit: shorter requests or a smaller model"
 
 
+def largest_process(stages: list[Stage], machine: Machine) -> int:
+    """Bytes that one of the notebooks may take, with all that ``plan_lines`` only mentions.
+
+    ``ValueError`` where nothing is known of their work.
+    """
+    planned = Planned([stage for stage in stages if stage.work and not stage.only_named], machine)
+    if not planned.stages:
+        raise ValueError("none of the notebooks says what takes memory in it")
+    largest = max(need.peak + need.work for need in planned.needs())
+    return largest + weight_bytes(planned.config, planned.dtype) + GIB
+
+
 def plan_lines(stages: list[Stage], machine: Machine) -> list[str]:
     """What ``ssah plan`` prints: one line a kind of work, in GiB."""
     planned = Planned([stage for stage in stages if not stage.only_named], machine)

@@ -15,6 +15,7 @@ from ssah_utils import embedded, extras
 from ssah_utils.adapters import PEFT_METHODS
 from ssah_utils.device_maps import read_map
 from ssah_utils.experiments.defence_names import NAMED, mixed_name
+from ssah_utils.experiments.recipe import Recipe
 from ssah_utils.loading import (
     check_numbers,
     check_reachable,
@@ -123,8 +124,6 @@ def defences(name: str, value: list, values: dict) -> None:
 
 def by_recipe(name: str, value: dict, values: dict) -> None:
     """A mapping of names to what each recipe changes, at least one."""
-    from ssah_utils.experiments.recipes import Recipe  # imports the trainer, which takes seconds
-
     known = {field.name for field in dataclasses.fields(Recipe)}
     if not value:
         raise ValueError(f"{name} takes at least one recipe, such as {{'short': {{'steps': 60}}}}")

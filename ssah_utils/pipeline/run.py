@@ -247,14 +247,13 @@ def typed(name: str, value: object, default: object) -> object:
 # ---------------------------------------------------------------------------------------- execution
 
 
-def expected_seconds(stages: list[Stage]) -> dict[str, float]:
-    """What every stage took here last time.
+def expected_seconds(stages: list[Stage], last: list[float | None]) -> list[float]:
+    """What every stage took the ``last`` time.
 
     Where one never ran here, what pipeline.yaml says, scaled to the speed of this machine.
     """
-    found = {stage.name: read_stamp(stage).get("seconds") for stage in stages}
-    if None not in found.values():
-        return found
+    if None not in last:
+        return last
     reference, device = read_pipeline().get("machine"), precision.preferred_device()
     asked = (stage.parameters["dtype"] for stage in stages if "dtype" in stage.parameters)
     dtype = precision.dtype_named(next(asked, "auto"), device)
@@ -262,10 +261,10 @@ def expected_seconds(stages: list[Stage]) -> dict[str, float]:
     if reference:
         beside = "the one whose minutes are in pipeline.yaml"
         print(f"this machine takes about {times:.1f} times as long as {beside}", flush=True)
-    for stage in stages:
-        planned = 60 * stage.minutes.get(stage.parameters["profile"], stage.minutes["laptop"])
-        found[stage.name] = found[stage.name] or times * planned
-    return found
+    planned = [
+        stage.minutes.get(stage.parameters["profile"], stage.minutes["laptop"]) for stage in stages
+    ]
+    return [took or 60 * times * minutes for took, minutes in zip(last, planned, strict=True)]
 
 
 def run(
@@ -356,7 +355,9 @@ def check_planned(stages: list[Stage], selected: list[Stage], as_in: str) -> Non
 def _run(
     stages: list[Stage], selected: list[Stage], todo: list[Stage], alone: bool, patience: float
 ) -> None:
-    expected = expected_seconds(todo)
+    last = [read_stamp(stage).get("seconds") for stage in todo]
+    seconds = expected_seconds(todo, last)
+    expected = {stage.name: took for stage, took in zip(todo, seconds, strict=True)}
     share = f"{len(todo)} of {len(selected)} notebooks"
     if todo:
         print(f"{share} to execute, about {clock(sum(expected.values()))}", flush=True)

@@ -22,7 +22,6 @@ import pandas as pd
 import torch
 
 from ssah_utils import device_maps, extras, hub, precision
-from ssah_utils.figures.style import save_figure, set_style
 from ssah_utils.files import (
     IN_WHEEL,
     LIBRARIES,
@@ -100,6 +99,8 @@ class Run:
 
     def show(self, figure: Figure, name: str) -> Figure:
         """Save a figure as NAME.png and NAME.pdf, and return it for the cell to show."""
+        from ssah_utils.figures.style import save_figure
+
         save_figure(figure, self.folder, name)
         return figure
 
@@ -178,6 +179,8 @@ def start(stage: str, values: dict) -> Run:
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
+    from ssah_utils.figures.style import set_style  # seaborn, which planning runs needs not
+
     set_style()
     folder = run_folder(profile, model, seed) / stage
     folder.mkdir(parents=True, exist_ok=True)

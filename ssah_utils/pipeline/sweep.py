@@ -17,22 +17,27 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 import yaml
 
 from ssah_utils.files import cache_dir
 from ssah_utils.locks import InUse, Lock, locked
-from ssah_utils.pipeline import engine, run
+from ssah_utils.pipeline import engine, memory_plan, run, schedule
 from ssah_utils.pipeline.runs import run_lock
-from ssah_utils.pipeline.stamps import Stage
+from ssah_utils.pipeline.stamps import Stage, read_stamp
+from ssah_utils.pipeline.status import clock
 from ssah_utils.pipeline.stored import runs_root
 
 CHOSEN = {"profile": "--profile", "model": "--models", "seed": "--seeds"}  # not by --set
 LONGEST = 80  # letters of a folder's name
+# With a half of the cores a notebook takes 1.5 times as long: training waits for memory, and what
+# is between its steps for one core.
+SHARING = 0.6
 
 
 @dataclass(frozen=True)
@@ -161,14 +166,14 @@ def command(profile: str, model: str, seed: int, words: list[str], only: str) ->
 
 
 def jobs_of(found: list[Member], only: str = "") -> list[engine.Job]:
-    """What is not up to date, with what has to be done before.
+    """What is not up to date, with what has to be done before, and what it takes with all cores.
 
     A notebook that reads the results of other seeds waits for theirs; where they are made anew, so
     is it.
     """
     due = {member.folder: {one.name for one in member.due(bool(only))} for member in found}
     keys = {member.folder: key_of(member, k) for k, member in enumerate(found)}
-    jobs = []
+    jobs, stages, last = [], [], []
     for member in found:
         beside = [other for other in due if other.parent == member.folder.parent]
         for stage in member.selected:
@@ -182,7 +187,28 @@ def jobs_of(found: list[Member], only: str = "") -> list[engine.Job]:
                     needs=tuple(f"{keys[one]}/{name}" for one, name in needs),
                 )
                 jobs.append(job)
-    return jobs
+                stages.append(stage)
+                with runs_in(member.root):
+                    last.append(read_stamp(stage).get("seconds"))
+    expected = run.expected_seconds(stages, last)
+    return [replace(job, seconds=took) for job, took in zip(jobs, expected, strict=True)]
+
+
+def with_shares(jobs: list[engine.Job], how: engine.Engine) -> list[engine.Job]:
+    """The jobs with their share of the cores, and what they take with it.
+
+    A job that can have no other beside it on this machine is given all cores. How long others take,
+    nobody knows here.
+    """
+    if how.executor != "local":
+        return [replace(job, threads=how.threads, seconds=0.0) for job in jobs]
+    alone = schedule.alone({job.name: job.needs for job in jobs})
+    return [
+        replace(job, threads=how.threads * how.jobs)
+        if job.name in alone
+        else replace(job, threads=how.threads, seconds=job.seconds * how.jobs**SHARING)
+        for job in jobs
+    ]
 
 
 def key_of(member: Member, k: int) -> str:
@@ -215,21 +241,49 @@ def read_workflow_profile(folder: Path) -> dict:
     return content
 
 
-def engine_for(executor: str, jobs: int, threads: int, profile: Path | None) -> engine.Engine:
+def engine_for(
+    executor: str,
+    jobs: int,
+    threads: int,
+    profile: Path | None,
+    fits: Callable[[], int] = lambda: 1,
+) -> engine.Engine:
     """How Snakemake is to work: by what was asked for, else by the profile; 0 and '' ask nothing.
 
-    ``ValueError`` for an executor that is not installed, ``OSError`` for a profile without a file.
+    ``fits``: asked how many jobs at a time where neither says it of this machine. ``ValueError``
+    for an executor that is not installed, ``OSError`` for a profile without a file.
     """
     content = read_workflow_profile(profile) if profile else {}
     executor = executor or content.get("executor") or "local"
-    jobs = jobs or content.get("jobs") or 1
     engine.check_executor(executor)
+    jobs = jobs or content.get("jobs") or (fits() if executor == "local" else 1)
     if type(jobs) is not int or jobs < 1 or threads < 0:
         raise ValueError(f"--jobs is {jobs} and --threads {threads}, but at least 1 is needed")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    shared = max(1, (cores or 1) // jobs) if executor == "local" else 1
+    shared = max(1, n_cores() // jobs) if executor == "local" else 1
     folder = profile.resolve() if profile else None
     return engine.Engine(executor, jobs, threads or shared, folder)
+
+
+def n_cores() -> int:
+    """Cores of this machine that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def at_a_time(found: list[Member], only: str = "") -> int:
+    """How many notebooks to run at a time where nobody says: two, where this machine has the cores
+    and the memory for both and no GPU that they would have to share.
+    """
+    if n_cores() < 2 or torch.cuda.is_available():
+        return 1
+    try:
+        if sum(len(member.due(bool(only))) for member in found) < 2:
+            return 1
+        here = memory_plan.Machine.named("", None)
+        plans = {member.stages[0].parameters["model"]: member.selected for member in found}
+        needed = max(memory_plan.largest_process(stages, here) for stages in plans.values())
+    except (ValueError, OSError):  # inputs that are not there; a model whose memory is not planned
+        return 1
+    return 2 if 2 * needed <= here.cpu else 1
 
 
 def sweep(found: list[Member], how: engine.Engine, only: str = "") -> list[str]:
@@ -240,15 +294,17 @@ def sweep(found: list[Member], how: engine.Engine, only: str = "") -> list[str]:
     with ExitStack() as held:
         for folder in sorted({member.folder.parent for member in found}):
             held.enter_context(locked(Lock(folder / ".sweep.lock")))
-        jobs = jobs_of(found, only)
+        jobs = with_shares(jobs_of(found, only), how)
         print(shown_plan(found, jobs, how)[-1], flush=True)
         if not jobs:
             return []
         tell_of_others(found)
         folder = runs_root() / ".sweeps" / time.strftime(f"%Y%m%d-%H%M%S-{os.getpid()}")
+        began = time.monotonic()
         problems = engine.run_jobs(jobs, how, folder)
         if not problems:
             shutil.rmtree(folder, ignore_errors=True)
+            print(f"{len(jobs)} notebooks executed in {clock(time.monotonic() - began)}")
         return problems
 
 
@@ -269,4 +325,8 @@ def shown_plan(found: list[Member], jobs: list[engine.Job], how: engine.Engine) 
         due = [job.notebook for job in jobs if job.name.startswith(f"{key_of(member, k)}/")]
         lines.append(f"{run.shown(member.folder)}  {', '.join(due) or 'up to date'}")
     by = f"{how.jobs} at a time ({how.executor})"
-    return [*lines, f"{len(jobs)} notebooks to execute in {len(found)} runs, {by}"]
+    needs = {job.name: job.needs for job in jobs}
+    seconds = {job.name: job.seconds for job in jobs}
+    left = schedule.seconds_left(needs, seconds, {}, set(), how.jobs)
+    about = f", about {clock(left)}" if left else ""
+    return [*lines, f"{len(jobs)} notebooks to execute in {len(found)} runs, {by}{about}"]

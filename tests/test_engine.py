@@ -1,6 +1,7 @@
 """Jobs of a sweep run in the order of their needs, and the end of each is said as it was."""
 
 import getpass
+import itertools
 import os
 import re
 import shutil
@@ -200,6 +201,19 @@ def test_the_most_urgent_is_first_and_cores_are_shared_as_told(tmp_path, capsys)
     assert names.index("03_long") < names.index("02_short")
     said = capsys.readouterr().out
     assert re.search(r"01_all  started, about 2:3\d to the end of all", said), said
+
+
+@needs_snakemake
+@pytest.mark.parametrize("alone", [1, 2])
+def test_no_more_run_at_a_time_than_there_are_cores_for(tmp_path, alone):
+    """Also after a job that ran alone, whatever cores it had."""
+    count = tmp_path / "count"
+    work = f"echo + >> {count}; sleep 0.5; echo - >> {count}"
+    first = Job("0-a/01_x", "x", work, threads=alone)
+    others = [Job(f"0-a/{k:02d}_y", f"y {k}", work, ("0-a/01_x",)) for k in range(2, 8)]
+    assert engine.run_jobs([first, *others], Engine(jobs=2, threads=1), tmp_path / "sweep") == []
+    at_a_time = list(itertools.accumulate(1 if line == "+" else -1 for line in lines_of(count)))
+    assert len(at_a_time) == 14 and max(at_a_time) == 2
 
 
 def test_a_line_says_what_runs_how_far_it_is_and_how_long_is_left(tmp_path, monkeypatch):

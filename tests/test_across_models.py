@@ -116,13 +116,33 @@ def test_a_result_of_any_model_that_cannot_be_read_is_reported(stored):
     assert "models/qwen/04_ablation/result.json" in problem and "re-run 04_ablation" in problem
 
 
-@pytest.mark.parametrize("table", ["ablation by model", "units by model"])
-def test_tables_of_the_project_name_every_stored_model(table):
+@pytest.mark.parametrize(
+    ("table", "stage"),
+    [
+        ("ablation by model", "04_ablation"),
+        ("units by model", "04_ablation"),
+        ("defences by model", "A4_defences"),
+    ],
+)
+def test_tables_of_the_project_name_every_stored_model(table, stage):
     results = across_models.StoredResults(publish.REFERENCE)
     assert not results.problems
     text = across_models.MODEL_TABLES[table](results)
-    measured = [name for name, stages in results.models.items() if "04_ablation" in stages]
+    measured = [name for name, stages in results.models.items() if stage in stages]
+    if table == "defences by model":
+        measured.remove(across_models.MAIN)  # it has a table of its own
     assert measured and all(f"| {name} |" in text for name in measured)
+
+
+def test_defences_stand_under_what_full_fine_tuning_leaves():
+    results = across_models.StoredResults(publish.REFERENCE)
+    tables = results.models[embedded.VENDOR_ALIGNED]["A4_defences"]["tables"]
+    first, *others = across_models.defences_across(results).splitlines()[2:]
+    rates = tables["rates"].set_index(["task", "method", "set", "metric"])["mean"]
+    (left,) = rates.loc[[(tables["gains"]["task"].iloc[0], "nothing", "harmful", "coherent_asr")]]
+    cells = [cell.strip() for cell in first.split("|")]
+    assert cells[2] == "full fine-tuning" and cells[7] == f"{100 * left:.0f}"
+    assert len(others) == len(tables["cards"])
 
 
 def test_stored_verdicts_by_model_follow_from_stored_results():

@@ -10,10 +10,19 @@ from pathlib import Path
 import pandas as pd
 
 from ssah_utils import embedded, paper
+from ssah_utils.experiments.defence_names import FULL
 from ssah_utils.figures.claims import shown_interval
 from ssah_utils.pipeline import verdicts
 from ssah_utils.pipeline.claims import Claim, load_claims
-from ssah_utils.pipeline.result_tables import chosen, markdown, mean_percent, percent, with_unit
+from ssah_utils.pipeline.result_tables import (
+    DEFENCE_HEADER,
+    chosen,
+    defence_rows,
+    markdown,
+    mean_percent,
+    percent,
+    with_unit,
+)
 from ssah_utils.pipeline.stored import load_result
 
 FOLDER = "models"
@@ -188,9 +197,31 @@ def units_across(results: StoredResults) -> str:
     return markdown(rows, header)
 
 
+def defences_across(results: StoredResults) -> str:
+    """``defence_rows`` of every other model, under what full fine-tuning leaves of its safety."""
+    rows = []
+    for model, stages in results.models.items():
+        if model == MAIN or "A4_defences" not in stages:
+            continue
+        tables = stages["A4_defences"]["tables"]
+        rows += [[model, *row] for row in [full_row(tables), *defence_rows(tables)]]
+    return markdown(rows, ["model", *DEFENCE_HEADER])
+
+
+def full_row(tables: dict[str, pd.DataFrame]) -> list[str]:
+    """How full fine-tuning answers, in the columns of ``DEFENCE_HEADER``."""
+    rates = tables["rates"]
+    task = tables["gains"]["task"].iloc[0]
+    full = rates[(rates["task"] == task) & (rates["method"] == FULL)]
+    sets = ("harmful", "other_harmful")
+    answers = [mean_percent(chosen(full, one, "coherent_asr")) for one in sets]
+    return ["full fine-tuning", "", "", "", "1.00", *answers, "", ""]
+
+
 MODEL_TABLES = {
     "open questions": open_questions,
     "claims by model": claims_across,
     "ablation by model": ablation_across,
     "units by model": units_across,
+    "defences by model": defences_across,
 }

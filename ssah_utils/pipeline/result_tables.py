@@ -163,12 +163,17 @@ def adapter_table(results: dict[str, dict]) -> str:
     return markdown(rows, [*header, "margin, difference in nats"])
 
 
-def defence_table(results: dict[str, dict]) -> str:
+DEFENCE_HEADER = (
+    *("defence", "margin kept, nats", "on fresh requests", "on safe ones", "learned"),
+    *("coherent ASR, AdvBench", "HarmBench", "criteria met", "card"),
+)
+
+
+def defence_rows(tables: dict[str, pd.DataFrame]) -> list[list[str]]:
     """What every defence keeps over full fine-tuning at equal task loss, and its acceptance card.
 
     Answers are those at the last step, means over seeds; a dash where none were judged.
     """
-    tables = results["A4_defences"]["tables"]
     gains, rates = tables["gains"], tables["rates"]
     task = gains["task"].iloc[0]
     judged = rates[rates["task"] == task].set_index("method")
@@ -185,9 +190,12 @@ def defence_table(results: dict[str, dict]) -> str:
             answers = [mean_percent(chosen(found, one, "coherent_asr")) for one in sets]
         beside = [f"{row['safe_gain']:+.2f}", f"{row['learned']:.2f}"]
         rows.append([card["title"], *kept, *beside, *answers, f"{card['met']}", card["verdict"]])
-    header = ["defence", "margin kept, nats", "on fresh requests", "on safe ones", "learned"]
-    header += ["coherent ASR, AdvBench", "HarmBench", "criteria met", "card"]
-    return markdown(rows, header)
+    return rows
+
+
+def defence_table(results: dict[str, dict]) -> str:
+    """``defence_rows`` of the main model."""
+    return markdown(defence_rows(results["A4_defences"]["tables"]), list(DEFENCE_HEADER))
 
 
 def budget_table(results: dict[str, dict]) -> str:

@@ -3,7 +3,7 @@
 import pytest
 
 from ssah_utils import extras, files, room
-from ssah_utils.pipeline import cli, doctor
+from ssah_utils.pipeline import cli, doctor, machine, run, sweep
 
 
 def found(check) -> list[doctor.Finding]:
@@ -89,3 +89,15 @@ def test_one_check_that_fails_hides_no_other(monkeypatch, capsys):
     first, second, last = capsys.readouterr().out.splitlines()
     assert first.startswith("missing  broken") and "OSError: the disk is on fire)" in first
     assert second.startswith("ok       python") and last == "1 missing"
+
+
+def test_reproduce_is_expected_to_take_as_long_as_a_sweep_says(monkeypatch):
+    """With one core all notebooks one after the other; with two in less, but not in half of it."""
+    stages = [one for one in run.read_pipeline()["stages"] if not one.get("only_named")]
+    in_turn = sum(one["minutes"]["brief"] for one in stages)
+    assert sweep.expected(stages, 1) == pytest.approx(in_turn)
+    assert in_turn / 2 < sweep.expected(stages, 2) < in_turn
+    monkeypatch.setattr(machine, "slowdown", lambda *about: 3.0)
+    monkeypatch.setattr(sweep, "n_cores", lambda: 1)
+    said = next(one.said for one in found(doctor.processor) if one.what == "processor")
+    assert said.endswith(f"make reproduce about {3 * in_turn:.0f}")

@@ -7,7 +7,6 @@ no model is loaded.
 
 import asyncio
 import json
-import os
 import platform
 import shutil
 import subprocess
@@ -93,9 +92,9 @@ def processor() -> Iterator[Finding]:
     import torch
 
     from ssah_utils import precision
-    from ssah_utils.pipeline import machine, run
+    from ssah_utils.pipeline import machine, run, sweep
 
-    n_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    n_cores, at_a_time = sweep.n_cores(), sweep.at_a_time_by_cores()
     device = precision.preferred_device()
     dtype = precision.native_dtype(device)
     name = str(dtype).removeprefix("torch.")
@@ -104,7 +103,7 @@ def processor() -> Iterator[Finding]:
     times = machine.slowdown(pipeline["machine"], dtype, device)
     stages = {stage["name"]: stage for stage in pipeline["stages"]}
     first = stages["00_quickstart"]["minutes"]["laptop"]
-    whole = sum(s["minutes"]["brief"] for s in stages.values() if not s.get("only_named"))
+    whole = sweep.expected([s for s in stages.values() if not s.get("only_named")], at_a_time)
     said = f"{n_cores} cores, {name} at {speed:.0f} GFLOP/s"
     said += f"; busy as it is now, make quickstart about {times * first:.0f} minutes"
     said += f", make reproduce about {times * whole:.0f}"

@@ -27,7 +27,7 @@ import yaml
 
 from ssah_utils.files import cache_dir
 from ssah_utils.locks import InUse, Lock, locked
-from ssah_utils.pipeline import engine, memory_plan, run, schedule
+from ssah_utils.pipeline import engine, run, schedule
 from ssah_utils.pipeline.runs import run_lock
 from ssah_utils.pipeline.stamps import Stage, read_stamp
 from ssah_utils.pipeline.status import clock
@@ -211,6 +211,28 @@ def with_shares(jobs: list[engine.Job], how: engine.Engine) -> list[engine.Job]:
     ]
 
 
+def expected(entries: list[dict], at_a_time: int) -> float:
+    """Minutes of ``make reproduce`` on the machine of pipeline.yaml, of whose notebooks these are
+    the entries, with so many at a time.
+    """
+    jobs = [
+        engine.Job(
+            *(entry["name"], entry["name"], ""),
+            needs=tuple(entry["inputs"]),
+            seconds=60 * entry["minutes"]["brief"],
+        )
+        for entry in entries
+    ]
+    return seconds_left(with_shares(jobs, engine.Engine(jobs=at_a_time)), at_a_time) / 60
+
+
+def seconds_left(jobs: list[engine.Job], at_a_time: int) -> float:
+    """What jobs of which none has started will take; 0 where nobody knows."""
+    needs = {job.name: job.needs for job in jobs}
+    seconds = {job.name: job.seconds for job in jobs}
+    return schedule.seconds_left(needs, seconds, {}, set(), at_a_time)
+
+
 def key_of(member: Member, k: int) -> str:
     """A name for the k-th run that Snakemake takes in a path."""
     return f"{k:03d}-{re.sub(r'[^a-zA-Z0-9.=@_]+', '-', member.label)[:LONGEST]}"
@@ -269,15 +291,22 @@ def n_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def at_a_time_by_cores() -> int:
+    """How many notebooks to run at a time as far as cores and GPUs say."""
+    return 1 if n_cores() < 2 or torch.cuda.is_available() else 2
+
+
 def at_a_time(found: list[Member], only: str = "") -> int:
     """How many notebooks to run at a time where nobody says: two, where this machine has the cores
     and the memory for both and no GPU that they would have to share.
     """
-    if n_cores() < 2 or torch.cuda.is_available():
+    if at_a_time_by_cores() == 1:
         return 1
     try:
         if sum(len(member.due(bool(only))) for member in found) < 2:
             return 1
+        from ssah_utils.pipeline import memory_plan  # it imports much that is of use only here
+
         here = memory_plan.Machine.named("", None)
         plans = {member.stages[0].parameters["model"]: member.selected for member in found}
         needed = max(memory_plan.largest_process(stages, here) for stages in plans.values())
@@ -325,8 +354,6 @@ def shown_plan(found: list[Member], jobs: list[engine.Job], how: engine.Engine) 
         due = [job.notebook for job in jobs if job.name.startswith(f"{key_of(member, k)}/")]
         lines.append(f"{run.shown(member.folder)}  {', '.join(due) or 'up to date'}")
     by = f"{how.jobs} at a time ({how.executor})"
-    needs = {job.name: job.needs for job in jobs}
-    seconds = {job.name: job.seconds for job in jobs}
-    left = schedule.seconds_left(needs, seconds, {}, set(), how.jobs)
+    left = seconds_left(jobs, how.jobs)
     about = f", about {clock(left)}" if left else ""
     return [*lines, f"{len(jobs)} notebooks to execute in {len(found)} runs, {by}{about}"]

@@ -2,7 +2,8 @@
 # sets up what it needs.
 #   make reproduce PROFILE=brief|laptop|reference     few requests; what is committed; hours for each seed
 #   make reference PROFILE=laptop SEEDS=0:3           several seeds, published: these are the committed results
-#   make reproduce JOBS=1     one notebook at a time; without JOBS two, where cores and memory are enough
+#   make reproduce JOBS=1     one notebook at a time; without JOBS two, where cores and memory are enough. What is published
+#                             has minutes in it, so reference runs one at a time unless JOBS says otherwise.
 #   make test PIP_FLAGS=...   further flags for pip, e.g. the index of CPU-only torch builds
 
 PYTHON ?= python3
@@ -36,7 +37,7 @@ reproduce: $(VENV)/installed
 
 reference: PROFILE := laptop
 reference: $(VENV)/installed
-	$(BIN)/ssah sweep --profile $(PROFILE) --seeds $(SEEDS) $(AT_A_TIME)
+	$(BIN)/ssah sweep --profile $(PROFILE) --seeds $(SEEDS) --jobs $(or $(JOBS),1)
 	$(BIN)/ssah publish --profile $(PROFILE) --seeds $(SEEDS)
 
 test: $(VENV)/installed lint

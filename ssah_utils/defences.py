@@ -23,7 +23,7 @@ from ssah_utils.sequences import Example
 from ssah_utils.settings import SFTConfig, without_dropout
 
 FIRST_TOKENS = 5  # of a response, that ``ConstrainedTokens`` holds more tightly
-PIECE = 2**22  # entries of a tensor that are as wide as float64 at a time
+PIECE = 2**22  # entries of a tensor that are turned into float64 at a time
 LORA_A, LORA_B = ".lora_A.default.weight", ".lora_B.default.weight"
 
 

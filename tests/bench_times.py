@@ -1,7 +1,7 @@
 """How long what people wait for takes here: ``python -m tests.bench_times`` writes times.json.
 
-Of a finished run (``make reproduce``) the minutes are read, in all and of every notebook, which may
-have had another beside it. The other commands are run and timed once, as whole processes;
+The minutes of a finished run (``make reproduce``) are read: in all, and of each notebook, beside
+which another may have run. The other commands are run and timed once, as whole processes;
 ``--test`` also runs the tests. Nothing else should run meanwhile. A column for each kind of
 machine, as in bench.json; what is not measured now stays.
 """
@@ -20,6 +20,7 @@ from ssah_utils.pipeline import run
 from ssah_utils.pipeline.stored import find_run
 from tests import bench
 
+PAUSE = 60  # seconds between two notebooks after which a run was not one
 SSAH = (sys.executable, "-m", "ssah_utils.pipeline.cli")
 
 
@@ -43,14 +44,23 @@ def notebook_minutes(folder: Path) -> dict[str, float]:
     }
 
 
-def wall_minutes(folder: Path) -> float:
-    """Minutes from the start of a run's first notebook to the end of its last.
+def wall_minutes(folder: Path, names: list[str]) -> float | None:
+    """Minutes from the start of the first of these notebooks to the end of the last.
 
-    Of one that was not interrupted: two notebooks may have run at a time.
+    Two may have run at a time. None where there was a pause in which none ran: then the run was
+    interrupted, or a part of it was done again.
     """
-    ends = {path: path.stat().st_mtime for path in folder.glob("*/stamp.json")}
-    starts = [end - json.loads(path.read_text("utf-8"))["seconds"] for path, end in ends.items()]
-    return (max(ends.values()) - min(starts)) / 60
+    spans = []
+    for name in names:
+        stamp = folder / name / "stamp.json"
+        end = stamp.stat().st_mtime
+        spans.append((end - json.loads(stamp.read_text("utf-8"))["seconds"], end))
+    first, last = sorted(spans)[0]
+    for start, end in sorted(spans):
+        if start > last + PAUSE:
+            return None
+        last = max(last, end)
+    return (last - first) / 60
 
 
 def unfinished(profile: str) -> str:
@@ -69,7 +79,9 @@ def measured(profile: str, with_tests: bool) -> dict:
         print(f"{late} is not up to date: make reproduce PROFILE={profile}, then this again")
     else:
         folder = find_run(profile, 0)
-        found[f"{profile}_minutes"] = round(wall_minutes(folder), 1)
+        names = [stage.name for stage in run.selected_of(run.plan(profile, []), "")]
+        if minutes := wall_minutes(folder, names):
+            found[f"{profile}_minutes"] = round(minutes, 1)
         found[f"{profile}_notebooks"] = notebook_minutes(folder)
         found["noop_seconds"] = seconds(*SSAH, "sweep", "--profile", profile)
     quick = (*SSAH, "run", "--profile", "qwen-0.5b", "--only", "00_quickstart")

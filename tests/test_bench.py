@@ -130,13 +130,16 @@ def test_a_run_is_not_timed_where_it_would_execute_notebooks(tmp_path, monkeypat
 
 def test_a_run_lasts_from_its_first_start_to_its_last_end(tmp_path):
     """Two notebooks may have run at a time: their minutes do not add up to those that passed."""
-    for name, seconds, end in (("01_x", 300, 1300), ("02_y", 240, 1600), ("03_z", 240, 1540)):
+    spans = [("01_x", 300, 1300), ("02_y", 240, 1600), ("03_z", 240, 1540), ("A9_late", 60, 9000)]
+    for name, seconds, end in spans:
         stamp = tmp_path / name / "stamp.json"
         stamp.parent.mkdir()
         stamp.write_text(json.dumps({"seconds": seconds}))
         os.utime(stamp, (end, end))
-    assert bench_times.wall_minutes(tmp_path) == pytest.approx(10)
-    assert bench_times.notebook_minutes(tmp_path) == {"01_x": 5, "02_y": 4, "03_z": 4}
+    asked = ["01_x", "02_y", "03_z"]
+    assert bench_times.wall_minutes(tmp_path, asked) == pytest.approx(10)
+    assert bench_times.wall_minutes(tmp_path, [*asked, "A9_late"]) is None, "on another day"
+    assert bench_times.notebook_minutes(tmp_path)["02_y"] == 4
 
 
 def test_rivals_are_conditions():

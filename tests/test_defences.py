@@ -367,7 +367,8 @@ def test_where_all_information_is_equal_elastic_weights_are_pulled_weights(token
 
 
 @pytest.mark.parametrize("sign", [-1.0, 1.0])
-def test_what_works_against_refusing_is_taken_out_of_the_gradient(sign):
+def test_what_works_against_refusing_is_taken_out_of_the_gradient(sign, monkeypatch):
+    monkeypatch.setattr(defences, "PIECE", 5)  # so that there are several, and a last one
     generator = torch.Generator().manual_seed(0)
     sizes = [(3, 4), (5,), (2, 2)]
     trained_parts = [nn.Parameter(torch.zeros(size)) for size in sizes]

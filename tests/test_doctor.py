@@ -98,6 +98,15 @@ def test_reproduce_is_expected_to_take_as_long_as_a_sweep_says(monkeypatch):
     assert sweep.expected(stages, 1) == pytest.approx(in_turn)
     assert in_turn / 2 < sweep.expected(stages, 2) < in_turn
     monkeypatch.setattr(machine, "slowdown", lambda *about: 3.0)
+
+    def minutes() -> str:
+        said = next(one.said for one in found(doctor.processor) if one.what == "processor")
+        return said.rpartition(" ")[2]
+
+    monkeypatch.setattr(sweep, "n_cores", lambda: 2)
+    monkeypatch.setattr(room, "free_memory", lambda: 900 * doctor.GIB)
+    assert minutes() == f"{3 * sweep.expected(stages, 2):.0f}"
+    monkeypatch.setattr(room, "free_memory", lambda: 8 * doctor.GIB)
+    assert minutes() == f"{3 * in_turn:.0f}", "memory for one"
     monkeypatch.setattr(sweep, "n_cores", lambda: 1)
-    said = next(one.said for one in found(doctor.processor) if one.what == "processor")
-    assert said.endswith(f"make reproduce about {3 * in_turn:.0f}")
+    assert minutes() == f"{3 * in_turn:.0f}"

@@ -222,13 +222,15 @@ def test_a_line_says_what_runs_how_far_it_is_and_how_long_is_left(tmp_path, monk
         Job("0-a/02_y", "a · 02_y", "", seconds=120),
     ]
     progress = Progress(tmp_path, jobs, at_a_time=2)
+    away = Progress(tmp_path, jobs, at_a_time=0)
     (tmp_path / "0-a").mkdir()
     now = 1000.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
     for job in jobs:
         (tmp_path / f"{job.name}.state").write_text("here\n")
-    assert list(progress.look()) == jobs
+    assert list(progress.look()) == jobs == list(away.look())
     now += 30
+    assert away.line() == "a · 01_x 0:30, a · 02_y 0:30", "nobody knows how long"
     (tmp_path / "0-a" / "01_x.log").write_text("x  started\nx  0:29 elapsed, ... · methods 3/12\n")
     assert progress.line() == "a · 01_x 0:30 (methods 3/12), a · 02_y 0:30; about 1:30 left in all"
     (tmp_path / "0-a/01_x.state").write_text("here\n0\n")
@@ -237,6 +239,22 @@ def test_a_line_says_what_runs_how_far_it_is_and_how_long_is_left(tmp_path, monk
     (tmp_path / "0-a/02_y.state").write_text("here\n1\n")
     list(progress.look())
     assert progress.left() == 0
+
+
+def test_on_a_terminal_one_line_is_written_over_and_over(tmp_path, monkeypatch, capsys):
+    """It is no wider than the terminal: else what wraps would stay."""
+    progress = Progress(tmp_path, [Job("0-a/01_x", "a · " + 40 * "x", "", seconds=60)])
+    (tmp_path / "0-a").mkdir()
+    (tmp_path / "0-a/01_x.state").write_text("here\n")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", "30")
+    engine.tell(progress)
+    progress.told -= 2
+    engine.tell(progress)
+    started, shown = capsys.readouterr().out.split("\n")
+    clear = "\r\033[K"
+    assert started.startswith(f"{clear}a · ") and "started" in started
+    assert shown.startswith(clear) and len(shown.removeprefix(clear)) == 29
 
 
 CALL = """

@@ -1,6 +1,7 @@
 """A sweep leaves what single runs leave, does nothing twice, and finds mistakes beforehand."""
 
 import itertools
+import json
 import os
 import shlex
 import subprocess
@@ -117,7 +118,7 @@ def test_a_single_run_finds_nothing_to_do_after_a_sweep_and_a_sweep_nothing_afte
 
 def test_what_reads_all_seeds_waits_for_all_of_them(several):
     found = sweep.members("laptop", [0, 1, 2], [], [])
-    jobs = {job.name: job for job in sweep.jobs_of(found)}
+    jobs = {job.name: job for job in sweep.jobs_of(found, "local")}
     assert len(jobs) == 12
     (last,) = (job for name, job in jobs.items() if name.endswith("seed-1/d"))
     assert sorted(last.needs) == sorted(name for name in jobs if name[-2:] in ("/a", "/b"))
@@ -349,7 +350,7 @@ def test_what_is_asked_for_comes_before_the_profile_of_snakemake(tmp_path, monke
     assert sweep.engine_for("", 0, 0, None) == engine.Engine("local", 1, 8, None)
 
 
-def test_two_at_a_time_where_cores_and_memory_are_enough(several, monkeypatch):
+def test_two_at_a_time_where_cores_and_memory_are_enough(several, monkeypatch, capsys):
     found = sweep.members("laptop", [0, 1], [], [])
     cores, free = set(range(8)), 12.0
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: cores, raising=False)
@@ -362,8 +363,9 @@ def test_two_at_a_time_where_cores_and_memory_are_enough(several, monkeypatch):
         return one.jobs, one.threads
 
     assert how() == (2, 4) and how(jobs=3) == (3, 2), "what is asked for comes first"
-    free = 9.0
-    assert how() == (1, 8), "memory for one"
+    free = 11.0
+    assert how() == (1, 8), "memory for one, and for what runs it"
+    assert capsys.readouterr().out == "one notebook at a time: 11.0 GiB of memory are free\n"
     free, cores = 12.0, {3}
     assert how() == (1, 1), "one core"
     cores = {3, 4}
@@ -383,7 +385,7 @@ def test_a_job_is_given_all_cores_where_no_other_can_run_beside_it(several):
         ([0], "", set()),
         ([0, 1], "", set()),
     ):
-        jobs = sweep.jobs_of(sweep.members("laptop", seeds, [], [], only), only)
+        jobs = sweep.jobs_of(sweep.members("laptop", seeds, [], [], only), "local", only)
         shared = sweep.with_shares(jobs, engine.Engine("local", 2, 3))
         assert {job.notebook for job in shared if job.threads == 6} == alone
         assert {job.threads for job in shared if job.notebook not in alone} <= {3}
@@ -391,7 +393,34 @@ def test_a_job_is_given_all_cores_where_no_other_can_run_beside_it(several):
             slower = after.seconds / before.seconds
             assert slower == pytest.approx(1 if after.notebook in alone else 2**sweep.SHARING)
     away = sweep.with_shares(jobs, engine.Engine("slurm", 20, 3))
-    assert {(job.threads, job.seconds) for job in away} == {(3, 0.0)}, "nobody knows how long there"
+    assert {job.threads for job in away} == {3}
+    assert [job.seconds for job in away] == [job.seconds for job in jobs]
+
+
+def test_what_a_notebook_took_with_a_share_of_the_cores_is_known_for_all_of_them(
+    several, monkeypatch
+):
+    """Else each sweep would expect more than the last."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    assert several.run("seed=0")
+    stamp = several.stage_folder("a") / "stamp.json"
+    left = json.loads(stamp.read_text()) | {"seconds": 100.0}
+    assert left["threads"] == 4 and sweep.with_all_cores(left) == 100
+    shared = sweep.with_all_cores(left | {"threads": 2})
+    assert shared * 2**sweep.SHARING == pytest.approx(100)
+    assert sweep.with_all_cores({"seconds": 100.0}) == 100, "stamps that do not say it"
+    assert sweep.with_all_cores({}) is None
+
+
+def test_a_cluster_is_not_judged_by_the_machine_that_jobs_are_submitted_from(several, monkeypatch):
+    monkeypatch.setattr(run.machine, "slowdown", None)
+    pipeline = yaml.safe_load((several.folder / "pipeline.yaml").read_text())
+    pipeline["machine"] = {"gflops": 100, "dtype": "float32", "beside": 0.0}
+    (several.folder / "pipeline.yaml").write_text(yaml.safe_dump(pipeline))
+    found = sweep.members("laptop", [0], [], [])
+    assert {job.seconds for job in sweep.jobs_of(found, "slurm")} == {6.0}
+    with pytest.raises(TypeError):
+        sweep.jobs_of(found, "local")
 
 
 def test_a_dry_run_shows_what_would_be_executed_and_does_not(several, capsys):

@@ -11,7 +11,7 @@ import torch
 from transformers import LlamaConfig
 
 from ssah_utils import loading, models, unit_training
-from ssah_utils.files import ROOT
+from ssah_utils.files import REFERENCE, ROOT
 from ssah_utils.pipeline import cli, memory, run
 from ssah_utils.pipeline.memory_plan import (
     GIB,
@@ -23,6 +23,7 @@ from ssah_utils.pipeline.memory_plan import (
     Planned,
     advice,
     largest_process,
+    taken_before,
 )
 from tests import families, mixtures
 from tests.measured_memory import MIDDLE
@@ -173,14 +174,30 @@ def test_a_plan_has_a_line_for_every_kind_of_work(capsys):
     assert "training 20% of the units" in said and "fits on one GPU" in said
 
 
-def test_the_largest_notebook_takes_more_than_any_kind_of_work_alone():
+def test_the_largest_notebook_takes_more_than_any_kind_of_work_alone(tmp_path, monkeypatch):
     """What `make reproduce` took of memory at most, measured: 5.9 GiB, in 06."""
-    stages, here = run.plan("brief", []), Machine.named("", 64)
+    monkeypatch.setenv("SSAH_RUNS", str(tmp_path))
+    stages, here = run.selected_of(run.plan("brief", []), ""), Machine.named("", 64)
     largest = largest_process(stages, here)
     assert max(need.peak for need in Planned(stages, here).needs()) < largest - GIB
     assert 5.9 * GIB < largest < 8 * GIB
     with pytest.raises(ValueError, match="none of the notebooks"):
         largest_process([stage for stage in stages if not stage.work], here)
+    of_laptop = largest_process(run.selected_of(run.plan("laptop", []), ""), here)
+    stored = [json.loads(path.read_text()) for path in REFERENCE.glob("0*/result.json")]
+    assert of_laptop >= max(int(GIB * one.get("peak_memory_gib", 0)) for one in stored)
+
+
+def test_what_a_notebook_took_when_it_ran_last_counts(tmp_path, monkeypatch):
+    monkeypatch.setenv("SSAH_RUNS", str(tmp_path))
+    (stage,) = (one for one in run.plan("brief", []) if one.name == "06_freezing")
+    assert taken_before(stage) == 0, "what comes with the project is of another profile"
+    stage.folder.mkdir(parents=True)
+    result = {"parameters": stage.parameters, "peak_memory_gib": 12.5}
+    (stage.folder / "result.json").write_text(json.dumps(result))
+    assert taken_before(stage) == 12.5 * GIB == largest_process([stage], Machine.named("", 64))
+    (stage.folder / "result.json").write_text("{")
+    assert taken_before(stage) == 0
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 
 from ssah_utils import embedded, paper
-from ssah_utils.experiments.defence_names import FULL
+from ssah_utils.experiments.defence_names import FULL, NAMED
 from ssah_utils.figures.claims import shown_interval
 from ssah_utils.pipeline import verdicts
 from ssah_utils.pipeline.claims import Claim, load_claims
@@ -18,6 +18,7 @@ from ssah_utils.pipeline.result_tables import (
     DEFENCE_HEADER,
     chosen,
     defence_rows,
+    fulfilled,
     markdown,
     mean_percent,
     percent,
@@ -209,13 +210,13 @@ def defences_across(results: StoredResults) -> str:
 
 
 def full_row(tables: dict[str, pd.DataFrame]) -> list[str]:
-    """How full fine-tuning answers, in the columns of ``DEFENCE_HEADER``."""
-    rates = tables["rates"]
-    task = tables["gains"]["task"].iloc[0]
+    """How full fine-tuning answers, in the columns of ``DEFENCE_HEADER``.
+
+    What is learned and what is kept are measured from it, so it has learned all and kept nothing.
+    """
+    rates, task = tables["rates"], tables["gains"]["task"].iloc[0]
     full = rates[(rates["task"] == task) & (rates["method"] == FULL)]
-    sets = ("harmful", "other_harmful")
-    answers = [mean_percent(chosen(full, one, "coherent_asr")) for one in sets]
-    return ["full fine-tuning", "", "", "", "1.00", *answers, "", ""]
+    return [NAMED[FULL][0], "", "", "", "1.00", *fulfilled(full), "", ""]
 
 
 MODEL_TABLES = {

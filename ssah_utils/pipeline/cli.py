@@ -107,7 +107,8 @@ def parsers() -> tuple[Parser, dict[str, Parser]]:
         type=int,
         default=0,
         metavar="N",
-        help="cores for each job (default: an equal share of this machine's; on a cluster 1)",
+        help="cores for each job (default: an equal share of this machine's; on a cluster 1);"
+        " one that can have no other beside it gets those of all",
     )
     sweeping.add_argument(
         "--executor", default="", help="what runs the jobs: local (default), slurm, ..."

@@ -57,7 +57,7 @@ def sweep(options: argparse.Namespace) -> int:
             options.executor, options.jobs, options.threads, options.workflow_profile, fits
         )
         if options.dry_run:
-            jobs = sweep.with_shares(sweep.jobs_of(found, options.only), how)
+            jobs = sweep.with_shares(sweep.jobs_of(found, how.executor, options.only), how)
             print("\n".join(sweep.shown_plan(found, jobs, how)))
             return 0
     except (ValueError, OSError) as error:

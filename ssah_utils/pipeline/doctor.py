@@ -91,10 +91,13 @@ def processor() -> Iterator[Finding]:
     """Cores, precision, speed, and how long the first notebook will take."""
     import torch
 
-    from ssah_utils import precision
+    from ssah_utils import precision, room
     from ssah_utils.pipeline import machine, run, sweep
 
     n_cores, at_a_time = sweep.n_cores(), sweep.at_a_time_by_cores()
+    free = room.free_memory()
+    if free is not None and free < 2 * measured_peak():
+        at_a_time = 1
     device = precision.preferred_device()
     dtype = precision.native_dtype(device)
     name = str(dtype).removeprefix("torch.")

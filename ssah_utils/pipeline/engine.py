@@ -118,7 +118,7 @@ class Progress:
 
     folder: Path
     jobs: list[Job]
-    at_a_time: int = 1
+    at_a_time: int = 1  # 0 where nobody knows how long jobs take
     started: dict[str, float] = field(default_factory=dict)
     codes: dict[str, int] = field(default_factory=dict)
     took: dict[str, float] = field(default_factory=dict)  # seconds of those that have ended
@@ -131,8 +131,10 @@ class Progress:
     def left(self) -> float:
         """Seconds to the end of all jobs, 0 where nobody knows.
 
-        They are taken to miss what is expected of them as those that are done did.
+        They are taken to be as much faster or slower than expected as those that are done.
         """
+        if not self.at_a_time:
+            return 0.0
         now = time.monotonic()
         done = {name for name, code in self.codes.items() if code == 0}
         expected = sum(job.seconds for job in self.jobs if job.name in done)
@@ -247,7 +249,7 @@ def run_jobs(jobs: list[Job], engine: Engine, folder: Path) -> list[str]:
     starts no more.
     """
     write_jobs(jobs, folder)
-    progress = Progress(folder, jobs, engine.jobs)
+    progress = Progress(folder, jobs, engine.jobs if engine.executor == "local" else 0)
     with ended_by(signal.SIGTERM), _snakemake(engine, folder) as process:
         try:
             while process.poll() is None:
@@ -257,6 +259,8 @@ def run_jobs(jobs: list[Job], engine: Engine, folder: Path) -> list[str]:
             os.killpg(process.pid, signal.SIGINT)
             process.wait()
             raise
+        finally:
+            print(cleared(), end="", flush=True)
     tell(progress)
     return failures(progress, process.returncode)
 
@@ -321,10 +325,9 @@ def _snakemake(engine: Engine, folder: Path) -> Iterator[subprocess.Popen]:
 def tell(progress: Progress) -> None:
     """Print a line for each job that has started or ended since the last time.
 
-    On a terminal the last line says what is running; in a log, one a minute.
+    On a terminal the last line says what is running; in a log a line a minute does.
     """
-    live = sys.stdout.isatty()
-    clear = "\r\033[K" if live else ""
+    live, clear = sys.stdout.isatty(), cleared()
     for job in progress.look():
         code = progress.codes.get(job.name)
         n_ended = f"({len(progress.codes)} of {len(progress.jobs)})"
@@ -339,7 +342,14 @@ def tell(progress: Progress) -> None:
     now = time.monotonic()
     if progress.running and now - progress.told >= (1 if live else 60):
         progress.told = now
-        print(f"{clear}{progress.line()}", end="" if live else "\n", flush=True)
+        width = shutil.get_terminal_size().columns - 1  # a line that wraps could not be cleared
+        line = progress.line()
+        print(f"{clear}{line[:width] if live else line}", end="" if live else "\n", flush=True)
+
+
+def cleared() -> str:
+    """What clears the last line of a terminal; nothing in a log."""
+    return "\r\033[K" if sys.stdout.isatty() else ""
 
 
 def failures(progress: Progress, code: int) -> list[str]:

@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 from ssah_utils.files import complete_only, write_json
 from ssah_utils.locks import locked
 from ssah_utils.pipeline.runs import notebook_cells, stage_lock
@@ -59,8 +61,8 @@ def execute(
         raise RuntimeError(f"{stage.name} {problem} (executed notebook: {failed})")
     failed.replace(finished)
     seconds = time.monotonic() - started
-    stamp = {"key": key, "seconds": round(seconds, 1), "inputs": inputs, "made": made(stage)}
-    write_json(stage.stamp, stamp)
+    took = {"seconds": round(seconds, 1), "threads": torch.get_num_threads()}
+    write_json(stage.stamp, {"key": key, **took, "inputs": inputs, "made": made(stage)})
     return seconds
 
 

@@ -6,6 +6,7 @@ in pipeline.yaml (``work``). Reads configurations, tokenizers and data sets; no 
 """
 
 import inspect
+import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,8 +16,8 @@ import pandas as pd
 import torch
 from transformers import PretrainedConfig
 
-from ssah_utils import benchmarks, evaluation, loading, precision, prompt_cache, room
-from ssah_utils.files import DATA
+from ssah_utils import benchmarks, embedded, evaluation, loading, precision, prompt_cache, room
+from ssah_utils.files import DATA, REFERENCE
 from ssah_utils.pipeline import memory
 from ssah_utils.pipeline.stamps import Stage
 from ssah_utils.prompts import chat, datasets, tokens
@@ -284,15 +285,37 @@ def advice(need: Need, machine: Machine) -> str:
 
 
 def largest_process(stages: list[Stage], machine: Machine) -> int:
-    """Bytes that one of the notebooks may take, with all that ``plan_lines`` only mentions.
+    """Bytes that one of these notebooks may take, with all that ``plan_lines`` only mentions.
 
+    What is kept of freed memory is counted as another ``work``: copies that are measured while a
+    training goes on are in no line. Where one of them has run before and took more, that.
     ``ValueError`` where nothing is known of their work.
     """
-    planned = Planned([stage for stage in stages if stage.work and not stage.only_named], machine)
+    planned = Planned([stage for stage in stages if stage.work], machine)
     if not planned.stages:
         raise ValueError("none of the notebooks says what takes memory in it")
     largest = max(need.peak + need.work for need in planned.needs())
-    return largest + weight_bytes(planned.config, planned.dtype) + GIB
+    largest += weight_bytes(planned.config, planned.dtype) + GIB
+    return max([largest, *(taken_before(stage) for stage in stages)])
+
+
+def taken_before(stage: Stage) -> int:
+    """Bytes that a notebook took at most when it ran last; 0 where it never did here.
+
+    A result that comes with the project counts where it is of the same profile and model.
+    """
+    model = stage.parameters["model"]
+    place = REFERENCE if model == embedded.DEFAULT else REFERENCE / "models" / model
+    for folder in (stage.folder, place / stage.name):
+        try:
+            result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        if all(
+            result["parameters"][name] == stage.parameters[name] for name in ("model", "profile")
+        ):
+            return int(GIB * (result.get("peak_memory_gib") or 0))
+    return 0
 
 
 def plan_lines(stages: list[Stage], machine: Machine) -> list[str]:

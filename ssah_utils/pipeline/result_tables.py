@@ -169,6 +169,12 @@ DEFENCE_HEADER = (
 )
 
 
+def fulfilled(rates: pd.DataFrame) -> list[str]:
+    """Coherent ASR on AdvBench and HarmBench, means over seeds."""
+    sets = ("harmful", "other_harmful")
+    return [mean_percent(chosen(rates, one, "coherent_asr")) for one in sets]
+
+
 def defence_rows(tables: dict[str, pd.DataFrame]) -> list[list[str]]:
     """What every defence keeps over full fine-tuning at equal task loss, and its acceptance card.
 
@@ -183,11 +189,7 @@ def defence_rows(tables: dict[str, pd.DataFrame]) -> list[list[str]]:
         row, name = gains.loc[card["method"]], card["method"]
         kept = [interval(row, "+.2f", "gain")]
         kept.append(interval(row, "+.2f", "fresh_gain", "fresh_low", "fresh_high"))
-        answers = ["-", "-"]
-        if name in judged.index:
-            found = judged.loc[[name]]
-            sets = ("harmful", "other_harmful")
-            answers = [mean_percent(chosen(found, one, "coherent_asr")) for one in sets]
+        answers = fulfilled(judged.loc[[name]]) if name in judged.index else ["-", "-"]
         beside = [f"{row['safe_gain']:+.2f}", f"{row['learned']:.2f}"]
         rows.append([card["title"], *kept, *beside, *answers, f"{card['met']}", card["verdict"]])
     return rows

@@ -247,14 +247,18 @@ def typed(name: str, value: object, default: object) -> object:
 # ---------------------------------------------------------------------------------------- execution
 
 
-def expected_seconds(stages: list[Stage], last: list[float | None]) -> list[float]:
+def expected_seconds(
+    stages: list[Stage], last: list[float | None], here: bool = True
+) -> list[float]:
     """What every stage took the ``last`` time.
 
-    Where one never ran here, what pipeline.yaml says, scaled to the speed of this machine.
+    Where one never ran, what pipeline.yaml says, scaled to the speed of this machine if it is
+    ``here`` that it will run.
     """
     if None not in last:
         return last
-    reference, device = read_pipeline().get("machine"), precision.preferred_device()
+    reference = read_pipeline().get("machine") if here else None
+    device = precision.preferred_device()
     asked = (stage.parameters["dtype"] for stage in stages if "dtype" in stage.parameters)
     dtype = precision.dtype_named(next(asked, "auto"), device)
     times = machine.slowdown(reference, precision.computed_in(dtype), device) if reference else 1.0

@@ -175,12 +175,12 @@ def start(stage: str, values: dict) -> Run:
     parameters = with_commits({name: values[name] for name in declared})
     profile, model, seed = (parameters[name] for name in ("profile", "model", "seed"))
     check_trainable(stage, parameters)
+    from ssah_utils.figures.style import set_style  # imports seaborn, which planning does not need
+
     set_dtype(parameters.get("dtype", "auto"))
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
-    from ssah_utils.figures.style import set_style  # seaborn, which planning runs needs not
-
     set_style()
     folder = run_folder(profile, model, seed) / stage
     folder.mkdir(parents=True, exist_ok=True)

@@ -14,9 +14,10 @@ from ssah_utils import precision
 from ssah_utils.files import DATA, PACKAGE, ROOT, sha256_of, sha256_of_file
 from ssah_utils.pipeline.runs import notebook_cells, run_folder, versions
 
-RUNNER = (
-    *("cli", "engine", "execution", "listing", "machine", "memory", "memory_plan", "publish"),
-    *("result_tables", "run", "status", "summary", "sweep"),
+RUNNER = (  # what plans, runs, publishes and tells: no notebook imports it
+    *("across_judges", "across_machines", "across_models", "cli", "commands", "doctor", "engine"),
+    *("execution", "listing", "machine", "memory", "memory_plan", "publish", "redraw", "rejudge"),
+    *("report", "result_tables", "run", "schedule", "speed_tables", "status", "summary", "sweep"),
 )
 NOT_IN_KEYS = (  # no result depends on them
     "data/README.md",

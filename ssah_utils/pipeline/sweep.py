@@ -11,6 +11,7 @@ the engine's business.
 
 import hashlib
 import itertools
+import math
 import os
 import re
 import shlex
@@ -32,12 +33,14 @@ from ssah_utils.pipeline.runs import run_lock
 from ssah_utils.pipeline.stamps import Stage, read_stamp
 from ssah_utils.pipeline.status import clock
 from ssah_utils.pipeline.stored import runs_root
+from ssah_utils.room import GIB
 
 CHOSEN = {"profile": "--profile", "model": "--models", "seed": "--seeds"}  # not by --set
 LONGEST = 80  # letters of a folder's name
-# With a half of the cores a notebook takes 1.5 times as long: training waits for memory, and what
-# is between its steps for one core.
+# With half of the cores a notebook takes 1.5 times as long: training waits for memory, and the work
+# between its steps uses one core anyway.
 SHARING = 0.6
+RUNNER = 3 * GIB // 4  # bytes of the process that runs a notebook, beside its kernel
 
 
 @dataclass(frozen=True)
@@ -165,8 +168,9 @@ def command(profile: str, model: str, seed: int, words: list[str], only: str) ->
     )
 
 
-def jobs_of(found: list[Member], only: str = "") -> list[engine.Job]:
-    """What is not up to date, with what has to be done before, and what it takes with all cores.
+def jobs_of(found: list[Member], executor: str, only: str = "") -> list[engine.Job]:
+    """What is not up to date, with what has to be done before, and what it takes with all cores: on
+    this machine, or where nobody knows it, on the one of pipeline.yaml.
 
     A notebook that reads the results of other seeds waits for theirs; where they are made anew, so
     is it.
@@ -189,19 +193,24 @@ def jobs_of(found: list[Member], only: str = "") -> list[engine.Job]:
                 jobs.append(job)
                 stages.append(stage)
                 with runs_in(member.root):
-                    last.append(read_stamp(stage).get("seconds"))
-    expected = run.expected_seconds(stages, last)
-    return [replace(job, seconds=took) for job, took in zip(jobs, expected, strict=True)]
+                    last.append(with_all_cores(read_stamp(stage)))
+    took = run.expected_seconds(stages, last, here=executor == "local")
+    return [replace(job, seconds=seconds) for job, seconds in zip(jobs, took, strict=True)]
+
+
+def with_all_cores(stamp: dict) -> float | None:
+    """What a notebook would have taken with all cores; None where it never ran here."""
+    share = min(1.0, stamp.get("threads", math.inf) / torch.get_num_threads())
+    return stamp["seconds"] * share**SHARING if "seconds" in stamp else None
 
 
 def with_shares(jobs: list[engine.Job], how: engine.Engine) -> list[engine.Job]:
     """The jobs with their share of the cores, and what they take with it.
 
-    A job that can have no other beside it on this machine is given all cores. How long others take,
-    nobody knows here.
+    A job that can have no other beside it on this machine is given the cores of all.
     """
     if how.executor != "local":
-        return [replace(job, threads=how.threads, seconds=0.0) for job in jobs]
+        return [replace(job, threads=how.threads) for job in jobs]
     alone = schedule.alone({job.name: job.needs for job in jobs})
     return [
         replace(job, threads=how.threads * how.jobs)
@@ -212,9 +221,7 @@ def with_shares(jobs: list[engine.Job], how: engine.Engine) -> list[engine.Job]:
 
 
 def expected(entries: list[dict], at_a_time: int) -> float:
-    """Minutes of ``make reproduce`` on the machine of pipeline.yaml, of whose notebooks these are
-    the entries, with so many at a time.
-    """
+    """Minutes of ``make reproduce`` on the machine of pipeline.yaml. ``entries``: its notebooks."""
     jobs = [
         engine.Job(
             *(entry["name"], entry["name"], ""),
@@ -223,11 +230,11 @@ def expected(entries: list[dict], at_a_time: int) -> float:
         )
         for entry in entries
     ]
-    return seconds_left(with_shares(jobs, engine.Engine(jobs=at_a_time)), at_a_time) / 60
+    return seconds_of(with_shares(jobs, engine.Engine(jobs=at_a_time)), at_a_time) / 60
 
 
-def seconds_left(jobs: list[engine.Job], at_a_time: int) -> float:
-    """What jobs of which none has started will take; 0 where nobody knows."""
+def seconds_of(jobs: list[engine.Job], at_a_time: int) -> float:
+    """What jobs of which none has started will take."""
     needs = {job.name: job.needs for job in jobs}
     seconds = {job.name: job.seconds for job in jobs}
     return schedule.seconds_left(needs, seconds, {}, set(), at_a_time)
@@ -308,11 +315,17 @@ def at_a_time(found: list[Member], only: str = "") -> int:
         from ssah_utils.pipeline import memory_plan  # it imports much that is of use only here
 
         here = memory_plan.Machine.named("", None)
-        plans = {member.stages[0].parameters["model"]: member.selected for member in found}
-        needed = max(memory_plan.largest_process(stages, here) for stages in plans.values())
+        needed = 0
+        for member in {member.folder.parent: member for member in found}.values():
+            with runs_in(member.root):
+                taken = memory_plan.largest_process(member.selected, here)
+            needed = max(needed, taken)
     except (ValueError, OSError):  # inputs that are not there; a model whose memory is not planned
         return 1
-    return 2 if 2 * needed <= here.cpu else 1
+    if 2 * (needed + RUNNER) <= here.cpu:
+        return 2
+    print(f"one notebook at a time: {here.cpu / GIB:.1f} GiB of memory are free", flush=True)
+    return 1
 
 
 def sweep(found: list[Member], how: engine.Engine, only: str = "") -> list[str]:
@@ -323,7 +336,7 @@ def sweep(found: list[Member], how: engine.Engine, only: str = "") -> list[str]:
     with ExitStack() as held:
         for folder in sorted({member.folder.parent for member in found}):
             held.enter_context(locked(Lock(folder / ".sweep.lock")))
-        jobs = with_shares(jobs_of(found, only), how)
+        jobs = with_shares(jobs_of(found, how.executor, only), how)
         print(shown_plan(found, jobs, how)[-1], flush=True)
         if not jobs:
             return []
@@ -354,6 +367,6 @@ def shown_plan(found: list[Member], jobs: list[engine.Job], how: engine.Engine) 
         due = [job.notebook for job in jobs if job.name.startswith(f"{key_of(member, k)}/")]
         lines.append(f"{run.shown(member.folder)}  {', '.join(due) or 'up to date'}")
     by = f"{how.jobs} at a time ({how.executor})"
-    left = seconds_left(jobs, how.jobs)
+    left = seconds_of(jobs, how.jobs) if how.executor == "local" else 0.0
     about = f", about {clock(left)}" if left else ""
     return [*lines, f"{len(jobs)} notebooks to execute in {len(found)} runs, {by}{about}"]

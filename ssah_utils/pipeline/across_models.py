@@ -34,6 +34,11 @@ COLUMNS = ("id", "model", "verdict", "ours", "ci_low", "ci_high", "control", "n_
 SHORT = {"replicated": "**yes**", "partly": "partly", "not replicated": "no", "not measured": ""}
 
 
+def model_folder(stored: Path, model: str) -> Path:
+    """Where a model's results are, or would be."""
+    return stored if model == MAIN else stored / FOLDER / model
+
+
 def folders(stored: Path) -> dict[str, Path]:
     """Where each model's results are, the main model's first."""
     others = sorted(path for path in (stored / FOLDER).glob("*") if path.is_dir())

@@ -16,9 +16,9 @@ import pandas as pd
 import torch
 from transformers import PretrainedConfig
 
-from ssah_utils import benchmarks, embedded, evaluation, loading, precision, prompt_cache, room
+from ssah_utils import benchmarks, evaluation, loading, precision, prompt_cache, room
 from ssah_utils.files import DATA, REFERENCE
-from ssah_utils.pipeline import memory
+from ssah_utils.pipeline import across_models, memory
 from ssah_utils.pipeline.stamps import Stage
 from ssah_utils.prompts import chat, datasets, tokens
 from ssah_utils.quantisers import keeps_codes
@@ -304,8 +304,7 @@ def taken_before(stage: Stage) -> int:
 
     A result that comes with the project counts where it is of the same profile and model.
     """
-    model = stage.parameters["model"]
-    place = REFERENCE if model == embedded.DEFAULT else REFERENCE / "models" / model
+    place = across_models.model_folder(REFERENCE, stage.parameters["model"])
     for folder in (stage.folder, place / stage.name):
         try:
             result = json.loads((folder / "result.json").read_text(encoding="utf-8"))

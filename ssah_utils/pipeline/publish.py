@@ -230,7 +230,7 @@ def sources(profile: str, seeds: list[int], models: list[str]) -> list[Path]:
 def reference_folder_of(source: Path) -> Path:
     """Where the results of a run are stored; those of the main model with seed 0 on top."""
     model, seed = source.parent.name, source.name
-    place = REFERENCE if model == across_models.MAIN else REFERENCE / across_models.FOLDER / model
+    place = across_models.model_folder(REFERENCE, model)
     return place if seed == "seed-0" else place / seed
 
 

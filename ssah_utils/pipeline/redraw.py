@@ -163,7 +163,7 @@ def redraw_stage(stage: str, source: Path, target: Path) -> list[str]:
     """Draw the figures of one stage; one line on those that could not be drawn."""
     folder = source / stage
     if stage in across_models.SHOWN_WITH and not folder.exists():
-        folder = source / across_models.FOLDER / across_models.SHOWN_WITH[stage] / stage
+        folder = across_models.model_folder(source, across_models.SHOWN_WITH[stage]) / stage
     if stage in ONLY_NAMED and not folder.exists():
         return []
     drawings = FIGURES[stage]

@@ -2,6 +2,7 @@
 supports.
 """
 
+import gc
 import os
 import socket
 import sys
@@ -112,6 +113,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files with a test that takes minutes come first, so that no process ends alone with one."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def old_objects() -> None:
+    """What is there before a file's first test is not looked through for garbage any more.
+
+    Every training collects garbage, twice, and beside all tests and libraries that took longer than
+    the training of a tiny model.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

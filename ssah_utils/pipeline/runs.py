@@ -4,6 +4,7 @@ Knows paths and tables. Does not know models or data sets.
 """
 
 import ast
+import gc
 import hashlib
 import json
 import os
@@ -163,6 +164,8 @@ def declared_parameters(notebook: Path) -> dict:
 def start(stage: str, values: dict) -> Run:
     """Begin a notebook: check its Python, lock its folder, seed every generator, set the style.
 
+    What is there then, which is libraries, is not looked through for garbage any more.
+
     ``values``: the notebook's ``globals()``, from which every parameter that it declares is stored
     with the result, a model on the hub with its commit. Raises ``RuntimeError`` when another
     process is at work in the same folder.
@@ -182,6 +185,8 @@ def start(stage: str, values: dict) -> Run:
     np.random.seed(seed)
     torch.manual_seed(seed)
     set_style()
+    if not gc.get_freeze_count():  # a cell that is run again would keep what was loaded since
+        gc.freeze()  # after every training garbage is collected, twice: half a second each else
     folder = run_folder(profile, model, seed) / stage
     folder.mkdir(parents=True, exist_ok=True)
     lock_stage(folder)

@@ -1,14 +1,14 @@
 # quickstart · reproduce · reference · test · test-wheel · test-browser · figures · lab · lint · site · bench · bench-gpu : each target
 # sets up what it needs.
 #   make reproduce PROFILE=brief|laptop|reference     few requests; what is committed; hours for each seed
-#   make reference PROFILE=laptop SEEDS=0:3           several seeds, published: these are the committed results
+#   make reference PROFILE=laptop SEEDS=0:5           several seeds, published, as the committed results are
 #   make reproduce JOBS=1     one notebook at a time; without JOBS two, where cores and memory are enough. What is published
 #                             has minutes in it, so reference runs one at a time unless JOBS says otherwise.
 #   make test PIP_FLAGS=...   further flags for pip, e.g. the index of CPU-only torch builds
 
 PYTHON ?= python3
 PROFILE ?= brief
-SEEDS ?= 0:3
+SEEDS ?= 0:5
 JOBS ?=
 PIP_FLAGS ?=
 AT_A_TIME := $(if $(JOBS),--jobs $(JOBS))

@@ -60,7 +60,7 @@ def seconds(work: Callable[[], object]) -> float:
 
 @torch.inference_mode()
 def scoring_over_forward(
-    model: nn.Module, tokenizer, n_requests: int = 32, repeats: int = 3
+    model: nn.Module, tokenizer, n_requests: int = 32, repeats: int = 15
 ) -> float:
     """Median of pairwise ratios, the two passes taking turns."""
     # has real responses of everyday length
@@ -127,7 +127,7 @@ def generation_speedup(
 
 @torch.inference_mode()
 def forward_gemm_efficiency(
-    model: nn.Module, batch_size: int = 16, length: int = 64, repeats: int = 5
+    model: nn.Module, batch_size: int = 16, length: int = 64, repeats: int = 15
 ) -> float:
     shape = models.shape_of(model)
     backbone = models.backbone_of(model)

@@ -1,9 +1,9 @@
 """What a model and its work really take, in a process of its own: peak minus before, in bytes.
 
-    python -m tests.measured_memory openings 16 60 64                        # a random model
-    python -m tests.measured_memory openings 16 60 64 --model NAME           # or a real one
+    python -m tests.measured_memory openings:16,60,64 steps:8,96,256         # a random model
+    python -m tests.measured_memory openings:16,60,64 --model NAME           # or a real one
 
-Prints what was measured and what ``memory`` says. Linux alone resets a peak.
+Prints a line for each, what was measured and what ``memory`` says. Linux alone resets a peak.
 """
 
 import argparse
@@ -125,17 +125,12 @@ TRAINED = {
 WORK = {one.__name__: one for one in (openings, answers, moments, gradients, choices, steps, fifth)}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("kind", choices=WORK)
-    parser.add_argument("sizes", nargs=3, type=int)
-    parser.add_argument("--model", default="")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
+def measured(kind: str, sizes: tuple[int, int, int], name: str) -> dict[str, str | int]:
+    """Of one kind of work, with a model of its own."""
     config = LlamaConfig(**MIDDLE)
-    if options.model:
-        config = loading.config_of(options.model)
-        model, _ = loading.load(options.model)
+    if name:
+        config = loading.config_of(name)
+        model, _ = loading.load(name)
     else:
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     for parameter in model.parameters():
@@ -146,10 +141,23 @@ def main() -> None:
     weights = 4 * sum(parameter.numel() for parameter in model.parameters())
     before = resident("VmRSS") - weights
     Path("/proc/self/clear_refs").write_text("5")
-    WORK[options.kind](model, *options.sizes)
-    measured = resident("VmHWM") - before
-    told = planned(options.kind, config, tuple(options.sizes))
-    print(json.dumps({"kind": options.kind, "measured": measured, "planned": told}))
+    WORK[kind](model, *sizes)
+    return {
+        "kind": kind,
+        "measured": resident("VmHWM") - before,
+        "planned": planned(kind, config, sizes),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("works", nargs="+", metavar="KIND:BATCH,LENGTH,POSITIONS")
+    parser.add_argument("--model", default="")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    for work in options.works:
+        kind, _, sizes = work.partition(":")
+        print(json.dumps(measured(kind, tuple(map(int, sizes.split(","))), options.model)))
 
 
 if __name__ == "__main__":

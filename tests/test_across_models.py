@@ -122,6 +122,9 @@ def test_a_result_of_any_model_that_cannot_be_read_is_reported(stored):
         ("ablation by model", "04_ablation"),
         ("units by model", "04_ablation"),
         ("defences by model", "A4_defences"),
+        ("finders by model", "A3_finders"),
+        ("values by model", "A3_finders"),
+        ("single units by model", "A3_finders"),
     ],
 )
 def test_tables_of_the_project_name_every_stored_model(table, stage):
@@ -145,6 +148,27 @@ def test_defences_stand_under_what_full_fine_tuning_leaves():
     cells = [cell.strip() for cell in first.split("|")]
     assert cells[2] == "full fine-tuning" and cells[7] == f"{100 * left:.0f}"
     assert len(others) == len(tables["cards"])
+
+
+def test_sets_of_finders_stand_beside_random_ones_of_their_size():
+    results = across_models.StoredResults(publish.REFERENCE)
+    stored = results.models[across_models.MAIN]["A3_finders"]["tables"]["finders"]
+    lines = across_models.finders_across(results).splitlines()[2:]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    mine = {cells[1]: cells[2:] for cells in rows if cells[0] == across_models.MAIN}
+    assert list(mine) == stored["finder"].tolist()
+    assert len({cells[0] for cells in mine.values()}) == 1, "of one size"
+    asr = stored.set_index("finder")["coherent_asr"]
+    assert all(cells[2].startswith(f"{100 * asr[name]:.0f} [") for name, cells in mine.items())
+    assert mine["random"][-2:] == ["", ""] and all(mine["learned mask"])
+
+
+def test_the_first_unit_of_every_finder_has_one_row():
+    results = across_models.StoredResults(publish.REFERENCE)
+    stored = results.models[across_models.MAIN]["A3_finders"]["tables"]["single_units"]
+    lines = across_models.single_units_across(results).splitlines()
+    mine = [line for line in lines if line.startswith(f"| {across_models.MAIN} |")]
+    assert len(mine) == stored["finder"].nunique()
 
 
 def test_stored_verdicts_by_model_follow_from_stored_results():

@@ -5,6 +5,7 @@ Stored results of the main model are those of the notebooks as committed; beside
 model and measures nothing.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
@@ -19,6 +20,7 @@ from ssah_utils.pipeline.result_tables import (
     chosen,
     defence_rows,
     fulfilled,
+    interval,
     markdown,
     mean_percent,
     percent,
@@ -224,10 +226,68 @@ def full_row(tables: dict[str, pd.DataFrame]) -> list[str]:
     return [NAMED[FULL][0], "", "", "", "1.00", *fulfilled(full), "", ""]
 
 
+def of_finders(results: StoredResults, name: str) -> Iterator[tuple[str, pd.DataFrame]]:
+    """A table of A3_finders, by model."""
+    for model, stages in results.models.items():
+        if "A3_finders" in stages:
+            yield model, stages["A3_finders"]["tables"][name]
+
+
+def switched(row: pd.Series) -> list[str]:
+    """What is gone with some units: margin lost, answers to harmful requests, and the price."""
+    return [
+        interval(row, "z.1f", "margin_drop"),
+        interval(row, ".0f", "coherent_asr", "coherent_low", "coherent_high", scale=100),
+        interval(row, "z.2f", "answer_nll", "nll_low", "nll_high"),
+    ]
+
+
+SWITCHED = ("margin lost, nats", "coherent ASR", "harmless answers less likely, nats")
+
+
+def finders_across(results: StoredResults) -> str:
+    """Sets of equal size by every finder, and random ones, switched off."""
+    rows = []
+    for model, table in of_finders(results, "finders"):
+        for _, row in table.iterrows():
+            is_random = pd.isna(row["seconds"])
+            cost = [f"{row['agreement_of_halves']:.2f}", f"{row['seconds']:.0f}"]
+            cells = ["", ""] if is_random else cost
+            rows.append([model, row["finder"], f"{row['units']:,}", *switched(row), *cells])
+    header = ["model", "found by", "units", *SWITCHED, "agreement of halves", "seconds"]
+    return markdown(rows, header)
+
+
+def values_across(results: StoredResults) -> str:
+    """The safety units, and random ones, held at other values than zero."""
+    rows = []
+    for model, table in of_finders(results, "interventions"):
+        for _, row in table.iterrows():
+            rows.append([model, row["intervention"], row["set"], *switched(row)])
+    return markdown(rows, ["model", "held at", "units", *SWITCHED])
+
+
+def single_units_across(results: StoredResults) -> str:
+    """Every finder's first unit alone under its strongest factor, and a random one under it."""
+    rows = []
+    for model, table in of_finders(results, "single_units"):
+        for _, row in table[table["is_strongest"]].iterrows():
+            random = [interval(row, "z.1f", *(f"random_{end}" for end in ("drop", "low", "high")))]
+            ends = (f"random_coherent_{end}" for end in ("asr", "low", "high"))
+            random.append(interval(row, ".0f", *ends, scale=100))
+            unit = [row["finder"], row["unit"], f"{row['factor']:.0f}"]
+            rows.append([model, *unit, *switched(row), *random])
+    header = ["model", "found by", "unit", "times", *SWITCHED]
+    return markdown(rows, [*header, "random unit: margin", "random unit: coherent ASR"])
+
+
 MODEL_TABLES = {
     "open questions": open_questions,
     "claims by model": claims_across,
     "ablation by model": ablation_across,
     "units by model": units_across,
     "defences by model": defences_across,
+    "finders by model": finders_across,
+    "values by model": values_across,
+    "single units by model": single_units_across,
 }

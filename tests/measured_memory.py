@@ -149,15 +149,23 @@ def measured(kind: str, sizes: tuple[int, int, int], name: str) -> dict[str, str
     }
 
 
+def work_of(text: str) -> tuple[str, tuple[int, ...]]:
+    """Kind and sizes; ``ArgumentTypeError`` where it is none."""
+    kind, _, sizes = text.partition(":")
+    if kind not in WORK or not re.fullmatch(r"\d+,\d+,\d+", sizes):
+        known = ", ".join(WORK)
+        raise argparse.ArgumentTypeError(f"'{text}' is not KIND:BATCH,LENGTH,POSITIONS of {known}")
+    return kind, tuple(map(int, sizes.split(",")))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("works", nargs="+", metavar="KIND:BATCH,LENGTH,POSITIONS")
+    parser.add_argument("works", nargs="+", type=work_of)
     parser.add_argument("--model", default="")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    for work in options.works:
-        kind, _, sizes = work.partition(":")
-        print(json.dumps(measured(kind, tuple(map(int, sizes.split(","))), options.model)))
+    for kind, sizes in options.works:
+        print(json.dumps(measured(kind, sizes, options.model)))
 
 
 if __name__ == "__main__":

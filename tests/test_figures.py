@@ -315,14 +315,22 @@ def test_damaged_result_names_the_stage_to_run_again(source, tmp_path, stage, da
     assert not (tmp_path / "figures").exists()
 
 
-@pytest.mark.parametrize("damage", DAMAGE)
-def test_what_another_result_has_is_drawn_beside_a_damaged_one(source, tmp_path, quick, damage):
-    quick("04_ablation")
-    DAMAGE[damage](source / "04_ablation" / "result.json")
+@pytest.mark.parametrize(
+    ("stage", "damage"),
+    [
+        *((stage, "missing") for stage in TABLES),
+        *(("04_ablation", one) for one in list(DAMAGE)[1:]),
+    ],
+)
+def test_what_other_results_have_is_drawn_beside_a_damaged_one(
+    source, tmp_path, quick, stage, damage
+):
+    quick(stage)
+    DAMAGE[damage](source / stage / "result.json")
     problems, names = redrawn(source, tmp_path / "figures")
     (problem,) = problems
-    assert problem.startswith("04_ablation: ") and "run 04_ablation" in problem
-    assert names == ALL - DRAWN["04_ablation"]
+    assert problem.startswith(f"{stage}: ") and f"run {stage}" in problem
+    assert names == ALL - DRAWN[stage]
 
 
 @pytest.mark.parametrize("damage", ["missing", "truncated", "empty", "another JSON value"])

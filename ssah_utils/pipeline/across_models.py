@@ -160,16 +160,21 @@ def open_questions(results: StoredResults) -> str:
     return markdown(rows, ["left open", "claimed here", "ours [95%]", "verdict", "models"])
 
 
+def tables_of(results: StoredResults, stage: str) -> Iterator[tuple[str, dict[str, pd.DataFrame]]]:
+    """The tables of a stage, of each model on which it was measured."""
+    for model, stages in results.models.items():
+        if stage in stages:
+            yield model, stages[stage]["tables"]
+
+
 def ablation_across(results: StoredResults) -> str:
     """What switching off each group does, per model: ASR, coherent ASR, gibberish, cloze accuracy.
 
     Random controls are averaged over their draws.
     """
     rows = []
-    for model, stages in results.models.items():
-        if "04_ablation" not in stages:
-            continue
-        rates = stages["04_ablation"]["tables"]["rates"]
+    for model, tables in tables_of(results, "04_ablation"):
+        rates = tables["rates"]
         for condition, part in rates[rates["part"] == "groups"].groupby("condition", sort=False):
             cells = [f"{part['units'].iloc[0]:,}"]
             for name, metric in (("harmful", "asr"), ("harmful", "coherent_asr")):
@@ -208,11 +213,9 @@ def units_across(results: StoredResults) -> str:
 def defences_across(results: StoredResults) -> str:
     """``defence_rows`` of every other model, under what full fine-tuning leaves of its safety."""
     rows = []
-    for model, stages in results.models.items():
-        if model == MAIN or "A4_defences" not in stages:
-            continue
-        tables = stages["A4_defences"]["tables"]
-        rows += [[model, *row] for row in [full_row(tables), *defence_rows(tables)]]
+    for model, tables in tables_of(results, "A4_defences"):
+        if model != MAIN:
+            rows += [[model, *row] for row in [full_row(tables), *defence_rows(tables)]]
     return markdown(rows, ["model", *DEFENCE_HEADER])
 
 
@@ -224,13 +227,6 @@ def full_row(tables: dict[str, pd.DataFrame]) -> list[str]:
     rates, task = tables["rates"], tables["gains"]["task"].iloc[0]
     full = rates[(rates["task"] == task) & (rates["method"] == FULL)]
     return [NAMED[FULL][0], "", "", "", "1.00", *fulfilled(full), "", ""]
-
-
-def of_finders(results: StoredResults, name: str) -> Iterator[tuple[str, pd.DataFrame]]:
-    """A table of A3_finders, by model."""
-    for model, stages in results.models.items():
-        if "A3_finders" in stages:
-            yield model, stages["A3_finders"]["tables"][name]
 
 
 def switched(row: pd.Series) -> list[str]:
@@ -248,8 +244,8 @@ SWITCHED = ("margin lost, nats", "coherent ASR", "harmless answers less likely, 
 def finders_across(results: StoredResults) -> str:
     """Sets of equal size by every finder, and random ones, switched off."""
     rows = []
-    for model, table in of_finders(results, "finders"):
-        for _, row in table.iterrows():
+    for model, tables in tables_of(results, "A3_finders"):
+        for _, row in tables["finders"].iterrows():
             is_random = pd.isna(row["seconds"])
             cost = [f"{row['agreement_of_halves']:.2f}", f"{row['seconds']:.0f}"]
             cells = ["", ""] if is_random else cost
@@ -261,8 +257,8 @@ def finders_across(results: StoredResults) -> str:
 def values_across(results: StoredResults) -> str:
     """The safety units, and random ones, held at other values than zero."""
     rows = []
-    for model, table in of_finders(results, "interventions"):
-        for _, row in table.iterrows():
+    for model, tables in tables_of(results, "A3_finders"):
+        for _, row in tables["interventions"].iterrows():
             rows.append([model, row["intervention"], row["set"], *switched(row)])
     return markdown(rows, ["model", "held at", "units", *SWITCHED])
 
@@ -270,7 +266,8 @@ def values_across(results: StoredResults) -> str:
 def single_units_across(results: StoredResults) -> str:
     """Every finder's first unit alone under its strongest factor, and a random one under it."""
     rows = []
-    for model, table in of_finders(results, "single_units"):
+    for model, tables in tables_of(results, "A3_finders"):
+        table = tables["single_units"]
         for _, row in table[table["is_strongest"]].iterrows():
             random = [interval(row, "z.1f", *(f"random_{end}" for end in ("drop", "low", "high")))]
             ends = (f"random_coherent_{end}" for end in ("asr", "low", "high"))

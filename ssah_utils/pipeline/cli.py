@@ -269,7 +269,8 @@ BETWEEN_COLLECTIONS = 100_000
 
 
 def main(arguments: list[str] | None = None) -> int:
-    gc.set_threshold(BETWEEN_COLLECTIONS)
+    if arguments is None:  # this process is the command's own
+        gc.set_threshold(BETWEEN_COLLECTIONS)
     words = sys.argv[1:] if arguments is None else arguments
     whole, there = parsers()
     if not words:

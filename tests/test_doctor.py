@@ -15,7 +15,10 @@ def quick(monkeypatch):
     monkeypatch.setattr(doctor, "SPEED_SECONDS", 0.01)
 
 
-def test_everything_is_here_where_the_tests_run(capsys):
+def test_everything_is_here_where_the_tests_run(capsys, monkeypatch):
+    # Room is what the machine has today, not what was installed: a full disk is the next tests'.
+    monkeypatch.setattr(room, "free_memory", lambda: 900 * doctor.GIB)
+    monkeypatch.setattr(files, "free_space", lambda folder: 900 * doctor.GIB)
     assert cli.main(["doctor"]) == 0
     *findings, last = capsys.readouterr().out.splitlines()
     assert last == "everything that the notebooks need is here"

@@ -7,6 +7,7 @@ import torch
 
 from ssah_utils import embedded, interventions, loading, paper, per_unit, units, weights
 from ssah_utils.experiments import group_ablation
+from ssah_utils.experiments.fewest_units import COLUMNS, fewest_units
 from ssah_utils.experiments.group_ablation import GroupAblation
 from ssah_utils.experiments.panel import Panel
 from ssah_utils.per_unit import PerUnit
@@ -123,20 +124,36 @@ def test_rates_say_what_was_switched_off():
     assert set(table["part"]) == {"groups"} and set(table["draw"]) == {0}
 
 
-def test_the_smallest_share_that_reaches_a_target_is_found():
-    curve = pd.DataFrame(
+def rates_and_differences(intact: float, whole: float, low: float):
+    """Coherent ASR of the intact model, without the safety group and along a curve; the paired
+    difference of the first two, with the lower end of its interval.
+    """
+    rates = pd.DataFrame(
         {
-            "condition": ["safety"] * 3 + ["random"],
+            "part": ["groups"] * 2 + ["curve"] * 4,
+            "condition": ["nothing", "safety"] + ["safety"] * 3 + ["random"],
             "set": "harmful",
             "metric": "coherent_asr",
-            "fraction": [0.03, 0.01, 0.02, 0.01],
-            "units": [30, 10, 20, 10],
-            "mean": [0.5, 0.2, 0.4, 1.0],
+            "fraction": [0.0, 0.05, 0.03, 0.01, 0.02, 0.01],
+            "units": [0, 50, 30, 10, 20, 10],
+            "mean": [intact, whole, 0.5, 0.2, 0.4, 1.0],
             "low": 0.0,
             "high": 1.0,
         }
     )
-    table = group_ablation.smallest_by_answers(curve, 0.8, (0.5, 0.9))
-    assert table["target"].tolist() == [0.5] and table["fraction"].tolist() == [0.02]
-    assert table["units"].tolist() == [20]
-    assert group_ablation.smallest_by_answers(curve, 0.0).empty
+    keys = {"condition": ["safety"], "set": "harmful", "metric": "coherent_asr"}
+    return rates, pd.DataFrame(keys | {"low": low})
+
+
+@pytest.mark.parametrize(
+    ("intact", "low", "targets", "found"),
+    [
+        (0.0, 0.3, (0.5, 0.9), {0.5: 20}),  # of 0.8
+        (0.2, 0.1, (0.25, 0.5), {0.25: 20, 0.5: 30}),  # of 0.6: the intact model has 0.2 already
+        (0.2, -0.1, (0.5,), {}),  # nothing clear is added, so no share of it can be reached
+    ],
+)
+def test_the_smallest_share_that_adds_a_target_is_found(intact, low, targets, found):
+    table = fewest_units(*rates_and_differences(intact, 0.8, low), targets)
+    assert dict(zip(table["target"], table["units"], strict=True)) == found
+    assert list(table) == COLUMNS

@@ -107,12 +107,25 @@ def test_a_unit_is_never_scored_by_a_fit_that_saw_it():
 def test_the_combination_is_read_on_seeds_that_it_was_not_fitted_to():
     rows = [
         ("a", 0, transfer.COMBINED, 0.99, 0.98, 1.0),
-        ("a", 1, transfer.COMBINED, 0.6, 0.5, 0.7),
-        ("a", 2, transfer.COMBINED, 0.8, 0.4, 0.9),
+        ("a", 1, transfer.COMBINED, 0.70, 0.60, 0.80),
+        ("a", 2, transfer.COMBINED, 0.71, 0.65, 0.75),
         ("a", 1, "z_safety", 0.1, 0.0, 0.95),
         ("floor", 0, transfer.COMBINED, 0.55, 0.45, 0.65),
     ]
     table = pd.DataFrame(rows, columns=["data", "seed", "feature", "auc", "low", "high"])
-    assert transfer.combined_auc(table, "a") == pytest.approx({"auc": 0.7, "low": 0.4, "high": 0.9})
+    t = 12.7062  # of one degree of freedom; times the standard error of two values 0.01 apart
+    sides = np.hypot(0.10, 0.06) / 2**0.5, np.hypot(0.10, 0.04) / 2**0.5
+    below, above = (np.hypot(t * 0.005, side) for side in sides)
+    found = transfer.combined_auc(table, "a")
+    assert found == pytest.approx((0.705, 0.705 - below, 0.705 + above), abs=1e-5)
     only = transfer.combined_auc(table, "floor")
-    assert only == {"auc": 0.55, "low": 0.45, "high": 0.65}, "the only seed is better than none"
+    assert only == pytest.approx((0.55, 0.45, 0.65)), "the only seed is better than none"
+
+
+def test_a_share_mean_share_has_the_interval_of_its_mean_and_stays_a_share():
+    three = pd.DataFrame({"share": [0.10, 0.12, 0.14]})
+    half = 4.30265 * 0.02 / 3**0.5  # t of two degrees of freedom
+    assert transfer.mean_share(three, "share") == pytest.approx((0.12, 0.12 - half, 0.12 + half))
+    assert transfer.mean_share(pd.DataFrame({"share": [0.0, 0.1]}), "share")[1] == 0.0
+    mean, *ends = transfer.mean_share(three[:1], "share")
+    assert mean == 0.10 and np.isnan(ends).all()

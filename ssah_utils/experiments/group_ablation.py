@@ -160,26 +160,6 @@ def beside_paper(differences: pd.DataFrame, model: str) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def smallest_by_answers(
-    curve: pd.DataFrame, whole: float, targets: Sequence[float] = (0.5, 0.9)
-) -> pd.DataFrame:
-    """The smallest share on the curve whose coherent ASR reaches each target share of ``whole``:
-    target, fraction, units, mean, low, high. No row for a target that is not reached, and none at
-    all where ``whole`` is 0.
-    """
-    answered = curve[
-        (curve["condition"] == "safety")
-        & (curve["set"] == "harmful")
-        & (curve["metric"] == "coherent_asr")
-    ].sort_values("fraction")
-    reached = []
-    for target in targets:
-        enough = answered[(answered["mean"] >= target * whole) & (whole > 0)]
-        reached.append(enough.head(1).assign(target=target))
-    table = pd.concat(reached, ignore_index=True)
-    return table[["target", "fraction", "units", "mean", "low", "high"]]
-
-
 def points(differences: pd.DataFrame, condition: str, set_name: str, metric: str) -> str:
     """A change in points with its interval, as text: ``+65 [50, 77]``."""
     rows = differences.set_index(["condition", "set", "metric"])

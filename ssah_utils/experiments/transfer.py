@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from ssah_utils import stats
+from ssah_utils.crossed import CrossedMean
 from ssah_utils.per_unit import PerUnit
 from ssah_utils.units import UnitPartition
 
@@ -91,14 +92,30 @@ def prediction_table(
     return pd.DataFrame(rows)
 
 
-def combined_auc(prediction: pd.DataFrame, data: str, fitted_seed: int = 0) -> dict[str, float]:
-    """How well all features together tell who leaves, over the seeds of one data set.
+def combined_auc(
+    prediction: pd.DataFrame, data: str, fitted_seed: int = 0
+) -> tuple[float, float, float]:
+    """How well all features together tell who leaves, over the seeds of one data set: (auc, low,
+    high), the interval over seeds and units.
 
     ``prediction``: ``prediction_table``. Left out is the seed that was fitted to, unless it is the
-    only one. Found are the mean ``auc``, and ``low`` and ``high``, which hold the intervals of all
-    seeds.
+    only one.
     """
     rows = prediction[(prediction["feature"] == COMBINED) & (prediction["data"] == data)]
     others = rows[rows["seed"] != fitted_seed]
-    used = others if len(others) else rows
-    return {"auc": used["auc"].mean(), "low": used["low"].min(), "high": used["high"].max()}
+    return mean_share(others if len(others) else rows, "auc", "low", "high")
+
+
+def mean_share(
+    rows: pd.DataFrame, value: str, low: str = "", high: str = ""
+) -> tuple[float, float, float]:
+    """Mean of a share over seeds, a row each, with its 95% interval: (mean, low, high).
+
+    ``low`` and ``high``: the columns of each seed's own interval, where it has one. The interval of
+    the mean (``crossed``) is NaN where there is one seed without its own, and ends at 0 and 1.
+    """
+    nothing = np.full(len(rows), np.nan)
+    ends = (rows[name].to_numpy() if name else nothing for name in (low, high))
+    mean = CrossedMean.of(rows[value].to_numpy(), *ends)
+    low_end, high_end = np.clip(mean.interval(), 0, 1)
+    return mean.mean, float(low_end), float(high_end)

@@ -12,6 +12,7 @@ import pandas as pd
 
 from ssah_utils import embedded, paper
 from ssah_utils.experiments.defence_names import FULL, NAMED
+from ssah_utils.experiments.fewest_units import TARGETS, fewest_units
 from ssah_utils.figures.claims import shown_interval
 from ssah_utils.pipeline import verdicts
 from ssah_utils.pipeline.claims import Claim, load_claims
@@ -200,10 +201,10 @@ def units_across(results: StoredResults) -> str:
         row = [model, f"{safety['units']:,.0f}"]
         row += [f"{safety[kind] / safety['units']:.0%}" for kind in ("attention", "mlp")]
         row.append(f"{agreed:.2f}")
-        enough = ablated["smallest_by_answers"]
-        for target in (0.5, 0.9):
-            reached = enough[enough["target"] == target] if len(enough) else enough
-            row.append(f"{reached['fraction'].iloc[0]:.2%}" if len(reached) else "not reached")
+        enough = fewest_units(ablated["rates"], ablated["differences"])
+        for target in TARGETS:
+            reached = enough[enough["target"] == target]
+            row.append(f"{reached['fraction'].iloc[0]:.2%}" if len(reached) else "not seen")
         rows.append(row)
     header = ["model", "safety units", "in attention", "in feed-forward", "agreement of halves"]
     header += ["half of the effect at", "90% at"]

@@ -9,6 +9,7 @@ import json
 
 import pandas as pd
 
+from ssah_utils.experiments.fewest_units import TARGETS, fewest_units
 from ssah_utils.figures.claims import shown_interval, two_digits
 from ssah_utils.files import REFERENCE
 from ssah_utils.pipeline import significance
@@ -267,16 +268,18 @@ def stability_table(results: dict[str, dict]) -> str:
 
 
 def smallest_table(results: dict[str, dict]) -> str:
-    """How many units reach a share of the safety group's effect: by search, and by rank."""
-    finders = results["A3_finders"]
-    searched = finders["tables"]["smallest_sets"].set_index("target")
+    """How many units bring a share of the safety group's effect: by search, and by rank."""
+    finders, ablated = results["A3_finders"], results["04_ablation"]["tables"]
+    searched = finders["tables"]["smallest_sets"].set_index("target")["units"]
+    by_rank = fewest_units(ablated["rates"], ablated["differences"])
     rows = []
-    for _, row in results["04_ablation"]["tables"]["smallest_by_answers"].iterrows():
-        single = searched.loc[row["target"], "units"]
-        n_tries = finders["parameters"]["n_search"]
+    for target in TARGETS:
+        n_tries, single = finders["parameters"]["n_search"], searched[target]
         by_search = f"not within {n_tries} tries" if pd.isna(single) else f"{single:.0f}"
-        by_rank = [f"{row['units']:.0f}", f"{row['fraction']:.2%}", percent(row)]
-        rows.append([f"{row['target']:.0%}", by_search, *by_rank])
+        cells = ["none of those tried", "", ""]
+        for _, row in by_rank[by_rank["target"] == target].iterrows():
+            cells = [f"{row['units']:.0f}", f"{row['fraction']:.2%}", percent(row)]
+        rows.append([f"{target:.0%}", by_search, *cells])
     header = ["share of the effect", "single units, margin", "highest-ranked units, answers"]
     return markdown(rows, [*header, "share of all units", "their coherent ASR"])
 

@@ -31,7 +31,8 @@ def seconds(*command: str, **environment: str) -> float:
         command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, check=False
     )
     if outcome.returncode:
-        raise RuntimeError(f"{' '.join(command)} failed: {outcome.stderr.strip()[-500:]}")
+        said = (outcome.stdout + outcome.stderr).strip()  # pytest names what failed on the first
+        raise RuntimeError(f"{' '.join(command)} failed: {said[-2000:]}")
     return time.perf_counter() - started
 
 

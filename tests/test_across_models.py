@@ -121,6 +121,8 @@ def test_a_result_of_any_model_that_cannot_be_read_is_reported(stored):
     [
         ("ablation by model", "04_ablation"),
         ("units by model", "04_ablation"),
+        ("freezing by model", "06_freezing"),
+        ("adapters by model", "06_freezing"),
         ("defences by model", "A4_defences"),
         ("finders by model", "A3_finders"),
         ("values by model", "A3_finders"),
@@ -132,7 +134,7 @@ def test_tables_of_the_project_name_every_stored_model(table, stage):
     assert not results.problems
     text = across_models.MODEL_TABLES[table](results)
     measured = [name for name, stages in results.models.items() if stage in stages]
-    if table == "defences by model":
+    if stage in ("06_freezing", "A4_defences"):
         measured.remove(across_models.MAIN)  # it has a table of its own
     assert measured and all(f"| {name} |" in text for name in measured)
 
@@ -148,6 +150,20 @@ def test_defences_stand_under_what_full_fine_tuning_leaves():
     cells = [cell.strip() for cell in first.split("|")]
     assert cells[2] == "full fine-tuning" and cells[7] == f"{100 * left:.0f}"
     assert len(others) == len(tables["cards"])
+
+
+def test_freezing_on_other_models_has_a_row_for_every_task_and_frozen_set():
+    results = across_models.StoredResults(publish.REFERENCE)
+    stored = results.models[embedded.VENDOR_ALIGNED]["06_freezing"]["tables"]["equal"]
+    lines = across_models.freezing_across(results).splitlines()[2:]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    assert [row[:3] for row in rows] == [
+        [embedded.VENDOR_ALIGNED, *names]
+        for names in stored[["task", "title"]].itertuples(index=False)
+    ]
+    gains = [row[3] for row in rows if row[3] != "-"]
+    frozen = stored[stored["condition"] != "nothing"]["gain"]
+    assert [gain.split()[0] for gain in gains] == [f"{gain:+.2f}" for gain in frozen]
 
 
 def test_sets_of_finders_stand_beside_random_ones_of_their_size():

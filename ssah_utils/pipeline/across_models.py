@@ -5,7 +5,7 @@ Stored results of the main model are those of the notebooks as committed; beside
 model and measures nothing.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -17,9 +17,15 @@ from ssah_utils.figures.claims import shown_interval
 from ssah_utils.pipeline import verdicts
 from ssah_utils.pipeline.claims import Claim, load_claims
 from ssah_utils.pipeline.result_tables import (
+    ADAPTER_HEADER,
     DEFENCE_HEADER,
+    FREEZING_HEADER,
+    Rows,
+    StageTables,
+    adapter_rows,
     chosen,
     defence_rows,
+    freezing_rows,
     fulfilled,
     interval,
     markdown,
@@ -161,7 +167,7 @@ def open_questions(results: StoredResults) -> str:
     return markdown(rows, ["left open", "claimed here", "ours [95%]", "verdict", "models"])
 
 
-def tables_of(results: StoredResults, stage: str) -> Iterator[tuple[str, dict[str, pd.DataFrame]]]:
+def tables_of(results: StoredResults, stage: str) -> Iterator[tuple[str, StageTables]]:
     """The tables of a stage, of each model on which it was measured."""
     for model, stages in results.models.items():
         if stage in stages:
@@ -211,16 +217,42 @@ def units_across(results: StoredResults) -> str:
     return markdown(rows, header)
 
 
+def of_others(
+    results: StoredResults,
+    stage: str,
+    rows_of: Callable[[StageTables], Rows],
+    header: Sequence[str],
+) -> str:
+    """What ``rows_of`` makes of a stage's tables, for every other model than the main one."""
+    rows = [
+        [model, *row]
+        for model, tables in tables_of(results, stage)
+        if model != MAIN
+        for row in rows_of(tables)
+    ]
+    return markdown(rows, ["model", *header])
+
+
+def freezing_across(results: StoredResults) -> str:
+    """``freezing_rows`` of every other model."""
+    return of_others(results, "06_freezing", freezing_rows, FREEZING_HEADER)
+
+
+def adapters_across(results: StoredResults) -> str:
+    """``adapter_rows`` of every other model."""
+    return of_others(results, "06_freezing", adapter_rows, ADAPTER_HEADER)
+
+
 def defences_across(results: StoredResults) -> str:
     """``defence_rows`` of every other model, under what full fine-tuning leaves of its safety."""
-    rows = []
-    for model, tables in tables_of(results, "A4_defences"):
-        if model != MAIN:
-            rows += [[model, *row] for row in [full_row(tables), *defence_rows(tables)]]
-    return markdown(rows, ["model", *DEFENCE_HEADER])
+
+    def rows_of(tables: StageTables) -> Rows:
+        return [full_row(tables), *defence_rows(tables)]
+
+    return of_others(results, "A4_defences", rows_of, DEFENCE_HEADER)
 
 
-def full_row(tables: dict[str, pd.DataFrame]) -> list[str]:
+def full_row(tables: StageTables) -> list[str]:
     """How full fine-tuning answers, in the columns of ``DEFENCE_HEADER``.
 
     What is learned and what is kept are measured from it, so it has learned all and kept nothing.
@@ -284,6 +316,8 @@ MODEL_TABLES = {
     "claims by model": claims_across,
     "ablation by model": ablation_across,
     "units by model": units_across,
+    "freezing by model": freezing_across,
+    "adapters by model": adapters_across,
     "defences by model": defences_across,
     "finders by model": finders_across,
     "values by model": values_across,

@@ -14,6 +14,9 @@ from ssah_utils.figures.claims import shown_interval, two_digits
 from ssah_utils.files import REFERENCE
 from ssah_utils.pipeline import significance
 
+StageTables = dict[str, pd.DataFrame]  # stored tables of one stage, by name
+Rows = list[list[str]]  # cells as they are written
+
 
 def interval(
     row: pd.Series,
@@ -38,7 +41,7 @@ def chosen(rates: pd.DataFrame, name: str, metric: str) -> pd.DataFrame:
     return rates[(rates["set"] == name) & (rates["metric"] == metric)]
 
 
-def markdown(rows: list[list[str]], header: list[str]) -> str:
+def markdown(rows: Rows, header: list[str]) -> str:
     """A table in Markdown."""
     first, *others = (f"| {' | '.join(row)} |" for row in (header, *rows))
     return "\n".join([first, "|" + "---|" * len(header), *others])
@@ -124,12 +127,17 @@ def transfer_table(results: dict[str, dict]) -> str:
     return markdown(rows, ["measured", "ours", "fine-tuned with refusals", "other calibration"])
 
 
-def freezing_table(results: dict[str, dict]) -> str:
+FREEZING_HEADER = (
+    *("fine-tuned on", "frozen", "margin gained, nats", "seeds", "ASR, AdvBench"),
+    *("coherent", "coherent, HarmBench", "cloze", "last task loss"),
+)
+
+
+def freezing_rows(tables: StageTables) -> Rows:
     """Margin gained at equal task loss, and answers at the last step, per task and frozen set.
 
     Shares of answers are means over seeds.
     """
-    tables = results["06_freezing"]["tables"]
     columns = [
         ("harmful", "asr"),
         ("harmful", "coherent_asr"),
@@ -144,9 +152,12 @@ def freezing_table(results: dict[str, dict]) -> str:
         gain = "-" if row["condition"] == "nothing" else interval(row, "+.2f", "gain")
         seeds = f"{row['seed_low']:+.2f} to {row['seed_high']:+.2f}"
         rows.append([row["task"], row["title"], gain, seeds, *cells, f"{last:.2f}"])
-    header = ["fine-tuned on", "frozen", "margin gained, nats", "seeds", "ASR, AdvBench"]
-    header += ["coherent", "coherent, HarmBench", "cloze", "last task loss"]
-    return markdown(rows, header)
+    return rows
+
+
+def freezing_table(results: dict[str, dict]) -> str:
+    """``freezing_rows`` of the main model."""
+    return markdown(freezing_rows(results["06_freezing"]["tables"]), [*FREEZING_HEADER])
 
 
 def with_condition(table: pd.DataFrame, row: pd.Series) -> pd.DataFrame:
@@ -154,14 +165,24 @@ def with_condition(table: pd.DataFrame, row: pd.Series) -> pd.DataFrame:
     return table[(table["task"] == row["task"]) & (table["condition"] == row["condition"])]
 
 
-def adapter_table(results: dict[str, dict]) -> str:
+ADAPTER_HEADER = (
+    *("method", "against (frozen)", "last task loss", "compared at"),
+    "margin, difference in nats",
+)
+
+
+def adapter_rows(tables: StageTables) -> Rows:
     """PEFT methods against full fine-tuning and freezing, at the task loss that both reach."""
     rows = []
-    for _, row in results["06_freezing"]["tables"]["peft"].iterrows():
+    for _, row in tables["peft"].iterrows():
         losses = [f"{row['last_loss']:.2f}", f"{row['task_loss']:.2f}"]
         rows.append([row["method"], row["title"], *losses, interval(row, "+.2f", "gain")])
-    header = ["method", "against (frozen)", "last task loss", "compared at"]
-    return markdown(rows, [*header, "margin, difference in nats"])
+    return rows
+
+
+def adapter_table(results: dict[str, dict]) -> str:
+    """``adapter_rows`` of the main model."""
+    return markdown(adapter_rows(results["06_freezing"]["tables"]), [*ADAPTER_HEADER])
 
 
 DEFENCE_HEADER = (
@@ -176,7 +197,7 @@ def fulfilled(rates: pd.DataFrame) -> list[str]:
     return [mean_percent(chosen(rates, one, "coherent_asr")) for one in sets]
 
 
-def defence_rows(tables: dict[str, pd.DataFrame]) -> list[list[str]]:
+def defence_rows(tables: StageTables) -> Rows:
     """What every defence keeps over full fine-tuning at equal task loss, and its acceptance card.
 
     Answers are those at the last step, means over seeds; a dash where none were judged.

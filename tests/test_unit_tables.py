@@ -11,11 +11,12 @@ from torch import nn
 
 from ssah_utils import models, unit_files, unit_tables
 from ssah_utils.architectures import ModelShape
+from ssah_utils.files import REFERENCE
 from ssah_utils.per_unit import KINDS, PerUnit
 from ssah_utils.pipeline import cli
 from ssah_utils.unit_files import ModelInfo, ScoreInfo, SetInfo, UnitFileInfo
 from tests.conftest import writers_by_name
-from tests.test_unit_files import COMMITTED, MODEL, SHAPE, random_scores, random_set, same
+from tests.test_unit_files import MODEL, SHAPE, random_scores, random_set, same
 
 SETS = {"safety": random_set(0), "top 5%, other": random_set(1)}
 SCORES = {"z": random_scores(2), "tenths": random_scores(3).map(torch.round) / 10}
@@ -105,7 +106,7 @@ def test_an_empty_head_is_an_empty_cell(file, tmp_path):
 
 
 def test_a_file_of_version_1_is_exported_once_its_shape_is_given(tmp_path):
-    (path,) = (path for path in COMMITTED if path.name == "frozen_units.safetensors")
+    path = REFERENCE / "06_freezing" / "frozen_units.safetensors"
     file = unit_files.load_units(path)
     (chosen,) = file.sets.values()
     if file.info.version == 1:

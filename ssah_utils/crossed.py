@@ -78,10 +78,13 @@ class CrossedMean:
         sides = [side for side in (self.below, self.above) if math.isfinite(side)]
         return _root_mean_square(np.array(sides)) if sides else 0.0
 
-    def interval(self, confidence: float = 0.95) -> tuple[float, float]:
+    def interval(
+        self, confidence: float = 0.95, bounds: tuple[float, float] = (-math.inf, math.inf)
+    ) -> tuple[float, float]:
         """Its ends; NaN where nothing is known of how it varies.
 
-        The point itself where all seeds have the same value and none its own interval.
+        The point itself where all seeds have the same value and none its own interval. An end
+        beyond ``bounds`` is put there: no true value lies beyond, so none is lost.
         """
         if not self.has_interval:
             return math.nan, math.nan
@@ -89,7 +92,8 @@ class CrossedMean:
         low, high = (
             half_width(tail, side, self.sd, self.n_seeds) for side in (self.below, self.above)
         )
-        return self.mean - low, self.mean + high
+        low, high = np.clip((self.mean - low, self.mean + high), *bounds)
+        return float(low), float(high)
 
     def p_above(self, null: float = 0.0) -> float:
         """Two-sided p-value of a mean above ``null``; 1 where it is not above.

@@ -122,7 +122,7 @@ def test_the_combination_is_read_on_seeds_that_it_was_not_fitted_to():
     assert only == pytest.approx((0.55, 0.45, 0.65)), "the only seed is better than none"
 
 
-def test_a_share_mean_share_has_the_interval_of_its_mean_and_stays_a_share():
+def test_a_share_over_seeds_has_the_interval_of_its_mean_and_stays_a_share():
     three = pd.DataFrame({"share": [0.10, 0.12, 0.14]})
     half = 4.30265 * 0.02 / 3**0.5  # t of two degrees of freedom
     assert transfer.mean_share(three, "share") == pytest.approx((0.12, 0.12 - half, 0.12 + half))

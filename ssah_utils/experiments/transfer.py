@@ -117,5 +117,4 @@ def mean_share(
     nothing = np.full(len(rows), np.nan)
     ends = (rows[name].to_numpy() if name else nothing for name in (low, high))
     mean = CrossedMean.of(rows[value].to_numpy(), *ends)
-    low_end, high_end = np.clip(mean.interval(), 0, 1)
-    return mean.mean, float(low_end), float(high_end)
+    return mean.mean, *mean.interval(bounds=(0, 1))

@@ -293,9 +293,9 @@ def smallest_table(results: dict[str, dict]) -> str:
     finders, ablated = results["A3_finders"], results["04_ablation"]["tables"]
     searched = finders["tables"]["smallest_sets"].set_index("target")["units"]
     by_rank = fewest_units(ablated["rates"], ablated["differences"])
-    rows = []
+    n_tries, rows = finders["parameters"]["n_search"], []
     for target in TARGETS:
-        n_tries, single = finders["parameters"]["n_search"], searched[target]
+        single = searched[target]
         by_search = f"not within {n_tries} tries" if pd.isna(single) else f"{single:.0f}"
         cells = ["none of those tried", "", ""]
         for _, row in by_rank[by_rank["target"] == target].iterrows():

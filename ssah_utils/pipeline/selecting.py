@@ -113,12 +113,8 @@ def mean_of_things(values: np.ndarray, lows: np.ndarray, highs: np.ndarray) -> N
 
 
 def mean_of_draws(numbers: list[Number], bounds: tuple[float, float]) -> Number:
-    """Mean of the same thing over seeds or draws, with the interval of ``CrossedMean``.
-
-    An end beyond ``bounds`` is put there: no true value lies beyond, so none is lost.
-    """
+    """Mean of the same thing over seeds or draws, with the interval of ``CrossedMean``."""
     if len(numbers) == 1:
         return numbers[0]
     mean = CrossedMean.of(*np.array(numbers).T)
-    low, high = np.clip(mean.interval(), *bounds)
-    return mean.mean, float(low), float(high)
+    return mean.mean, *mean.interval(bounds=bounds)

@@ -362,7 +362,10 @@ def test_two_at_a_time_where_cores_and_memory_are_enough(several, monkeypatch, c
         one = sweep.engine_for("", jobs, 0, None, partial(sweep.at_a_time, found))
         return one.jobs, one.threads
 
-    assert how() == (2, 4) and how(jobs=3) == (3, 2), "what is asked for comes first"
+    assert how() == (2, 4) and how(jobs=2) == (2, 4) and not capsys.readouterr().out
+    assert how(jobs=3) == (3, 2), "what is asked for comes first"
+    said = "3 notebooks at a time may take 17.2 GiB, 12.0 GiB of memory are free\n"
+    assert capsys.readouterr().out == said
     free = 11.0
     assert how() == (1, 8), "memory for one, and for what runs it"
     assert capsys.readouterr().out == "one notebook at a time: 11.0 GiB of memory are free\n"

@@ -275,19 +275,20 @@ def engine_for(
     jobs: int,
     threads: int,
     profile: Path | None,
-    fits: Callable[[], int] = lambda: 1,
+    fits: Callable[[int], int] = lambda asked: asked or 1,
 ) -> engine.Engine:
     """How Snakemake is to work: by what was asked for, else by the profile; 0 and '' ask nothing.
 
-    ``fits``: asked how many jobs at a time where neither says it of this machine. ``ValueError``
-    for an executor that is not installed, ``OSError`` for a profile without a file.
+    ``fits``: given how many jobs at a time these ask of this machine, says how many it shall be.
+    ``ValueError`` for an executor that is not installed, ``OSError`` for a profile without a file.
     """
     content = read_workflow_profile(profile) if profile else {}
     executor = executor or content.get("executor") or "local"
     engine.check_executor(executor)
-    jobs = jobs or content.get("jobs") or (fits() if executor == "local" else 1)
-    if type(jobs) is not int or jobs < 1 or threads < 0:
+    jobs = jobs or content.get("jobs") or 0
+    if type(jobs) is not int or jobs < 0 or threads < 0:
         raise ValueError(f"--jobs is {jobs} and --threads {threads}, but at least 1 is needed")
+    jobs = fits(jobs) if executor == "local" else jobs or 1
     shared = max(1, n_cores() // jobs) if executor == "local" else 1
     folder = profile.resolve() if profile else None
     return engine.Engine(executor, jobs, threads or shared, folder)
@@ -303,15 +304,17 @@ def at_a_time_by_cores() -> int:
     return 1 if n_cores() < 2 or torch.cuda.is_available() else 2
 
 
-def at_a_time(found: list[Member], only: str = "") -> int:
-    """How many notebooks to run at a time where nobody says: two, where this machine has the cores
-    and the memory for both and no GPU that they would have to share.
+def at_a_time(found: list[Member], asked: int = 0, only: str = "") -> int:
+    """How many notebooks to run at a time: what was asked for, if anything was, with a word where
+    memory may not be enough for so many. Else two, where this machine has the cores and the memory
+    for both and no GPU that they would have to share.
     """
-    if at_a_time_by_cores() == 1:
+    wanted = asked or at_a_time_by_cores()
+    if wanted == 1:
         return 1
     try:
         if sum(len(member.due(bool(only))) for member in found) < 2:
-            return 1
+            return asked or 1
         from ssah_utils.pipeline import memory_plan  # it imports much that is of use only here
 
         here = memory_plan.Machine.named("", None)
@@ -321,10 +324,15 @@ def at_a_time(found: list[Member], only: str = "") -> int:
                 taken = memory_plan.largest_process(member.selected, here)
             needed = max(needed, taken)
     except (ValueError, OSError):  # inputs that are not there; a model whose memory is not planned
-        return 1
-    if 2 * (needed + RUNNER) <= here.cpu:
-        return 2
-    print(f"one notebook at a time: {here.cpu / GIB:.1f} GiB of memory are free", flush=True)
+        return asked or 1
+    most = wanted * (needed + RUNNER) / GIB
+    if most <= here.cpu / GIB:
+        return wanted
+    free = f"{here.cpu / GIB:.1f} GiB of memory are free"
+    if asked:
+        print(f"{asked} notebooks at a time may take {most:.1f} GiB, {free}", flush=True)
+        return asked
+    print(f"one notebook at a time: {free}", flush=True)
     return 1
 
 

@@ -1,7 +1,7 @@
 """Speed as ratios within one run on one machine: ``make bench``.
 
 Writes data/reference/bench.json, a column for each kind of machine: ``bf16`` where bfloat16 is
-native, ``avx2`` elsewhere. ``GOALS`` has the goals.
+native, ``float32`` elsewhere. ``GOALS`` has the goals.
 
 * ``scoring_over_forward``: scoring pass over bare backbone forward, same batches.
 * ``generation_speedup``: batched, length-sorted answers over one prompt at a time, same answers.
@@ -230,7 +230,7 @@ PARTS = {"inference": inference_figures, "training": training_figures, "memory":
 
 
 def kind_of_machine() -> str:
-    return "bf16" if precision.preferred_dtype("cpu") == torch.bfloat16 else "avx2"
+    return "bf16" if precision.preferred_dtype("cpu") == torch.bfloat16 else "float32"
 
 
 def processor() -> str:

@@ -51,18 +51,18 @@ def test_every_kind_of_work_is_drawn_in_time_and_memory():
 
 def test_growth_is_drawn_again_from_what_is_stored(tmp_path):
     assert redraw.redraw_growth(tmp_path, tmp_path) == [] and not list(tmp_path.glob("*.png"))
-    write(tmp_path, "growth.json", {"avx2": {"rows": growth().to_dict("records")}})
+    write(tmp_path, "growth.json", {"float32": {"rows": growth().to_dict("records")}})
     assert redraw.redraw_growth(tmp_path, tmp_path) == []
     assert (tmp_path / "cost_growth.png").exists()
-    write(tmp_path, "growth.json", {"avx2": {"rows": [{"size": "a"}]}})
+    write(tmp_path, "growth.json", {"float32": {"rows": [{"size": "a"}]}})
     (problem,) = redraw.redraw_growth(tmp_path, tmp_path)
     assert "cost_growth" in problem and "bench_growth" in problem
 
 
 def test_each_kind_of_machine_is_a_column_empty_where_nothing_was_measured(place):
     of_bf16 = {"brief_minutes": 50.04, "brief_notebooks": {"01_alignment": 9.44}}
-    of_avx2 = {"brief_notebooks": {"03_units": 2.0}, "noop_seconds": 7.0}
-    write(place, "times.json", {"bf16": of_bf16, "avx2": of_avx2})
+    of_float32 = {"brief_notebooks": {"03_units": 2.0}, "noop_seconds": 7.0}
+    write(place, "times.json", {"bf16": of_bf16, "float32": of_float32})
     lines = speed_tables.waits_table({}).splitlines()
     assert lines[2] == "| `make reproduce`, minutes | 50.0 |  |"
     assert "| 01_alignment, minutes | 9.4 |  |" in lines
@@ -70,7 +70,7 @@ def test_each_kind_of_machine_is_a_column_empty_where_nothing_was_measured(place
 
 
 def test_ratios_stand_beside_their_goals(place):
-    columns = {"goals": {"a_over_b": ["at most", 0.65]}, "avx2": {"a_over_b": 0.7, "threads": 2}}
+    columns = {"goals": {"a_over_b": ["at most", 0.65]}, "float32": {"a_over_b": 0.7, "threads": 2}}
     write(place, "bench.json", columns | {"bf16": {"a_over_b": 0.6, "other": 0.25}})
     lines = speed_tables.bench_table({}).splitlines()
     assert lines[2:] == [
@@ -81,11 +81,11 @@ def test_ratios_stand_beside_their_goals(place):
 
 def test_shares_of_a_step_stand_by_machine_and_kind_of_step(place):
     shares = {"full": {"products": 0.25, "everything else": 0.75}}
-    write(place, "bench.json", {"goals": {}, "avx2": {"step_shares": shares, "a": 0.5}})
+    write(place, "bench.json", {"goals": {}, "float32": {"step_shares": shares, "a": 0.5}})
     assert speed_tables.step_table({}).splitlines() == [
         "| machine | step | products | everything else |",
         "|---|---|---|---|",
-        f"| {speed_tables.KINDS['avx2']} | full | 25% | 75% |",
+        f"| {speed_tables.KINDS['float32']} | full | 25% | 75% |",
     ]
 
 

@@ -13,7 +13,7 @@ from ssah_utils.figures.speed import exponent
 from ssah_utils.files import REFERENCE
 from ssah_utils.pipeline.result_tables import markdown
 
-KINDS = {"bf16": "two cores with bfloat16", "avx2": "two cores without (AVX2)"}
+KINDS = {"bf16": "two cores with bfloat16", "float32": "two cores without, float32"}
 NOTHING = "Not measured yet."
 FIGURE = "![Seconds and memory of each kind of work against parameters](../figures/cost_growth.png)"
 WAITS = {  # what people wait for, with the unit of its number

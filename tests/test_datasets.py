@@ -350,6 +350,21 @@ def test_study_splits_leak_nothing_and_fill_every_part():
     assert len(parts["evaluation"]["other_harmful"]) == 200, "nothing of the unseen set is dropped"
 
 
+def test_another_seed_divides_all_but_evaluation_anew():
+    names = ("advbench", "harmbench", "helpful")
+    first, *others = (datasets.study_splits(*names, seed=seed) for seed in range(4))
+    of_seed_0 = {name: set(table["id"]) for name, table in first["calibration"].items()}
+    for parts in others:
+        for name, table in parts["evaluation"].items():
+            assert table.equals(first["evaluation"][name]), "all seeds are asked the same"
+        for name, ids in of_seed_0.items():
+            found = set(parts["calibration"][name]["id"])
+            assert abs(len(found) - len(ids)) < 0.1 * len(ids), "of the same size"
+            n_common, left = len(found & ids), len(ids) + len(first["alignment"][name])
+            assert abs(n_common - len(ids) ** 2 / left) < 15, "as many in common as by chance"
+        splits.assert_disjoint({part: pd.concat(found.values()) for part, found in parts.items()})
+
+
 # -------------------------------------------------------------------------------------- chat format
 
 

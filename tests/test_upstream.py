@@ -11,7 +11,7 @@ from ssah_utils import embedded, fingerprints, interventions, loading
 from ssah_utils.per_unit import PerUnit
 from ssah_utils.pipeline import upstream
 from ssah_utils.pipeline.runs import Run
-from ssah_utils.prompts import chat
+from ssah_utils.prompts import chat, datasets
 from ssah_utils.weights import squared_column_norms
 
 TEMPLATE = (
@@ -108,3 +108,33 @@ def test_a_base_without_a_chat_template_gets_that_of_its_chat_version_or_a_plain
     plain = upstream.load_tokenizer(run, str(base))
     assert chat.render(plain, ["w3"])[0].endswith("User: w3\n\nAssistant:")
     assert plain("User: w3", add_special_tokens=False).input_ids  # spoken in its own words
+
+
+# ----------------------------------------------------------------------------------- which requests
+
+
+def ids(splits: dict, part: str) -> dict[str, list[str]]:
+    return {name: table["id"].tolist() for name, table in splits[part].items()}
+
+
+@pytest.mark.parametrize("came_aligned", [True, False])
+def test_the_seed_draws_calibration_where_no_training_of_ours_does(tmp_path, came_aligned):
+    places = {"base": "x", "aligned": "x" if came_aligned else "y"}
+    data = {"harmful_data": "advbench", "other_harmful_data": "harmbench"}
+    data["helpful_data"] = "helpful"
+    first, other, again = (
+        upstream.study_splits(run_with(tmp_path, places, seed=seed, **data)) for seed in (0, 1, 1)
+    )
+    stored = datasets.study_splits(*data.values())
+    for part in stored:
+        assert ids(first, part) == ids(stored, part), "seed 0 is what is stored"
+        assert ids(other, part) == ids(again, part)
+    assert ids(other, "evaluation") == ids(first, "evaluation"), "all seeds answer the same"
+    assert (ids(other, "calibration") != ids(first, "calibration")) == came_aligned
+
+
+@pytest.mark.parametrize("stage", upstream.WITHOUT_01)
+def test_a_notebook_that_does_not_follow_01_asks_nothing_of_it(tmp_path, stage):
+    data = {"harmful_data": "advbench", "other_harmful_data": "harmbench"}
+    run = Run(stage, tmp_path / stage, data | {"helpful_data": "helpful", "seed": 1})
+    assert ids(upstream.study_splits(run), "calibration") and not run.inputs

@@ -5,6 +5,7 @@ All of it is asked of the run, so that what was read is in the result, with its 
 
 import difflib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from weakref import WeakValueDictionary
 
@@ -36,6 +37,8 @@ def model_places(run: Run) -> dict[str, str]:
     return json.loads(run.upstream("01_alignment", "models.json").read_text(encoding="utf-8"))
 
 
+# Notebooks that do not build on the models of 01.
+WITHOUT_01 = ("00_quickstart", "01_alignment")
 PLAIN_TEMPLATE = DATA / "plain_chat.jinja"  # for a base without a chat template
 
 # Models that are in use, by place, precision, device and device map.
@@ -82,7 +85,7 @@ def place_to_align(run: Run) -> str:
     if run.parameters["start_model"]:
         return run.parameters["start_model"]
     places = model_places(run)
-    return embedded.DEFAULT if places["aligned"] == places["base"] else places["base"]
+    return embedded.DEFAULT if came_aligned(places) else places["base"]
 
 
 def shown_name(place: str) -> str:
@@ -123,7 +126,7 @@ def describe_model(run: Run, model: nn.Module) -> unit_files.ModelInfo:
     """A run's aligned model for a unit file: whose it is, and whether 01 aligned it."""
     place, places = run.parameters["model"], model_places(run)
     name, revision = hub.split_name(place) if hub.is_name(place) else (shown_name(place), "")
-    if places["aligned"] != places["base"]:
+    if not came_aligned(places):
         name = f"{name}, aligned by 01_alignment"
     return unit_files.ModelInfo.of(model, name, revision)
 
@@ -134,7 +137,19 @@ def load_partition(run: Run, model: nn.Module) -> tuple[units.UnitPartition, dic
     return unit_files.load_partition(path, fingerprints.fingerprint(model))
 
 
+def came_aligned(places: Mapping[str, str]) -> bool:
+    """Whether the model of ``model_places`` was aligned by others, so that 01 only measured it."""
+    return places["aligned"] == places["base"]
+
+
 def study_splits(run: Run) -> dict[str, dict[str, pd.DataFrame]]:
-    """The same disjoint requests for every notebook: ``{part: {set: table}}``."""
+    """The same disjoint requests for every notebook: ``{part: {set: table}}``.
+
+    Where the model came aligned, the seed draws which of the requests that it is not evaluated on
+    it is calibrated on. No training of ours makes its seeds differ: with the same requests they
+    would find the same units, and count one measurement several times.
+    """
     names = ("harmful_data", "other_harmful_data", "helpful_data")
-    return datasets.study_splits(*(run.parameters[name] for name in names))
+    is_drawn = run.stage not in WITHOUT_01 and came_aligned(model_places(run))
+    seed = run.parameters["seed"] if is_drawn else 0
+    return datasets.study_splits(*(run.parameters[name] for name in names), seed=seed)

@@ -348,6 +348,12 @@ def load_refusals() -> dict[str, list[str]]:
 # ------------------------------------------------------------------------------------------- splits
 
 
+FOLDS = {  # of each set, how many equal parts of it go where
+    "harmful": {"alignment": 5, "calibration": 2, "evaluation": 3},
+    "helpful": {"alignment": 13, "calibration": 3, "evaluation": 4},
+}
+
+
 def study_splits(
     harmful_data: str, other_harmful_data: str, helpful_data: str, seed: int = 0
 ) -> dict[str, dict[str, pd.DataFrame]]:
@@ -357,7 +363,9 @@ def study_splits(
     requests. Alignment and evaluation also hold the two sides of the contrast pairs (``safe_twin``,
     ``harmful_twin``), evaluation the second harmful set (``other_harmful``), on which nothing is
     trained or calibrated. No request of one part is nearly the same as one of another part, also
-    across data sets. Raises ``ValueError`` where a table would be empty.
+    across data sets. Another ``seed`` than 0 divides what is not of evaluation between alignment
+    and calibration anew, in the same proportion; evaluation is the same for all. Raises
+    ``ValueError`` where a table would be empty.
     """
     sources = {
         "harmful": harmful_data,
@@ -369,11 +377,15 @@ def study_splits(
     whole = {name: load_dataset(source) for name, source in sources.items()}
     ids = {name: table["id"] for name, table in whole.items() if name != "harmful_twin"}
     _check_ids([(sources[name], own) for name, own in ids.items()])
-    folds = {"alignment": 5, "calibration": 2, "evaluation": 3}
-    harmful = split(whole["harmful"], folds, seed, harmful_data)
-    folds = {"alignment": 13, "calibration": 3, "evaluation": 4}
-    helpful = split(whole["helpful"], folds, seed, helpful_data)
-    safe = split(whole["safe_twin"], {"alignment": 6, "evaluation": 4}, seed)
+    divided = {}
+    for name, folds in FOLDS.items():
+        divided[name] = split(whole[name], folds, 0, sources[name])
+        if seed:
+            rest = {part: n_own for part, n_own in folds.items() if part != "evaluation"}
+            table = pd.concat([divided[name][part] for part in rest], ignore_index=True)
+            divided[name] |= split(table, rest, seed, sources[name])
+    harmful, helpful = divided["harmful"], divided["helpful"]
+    safe = split(whole["safe_twin"], {"alignment": 6, "evaluation": 4}, 0)
     twins = whole["harmful_twin"].set_index("id", drop=False)
     parts = {
         "evaluation": {"harmful": harmful["evaluation"], "other_harmful": whole["other_harmful"]},

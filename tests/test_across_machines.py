@@ -5,8 +5,10 @@ import shutil
 
 import pytest
 
+from ssah_utils import unit_files, units
 from ssah_utils.files import REFERENCE, sha256_of_file
 from ssah_utils.pipeline import across_machines, publish
+from ssah_utils.pipeline.across_models import StoredResults
 from ssah_utils.pipeline.stored import load_result
 
 STAGES = ("03_units", "04_ablation")
@@ -50,8 +52,7 @@ def test_only_claims_that_both_have_measured_are_compared(stored):
 
 def test_a_verdict_that_moves_has_a_row_and_one_that_stays_has_none(stored):
     elsewhere(stored, verdict="partly", ours=1.5, ci_low=1.0, ci_high=2.0)
-    results = {stage: load_result(stored / stage / "result.json") for stage in STAGES}
-    text = across_machines.machines_table(results)
+    text = across_machines.machines_table(StoredResults(stored))
     moved = across_machines.on_both(stored, "other").query("verdict != verdict_there")
     assert len(moved) and text.count("\n|") == 2 + len(moved)
     assert "1.5 [1, 2] | partly |" in text and "AVX9" in text
@@ -80,7 +81,8 @@ def run_with_claims(folder, n_runs: int, **parameters):
 def test_a_run_is_stored_with_what_it_was_made_by(tmp_path):
     path = across_machines.keep_verdicts(run_with_claims(tmp_path / "run", 1), "mine", tmp_path)
     found = json.loads(path.read_text())
-    assert set(found) == {"inputs", "machines", "judges", "commits", "claims"}
+    assert set(found) == {"inputs", "machines", "judges", "commits", "claims", "units_agree"}
+    assert found["units_agree"] is None, "no unit file there"
     assert set(found["claims"][0]) == set(across_machines.FIELDS)
     stages = [load_result(REFERENCE / one) for one in found["inputs"]]
     assert found["commits"] == sorted({stage["commit"] for stage in stages})
@@ -92,6 +94,40 @@ def test_a_run_without_claims_or_over_seeds_is_refused_in_a_line(tmp_path):
         across_machines.keep_verdicts(tmp_path, "mine", tmp_path)
     with pytest.raises(ValueError, match="several seeds"):
         across_machines.keep_verdicts(run_with_claims(tmp_path / "run", 3), "mine", tmp_path)
+
+
+def test_a_run_of_another_stored_model_is_held_against_its_own_results(tmp_path, monkeypatch):
+    monkeypatch.setattr(across_machines, "REFERENCE", tmp_path)
+    model = "another-model"
+    place = tmp_path / "models" / model
+    for stage in STAGES:
+        (place / stage).mkdir(parents=True)
+        shutil.copy(REFERENCE / stage / "result.json", place / stage)
+    run = run_with_claims(tmp_path / "run", 1, model=model)
+    for folder in (place, run):
+        shutil.copy(REFERENCE / across_machines.UNITS, folder / across_machines.UNITS)
+    kept = across_machines.keep_verdicts(run, "mine", tmp_path)
+    assert kept == place / "machines" / "mine.json"
+    found = json.loads(kept.read_text())
+    assert found["units_agree"] == 1.0
+    kept.write_text(json.dumps(found | {"inputs": {}, "units_agree": 0.5}))  # made elsewhere
+    text = across_machines.machines_table(StoredResults(tmp_path))
+    assert f"`mine`, {model} (" in text and "units agree to 0.50" in text
+
+
+def test_agreement_of_safety_units_is_that_of_their_sets(tmp_path):
+    of_model = ("models", "qwen2.5-coder-0.5b-instruct")
+    one = REFERENCE.joinpath(*of_model) / across_machines.UNITS
+    file = unit_files.load_units(one)
+    moved = file.sets["safety"].map(lambda chosen: chosen.roll(1, dims=1))
+    other = tmp_path / "moved.safetensors"
+    unit_files.save_set(other, moved, file.info.model, "their neighbours", "safety")
+    agreed = across_machines.safety_units_agree(one, other)
+    a, b = file.sets["safety"].flatten(), moved.flatten()
+    found = float((a & b).sum() / (a | b).sum())
+    chance = units.chance_jaccard(file.sets["safety"], moved)
+    assert agreed == pytest.approx((found - chance) / (1 - chance), abs=1e-6)
+    assert across_machines.safety_units_agree(one, one) == 1.0
 
 
 @pytest.mark.parametrize("other", [{"seed": 1}, {"model": "qwen2.5-coder-0.5b-instruct"}])

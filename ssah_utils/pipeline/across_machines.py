@@ -1,8 +1,9 @@
 """The same seed on another machine: which verdicts and numbers move.
 
 Arithmetic differs between processors in the last bits, and a training carries that on. Each machine
-has a file ``machines/NAME.json`` beside the stored results: the verdicts of one whole run there,
-with what it was made by. Knows stored results and claims. Loads no model.
+has a file ``machines/NAME.json`` beside the stored results of a model: the verdicts of one run
+there, with what it was made by, and how far it found the same safety units. Knows stored results
+and claims. Loads no model.
 """
 
 import json
@@ -10,16 +11,18 @@ from pathlib import Path
 
 import pandas as pd
 
+from ssah_utils import unit_files, units
 from ssah_utils.figures.claims import shown_interval
 from ssah_utils.files import REFERENCE, sha256_of_file, write_json
 from ssah_utils.pipeline import verdicts
-from ssah_utils.pipeline.across_models import MAIN
+from ssah_utils.pipeline.across_models import StoredResults, folders
 from ssah_utils.pipeline.claims import load_claims
 from ssah_utils.pipeline.result_tables import markdown
 from ssah_utils.pipeline.stored import judged_by, load_result
 
 FOLDER = "machines"
 FIELDS = ("id", "verdict", "ours", "ci_low", "ci_high", "control")
+UNITS = Path("03_units") / "units.safetensors"
 UNTOLD = "a processor that was not stored"
 
 
@@ -27,23 +30,37 @@ def keep_verdicts(run: Path, name: str, target: Path = REFERENCE) -> Path:
     """Store the verdicts of one finished run as those of a machine; returns the file.
 
     ``ValueError`` where its 08_claims has not run or has read other seeds, too, and for a run that
-    is not of the stored model with seed 0: it would be held against another one.
+    is not of a stored model with seed 0: it would be held against another one.
     """
     try:
         result = load_result(run / "08_claims" / "result.json")
     except OSError as error:
         raise ValueError(f"{run} has no claims: run 08_claims there") from error
     model, seed = (result["parameters"][name] for name in ("model", "seed"))
-    if (model, seed) != (MAIN, 0):
-        raise ValueError(f"{run} is of {model}, seed {seed}: stored is {MAIN}, seed 0")
+    places = folders(target)
+    if model not in places or seed != 0:
+        stored = ", ".join(places)
+        raise ValueError(f"{run} is of {model}, seed {seed}: stored is seed 0 of {stored}")
     claims = result["tables"]["claims"]
     if (claims["runs"] > 1).any():
         raise ValueError(f"08_claims of {run} has read several seeds: run it beside none")
-    path = target / FOLDER / f"{name}.json"
+    path = places[model] / FOLDER / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     made_by = {"inputs": result["inputs"]} | _made_by([run / one for one in result["inputs"]])
+    made_by["units_agree"] = safety_units_agree(places[model] / UNITS, run / UNITS)
     write_json(path, made_by | {"claims": verdicts.to_records(claims[list(FIELDS)])})
     return path
+
+
+def safety_units_agree(one: Path, other: Path) -> float | None:
+    """Jaccard of the safety units of two unit files, corrected for chance; None where one is not
+    there.
+    """
+    if not (one.exists() and other.exists()):
+        return None
+    sets = {path: unit_files.load_set(path, name="safety") for path in (one, other)}
+    table = units.overlap_table(sets).set_index(["first", "second"])
+    return round(float(table.loc[(one, other), "corrected"]), 6)
 
 
 def _made_by(paths: list[Path]) -> dict[str, list]:
@@ -91,27 +108,34 @@ def on_both(stored: Path, name: str) -> pd.DataFrame:
     return both[is_measured].reset_index(drop=True)
 
 
-def machines_table(results: dict[str, dict]) -> str:
-    """Of every machine: on how many claims it agrees, then each on which it does not."""
+def machines_table(results: StoredResults) -> str:
+    """Of every model and machine: on how many claims it agrees, then each on which it does not."""
     parts = []
-    for name, made_by in of_machines(REFERENCE).items():
-        table = on_both(REFERENCE, name)
-        moved = table[table["verdict"] != table["verdict_there"]]
-        where, judges = ", ".join(made_by["machines"]), made_by["judges"]
-        of_stored = {stage[:2]: judged_by(result) for stage, result in results.items()}
-        others = sorted(stage for stage, one in of_stored.items() if one not in judges)
-        said = (
-            f"`{name}` ({where}; seed 0; judge: {', '.join(judges)}; commit"
-            f" {', '.join(made_by['commits'])}): the same verdict on"
-            f" {len(table) - len(moved)} of {len(table)} claims."
-        )
-        if others:
-            said += f" What is stored of {', '.join(others)} was judged by another judge."
-        rows = []
-        for row in moved.to_dict("records"):
-            there = {key: row[f"{key}_there"] for key in FIELDS if key != "id"}
-            cells = [row["claim"], shown_interval(row), row["verdict"]]
-            rows.append([*cells, shown_interval(there), there["verdict"]])
-        header = ["claim", "stored, seed 0 alone", "verdict", f"on {name}", "verdict there"]
-        parts.append(f"{said}\n\n{markdown(rows, header)}")
+    for model, folder in folders(REFERENCE).items():
+        judges = {stage[:2]: judged_by(result) for stage, result in results.models[model].items()}
+        for name, made_by in of_machines(folder).items():
+            table = on_both(folder, name)
+            moved = table[table["verdict"] != table["verdict_there"]]
+            said = (
+                f"`{name}`, {model} ({', '.join(made_by['machines'])}; seed 0; judge:"
+                f" {', '.join(made_by['judges'])}; commit {', '.join(made_by['commits'])}):"
+                f" the same verdict on {len(table) - len(moved)} of {len(table)} claims."
+            )
+            if agreed := made_by.get("units_agree"):
+                said += f" Safety units agree to {agreed:.2f} (Jaccard, corrected for chance)."
+            others = sorted(stage for stage, one in judges.items() if one not in made_by["judges"])
+            if others:
+                said += f" What is stored of {', '.join(others)} was judged by another judge."
+            parts.append(f"{said}\n\n{moved_table(moved, name)}" if len(moved) else said)
     return "\n\n".join(parts)
+
+
+def moved_table(moved: pd.DataFrame, name: str) -> str:
+    """Claims of ``on_both`` whose verdicts differ, with the number that each rests on."""
+    rows = []
+    for row in moved.to_dict("records"):
+        there = {key: row[f"{key}_there"] for key in FIELDS if key != "id"}
+        cells = [row["claim"], shown_interval(row), row["verdict"]]
+        rows.append([*cells, shown_interval(there), there["verdict"]])
+    header = ["claim", "stored, seed 0 alone", "verdict", f"on {name}", "verdict there"]
+    return markdown(rows, header)

@@ -7,8 +7,9 @@ import pytest
 
 from ssah_utils import unit_files, units
 from ssah_utils.files import REFERENCE, sha256_of_file
+from ssah_utils.per_unit import PerUnit
 from ssah_utils.pipeline import across_machines, publish
-from ssah_utils.pipeline.across_models import StoredResults
+from ssah_utils.pipeline.across_models import MAIN, StoredResults
 from ssah_utils.pipeline.stored import load_result
 
 STAGES = ("03_units", "04_ablation")
@@ -79,10 +80,12 @@ def run_with_claims(folder, n_runs: int, **parameters):
 
 
 def test_a_run_is_stored_with_what_it_was_made_by(tmp_path):
-    path = across_machines.keep_verdicts(run_with_claims(tmp_path / "run", 1), "mine", tmp_path)
+    path = across_machines.keep_verdicts(
+        run_with_claims(tmp_path / MAIN / "seed-0", 1), "mine", tmp_path
+    )
     found = json.loads(path.read_text())
-    assert set(found) == {"inputs", "machines", "judges", "commits", "claims", "units_agree"}
-    assert found["units_agree"] is None, "no unit file there"
+    assert set(found) == {"inputs", "machines", "judges", "commits", "claims", "units"}
+    assert found["units"] == {}, "no unit file there"
     assert set(found["claims"][0]) == set(across_machines.FIELDS)
     stages = [load_result(REFERENCE / one) for one in found["inputs"]]
     assert found["commits"] == sorted({stage["commit"] for stage in stages})
@@ -93,52 +96,62 @@ def test_a_run_without_claims_or_over_seeds_is_refused_in_a_line(tmp_path):
     with pytest.raises(ValueError, match="run 08_claims there"):
         across_machines.keep_verdicts(tmp_path, "mine", tmp_path)
     with pytest.raises(ValueError, match="several seeds"):
-        across_machines.keep_verdicts(run_with_claims(tmp_path / "run", 3), "mine", tmp_path)
+        across_machines.keep_verdicts(
+            run_with_claims(tmp_path / MAIN / "seed-0", 3), "mine", tmp_path
+        )
 
 
 def test_a_run_of_another_stored_model_is_held_against_its_own_results(tmp_path, monkeypatch):
     monkeypatch.setattr(across_machines, "REFERENCE", tmp_path)
-    model = "another-model"
+    model = "org--name@0123456789ab"  # as folders are called for org/name and a commit
     place = tmp_path / "models" / model
     for stage in STAGES:
         (place / stage).mkdir(parents=True)
         shutil.copy(REFERENCE / stage / "result.json", place / stage)
-    run = run_with_claims(tmp_path / "run", 1, model=model)
-    for folder in (place, run):
-        shutil.copy(REFERENCE / across_machines.UNITS, folder / across_machines.UNITS)
+    run = run_with_claims(tmp_path / model / "seed-0", 1, model=f"org/name@{'0123456789ab' * 3}")
+    shutil.copy(REFERENCE / across_machines.UNITS, place / across_machines.UNITS)
+    shift(place / across_machines.UNITS, run / across_machines.UNITS)
     kept = across_machines.keep_verdicts(run, "mine", tmp_path)
     assert kept == place / "machines" / "mine.json"
     found = json.loads(kept.read_text())
-    assert found["units_agree"] == 1.0
-    kept.write_text(json.dumps(found | {"inputs": {}, "units_agree": 0.5}))  # made elsewhere
+    kept.write_text(json.dumps(found | {"inputs": {}}))  # results of its own
+    shown = f"Safety units agree to {found['units']['agree']:.2f} "
     text = across_machines.machines_table(StoredResults(tmp_path))
-    assert f"`mine`, {model} (" in text and "units agree to 0.50" in text
+    assert f"`mine`, {model} (" in text and shown in text
+    shift(place / across_machines.UNITS, place / across_machines.UNITS)  # published anew
+    assert shown not in across_machines.machines_table(StoredResults(tmp_path))
+
+
+def shift(path, to) -> tuple[PerUnit, PerUnit]:
+    """Write the safety units of a unit file, each one channel further; both sets."""
+    file = unit_files.load_units(path)
+    before = file.sets["safety"]
+    after = before.map(lambda chosen: chosen.roll(1, dims=1))
+    unit_files.save_set(to, after, file.info.model, "their neighbours", "safety")
+    return before, after
 
 
 def test_agreement_of_safety_units_is_that_of_their_sets(tmp_path):
-    of_model = ("models", "qwen2.5-coder-0.5b-instruct")
-    one = REFERENCE.joinpath(*of_model) / across_machines.UNITS
-    file = unit_files.load_units(one)
-    moved = file.sets["safety"].map(lambda chosen: chosen.roll(1, dims=1))
-    other = tmp_path / "moved.safetensors"
-    unit_files.save_set(other, moved, file.info.model, "their neighbours", "safety")
-    agreed = across_machines.safety_units_agree(one, other)
-    a, b = file.sets["safety"].flatten(), moved.flatten()
-    found = float((a & b).sum() / (a | b).sum())
-    chance = units.chance_jaccard(file.sets["safety"], moved)
-    assert agreed == pytest.approx((found - chance) / (1 - chance), abs=1e-6)
-    assert across_machines.safety_units_agree(one, one) == 1.0
+    stored, other = REFERENCE / across_machines.UNITS, tmp_path / "other.safetensors"
+    before, after = shift(stored, other)
+    found = across_machines.safety_units_agree(stored, other)
+    a, b = before.flatten(), after.flatten()
+    shared, chance = float((a & b).sum() / (a | b).sum()), units.chance_jaccard(before, after)
+    assert found["agree"] == pytest.approx((shared - chance) / (1 - chance), abs=1e-6)
+    assert found["with"] == sha256_of_file(stored)
+    assert across_machines.safety_units_agree(stored, stored) == {}, "that very file"
+    assert across_machines.safety_units_agree(stored, tmp_path / "none") == {}
 
 
-@pytest.mark.parametrize("other", [{"seed": 1}, {"model": "qwen2.5-coder-0.5b-instruct"}])
-def test_a_run_of_another_model_or_seed_is_not_held_against_the_stored_one(tmp_path, other):
-    run = run_with_claims(tmp_path / "run", 1, **other)
-    with pytest.raises(ValueError, match=f"{next(iter(other.values()))}.*stored is"):
+@pytest.mark.parametrize(("model", "seed"), [(MAIN, 1), ("qwen2.5-coder-0.5b-instruct", 0)])
+def test_a_run_of_another_model_or_seed_is_not_held_against_the_stored_one(tmp_path, model, seed):
+    run = run_with_claims(tmp_path / model / f"seed-{seed}", 1, model=model, seed=seed)
+    with pytest.raises(ValueError, match=f"is of {model}, seed {seed}: stored is seed 0 of {MAIN}"):
         across_machines.keep_verdicts(run, "mine", tmp_path)
 
 
 def test_it_is_said_who_measured_and_judged_not_who_drew_up_the_claims(tmp_path):
-    run = run_with_claims(tmp_path / "run", 1)
+    run = run_with_claims(tmp_path / MAIN / "seed-0", 1)
     for path in run.glob("*/result.json"):
         result = json.loads(path.read_text())
         if path.parent.name != "08_claims":

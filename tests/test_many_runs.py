@@ -364,8 +364,10 @@ def test_two_at_a_time_where_cores_and_memory_are_enough(several, monkeypatch, c
 
     assert how() == (2, 4) and how(jobs=2) == (2, 4) and not capsys.readouterr().out
     assert how(jobs=3) == (3, 2), "what is asked for comes first"
-    said = "3 notebooks at a time may take 17.2 GiB, 12.0 GiB of memory are free\n"
+    said = "3 at a time may take 17.2 GiB, 12.0 GiB of memory are free\n"
     assert capsys.readouterr().out == said
+    assert how(jobs=8) == (8, 1)
+    assert capsys.readouterr().out.startswith(f"{len(found) * len(found[0].stages)} at a time")
     free = 11.0
     assert how() == (1, 8), "memory for one, and for what runs it"
     assert capsys.readouterr().out == "one notebook at a time: 11.0 GiB of memory are free\n"
@@ -375,6 +377,7 @@ def test_two_at_a_time_where_cores_and_memory_are_enough(several, monkeypatch, c
     assert how() == (2, 1)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert how() == (1, 2), "they would share the GPU"
+    assert how(jobs=8) == (8, 1) and not capsys.readouterr().out, "its memory is not planned"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert several.run("seed=0") and several.run("seed=1")
     monkeypatch.setattr(memory_plan, "largest_process", None)

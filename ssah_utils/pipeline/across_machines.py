@@ -15,7 +15,7 @@ from ssah_utils import unit_files, units
 from ssah_utils.figures.claims import shown_interval
 from ssah_utils.files import REFERENCE, sha256_of_file, write_json
 from ssah_utils.pipeline import verdicts
-from ssah_utils.pipeline.across_models import StoredResults, folders
+from ssah_utils.pipeline.across_models import StoredResults, claims_about, folders
 from ssah_utils.pipeline.claims import load_claims
 from ssah_utils.pipeline.result_tables import markdown
 from ssah_utils.pipeline.stored import judged_by, load_result
@@ -36,8 +36,8 @@ def keep_verdicts(run: Path, name: str, target: Path = REFERENCE) -> Path:
         result = load_result(run / "08_claims" / "result.json")
     except OSError as error:
         raise ValueError(f"{run} has no claims: run 08_claims there") from error
-    model, seed = (result["parameters"][name] for name in ("model", "seed"))
-    places = folders(target)
+    # a run's folder has the model's name as it is stored; of a hub id or a place it is another
+    model, seed, places = run.parent.name, result["parameters"]["seed"], folders(target)
     if model not in places or seed != 0:
         stored = ", ".join(places)
         raise ValueError(f"{run} is of {model}, seed {seed}: stored is seed 0 of {stored}")
@@ -47,20 +47,22 @@ def keep_verdicts(run: Path, name: str, target: Path = REFERENCE) -> Path:
     path = places[model] / FOLDER / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     made_by = {"inputs": result["inputs"]} | _made_by([run / one for one in result["inputs"]])
-    made_by["units_agree"] = safety_units_agree(places[model] / UNITS, run / UNITS)
+    made_by["units"] = safety_units_agree(places[model] / UNITS, run / UNITS)
     write_json(path, made_by | {"claims": verdicts.to_records(claims[list(FIELDS)])})
     return path
 
 
-def safety_units_agree(one: Path, other: Path) -> float | None:
-    """Jaccard of the safety units of two unit files, corrected for chance; None where one is not
-    there.
+def safety_units_agree(stored: Path, there: Path) -> dict[str, object]:
+    """How far a run found the safety units of a stored unit file, and the hash of that file.
+
+    ``agree``: Jaccard, corrected for chance. Empty where one is not there, or both are one file.
     """
-    if not (one.exists() and other.exists()):
-        return None
-    sets = {path: unit_files.load_set(path, name="safety") for path in (one, other)}
+    if not (stored.exists() and there.exists()) or sha256_of_file(stored) == sha256_of_file(there):
+        return {}
+    sets = {path: unit_files.load_set(path, name="safety") for path in (stored, there)}
     table = units.overlap_table(sets).set_index(["first", "second"])
-    return round(float(table.loc[(one, other), "corrected"]), 6)
+    agree = round(float(table.loc[(stored, there), "corrected"]), 6)
+    return {"agree": agree, "with": sha256_of_file(stored)}
 
 
 def _made_by(paths: list[Path]) -> dict[str, list]:
@@ -99,7 +101,8 @@ def on_both(stored: Path, name: str) -> pd.DataFrame:
         for one, sha in read
         if one in paths and sha256_of_file(paths[one]) == sha
     }
-    stated = [one for one in load_claims() if not own & set(verdicts.stages_of([one]))]
+    about = claims_about(stored, load_claims())
+    stated = [one for one in about if not own & set(verdicts.stages_of([one]))]
     tables, _ = verdicts.read_tables(stored, verdicts.stages_of(stated))
     here = verdicts.verdict_table(stated, [tables])[["claim", *FIELDS]]
     there = pd.DataFrame(made_by["claims"])
@@ -121,8 +124,11 @@ def machines_table(results: StoredResults) -> str:
                 f" {', '.join(made_by['judges'])}; commit {', '.join(made_by['commits'])}):"
                 f" the same verdict on {len(table) - len(moved)} of {len(table)} claims."
             )
-            if agreed := made_by.get("units_agree"):
-                said += f" Safety units agree to {agreed:.2f} (Jaccard, corrected for chance)."
+            found = made_by.get("units")
+            if found and sha256_of_file(folder / UNITS) == found["with"]:
+                said += (
+                    f" Safety units agree to {found['agree']:.2f} (Jaccard, corrected for chance)."
+                )
             others = sorted(stage for stage, one in judges.items() if one not in made_by["judges"])
             if others:
                 said += f" What is stored of {', '.join(others)} was judged by another judge."

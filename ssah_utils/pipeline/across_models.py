@@ -69,21 +69,24 @@ def results_by_model(stored: Path) -> tuple[dict[str, dict[str, dict]], list[str
 
 
 def verdicts_by_model(stored: Path, stated: list[Claim]) -> pd.DataFrame:
-    """One row a claim and model, in their orders: ``COLUMNS``.
-
-    A result that is of another model than its folder says speaks of no claim there: 07 aligns the
-    embedded base where the run's own model came aligned.
-    """
+    """One row a claim and model, in their orders: ``COLUMNS``."""
     parts = []
     for model, folder in folders(stored).items():
-        foreign = [stage for stage in verdicts.stages_of(stated) if _is_foreign(folder, stage)]
-        own = [claim for claim in stated if not set(verdicts.stages_of([claim])) & set(foreign)]
-        table, _ = verdicts.stored_verdicts(folder, own)
+        table, _ = verdicts.stored_verdicts(folder, claims_about(folder, stated))
         parts.append(table.assign(model=model))
     table = pd.concat(parts, ignore_index=True)
     order = {claim.id: place for place, claim in enumerate(stated)}
     table = table.sort_values("id", key=lambda ids: ids.map(order), kind="stable")
     return table[list(COLUMNS)].reset_index(drop=True)
+
+
+def claims_about(folder: Path, stated: list[Claim]) -> list[Claim]:
+    """The claims on which the results in a model's folder say something of that model.
+
+    07 aligns the embedded base where the run's own model came aligned: that is of another one.
+    """
+    foreign = {stage for stage in verdicts.stages_of(stated) if _is_foreign(folder, stage)}
+    return [claim for claim in stated if not set(verdicts.stages_of([claim])) & foreign]
 
 
 def _is_foreign(folder: Path, stage: str) -> bool:

@@ -310,10 +310,11 @@ def at_a_time(found: list[Member], asked: int = 0, only: str = "") -> int:
     for both and no GPU that they would have to share.
     """
     wanted = asked or at_a_time_by_cores()
-    if wanted == 1:
-        return 1
+    if wanted == 1 or torch.cuda.is_available():  # how jobs share a GPU is not planned
+        return wanted
     try:
-        if sum(len(member.due(bool(only))) for member in found) < 2:
+        n_due = sum(len(member.due(bool(only))) for member in found)
+        if n_due < 2:
             return asked or 1
         from ssah_utils.pipeline import memory_plan  # it imports much that is of use only here
 
@@ -325,12 +326,12 @@ def at_a_time(found: list[Member], asked: int = 0, only: str = "") -> int:
             needed = max(needed, taken)
     except (ValueError, OSError):  # inputs that are not there; a model whose memory is not planned
         return asked or 1
-    most = wanted * (needed + RUNNER) / GIB
+    most = min(wanted, n_due) * (needed + RUNNER) / GIB
     if most <= here.cpu / GIB:
         return wanted
     free = f"{here.cpu / GIB:.1f} GiB of memory are free"
     if asked:
-        print(f"{asked} notebooks at a time may take {most:.1f} GiB, {free}", flush=True)
+        print(f"{min(asked, n_due)} at a time may take {most:.1f} GiB, {free}", flush=True)
         return asked
     print(f"one notebook at a time: {free}", flush=True)
     return 1

@@ -143,10 +143,10 @@ def came_aligned(places: Mapping[str, str]) -> bool:
 
 
 def study_splits(run: Run) -> dict[str, dict[str, pd.DataFrame]]:
-    """The same disjoint requests for every notebook: ``{part: {set: table}}``.
+    """Disjoint requests, of evaluation the same for every notebook: ``{part: {set: table}}``.
 
-    Where the model came aligned, the seed draws which of the requests that it is not evaluated on
-    it is calibrated on. No training of ours makes its seeds differ: with the same requests they
+    Where the model came aligned, the seed draws which of the other requests it is calibrated on in
+    all that follows 01. No training of ours makes its seeds differ: with the same requests they
     would find the same units, and count one measurement several times.
     """
     names = ("harmful_data", "other_harmful_data", "helpful_data")

@@ -8,8 +8,9 @@ import pytest
 from ssah_utils import unit_files, units
 from ssah_utils.files import REFERENCE, sha256_of_file
 from ssah_utils.per_unit import PerUnit
-from ssah_utils.pipeline import across_machines, publish
+from ssah_utils.pipeline import across_machines, publish, verdicts
 from ssah_utils.pipeline.across_models import MAIN, StoredResults
+from ssah_utils.pipeline.claims import load_claims
 from ssah_utils.pipeline.stored import load_result
 
 STAGES = ("03_units", "04_ablation")
@@ -65,40 +66,43 @@ def test_a_result_of_that_very_run_is_no_comparison(stored):
     assert CARRIES not in set(across_machines.on_both(stored, "other")["id"])
 
 
-def run_with_claims(folder, n_runs: int, **parameters):
-    shutil.copytree(REFERENCE / "08_claims", folder / "08_claims")
-    path = folder / "08_claims" / "result.json"
-    result = json.loads(path.read_text())
-    for row in result["tables"]["claims"]:
-        row["runs"] = n_runs
-    for one in result["inputs"]:
-        (folder / one).parent.mkdir(exist_ok=True)
-        shutil.copy(REFERENCE / one, folder / one)
-    result["parameters"] |= parameters
-    path.write_text(json.dumps(result))
-    return folder
+def run_of(folder, model: str = MAIN, seed: int = 0):
+    """A run that went as far as ``STAGES``, with the results that are stored."""
+    run = folder / model / f"seed-{seed}"
+    for stage in STAGES:
+        (run / stage).mkdir(parents=True)
+        shutil.copy(REFERENCE / stage / "result.json", run / stage)
+    return run
 
 
-def test_a_run_is_stored_with_what_it_was_made_by(tmp_path):
-    path = across_machines.keep_verdicts(
-        run_with_claims(tmp_path / MAIN / "seed-0", 1), "mine", tmp_path
-    )
-    found = json.loads(path.read_text())
+def test_a_run_is_stored_as_far_as_it_went_with_what_it_was_made_by(tmp_path):
+    run = run_of(tmp_path)
+    found = json.loads(across_machines.keep_verdicts(run, "mine", tmp_path).read_text())
     assert set(found) == {"inputs", "machines", "judges", "commits", "claims", "units"}
     assert found["units"] == {}, "no unit file there"
     assert set(found["claims"][0]) == set(across_machines.FIELDS)
     stages = [load_result(REFERENCE / one) for one in found["inputs"]]
+    assert sorted(stage["stage"] for stage in stages) == sorted(STAGES)
     assert found["commits"] == sorted({stage["commit"] for stage in stages})
     assert across_machines.of_machines(tmp_path)["mine"] == found
 
 
-def test_a_run_without_claims_or_over_seeds_is_refused_in_a_line(tmp_path):
-    with pytest.raises(ValueError, match="run 08_claims there"):
-        across_machines.keep_verdicts(tmp_path, "mine", tmp_path)
-    with pytest.raises(ValueError, match="several seeds"):
-        across_machines.keep_verdicts(
-            run_with_claims(tmp_path / MAIN / "seed-0", 3), "mine", tmp_path
-        )
+def test_its_verdicts_are_those_of_the_rules_on_what_it_measured(tmp_path):
+    found = json.loads(
+        across_machines.keep_verdicts(run_of(tmp_path), "mine", tmp_path).read_text()
+    )
+    by_id = {row["id"]: row for row in found["claims"]}
+    stated = {claim.id: claim for claim in load_claims()}
+    tables, _ = verdicts.read_tables(REFERENCE, STAGES)
+    for name, row in by_id.items():
+        alone = verdicts.decide(stated[name], tables)
+        assert (row["verdict"], row["ours"]) == (alone["verdict"], pytest.approx(alone["ours"]))
+    assert CARRIES in by_id and "freezing-safety" not in by_id, "06 has not run there"
+
+
+def test_a_run_without_results_is_refused_in_a_line(tmp_path):
+    with pytest.raises(ValueError, match="no result on which a claim rests"):
+        across_machines.keep_verdicts(tmp_path / MAIN / "seed-0", "mine", tmp_path)
 
 
 def test_a_run_of_another_stored_model_is_held_against_its_own_results(tmp_path, monkeypatch):
@@ -108,7 +112,7 @@ def test_a_run_of_another_stored_model_is_held_against_its_own_results(tmp_path,
     for stage in STAGES:
         (place / stage).mkdir(parents=True)
         shutil.copy(REFERENCE / stage / "result.json", place / stage)
-    run = run_with_claims(tmp_path / model / "seed-0", 1, model=f"org/name@{'0123456789ab' * 3}")
+    run = run_of(tmp_path, model)
     shutil.copy(REFERENCE / across_machines.UNITS, place / across_machines.UNITS)
     shift(place / across_machines.UNITS, run / across_machines.UNITS)
     kept = across_machines.keep_verdicts(run, "mine", tmp_path)
@@ -145,18 +149,17 @@ def test_agreement_of_safety_units_is_that_of_their_sets(tmp_path):
 
 @pytest.mark.parametrize(("model", "seed"), [(MAIN, 1), ("qwen2.5-coder-0.5b-instruct", 0)])
 def test_a_run_of_another_model_or_seed_is_not_held_against_the_stored_one(tmp_path, model, seed):
-    run = run_with_claims(tmp_path / model / f"seed-{seed}", 1, model=model, seed=seed)
+    run = run_of(tmp_path, model, seed)
     with pytest.raises(ValueError, match=f"is of {model}, seed {seed}: stored is seed 0 of {MAIN}"):
         across_machines.keep_verdicts(run, "mine", tmp_path)
 
 
-def test_it_is_said_who_measured_and_judged_not_who_drew_up_the_claims(tmp_path):
-    run = run_with_claims(tmp_path / MAIN / "seed-0", 1)
+def test_it_is_said_who_measured_and_judged(tmp_path):
+    run = run_of(tmp_path)
     for path in run.glob("*/result.json"):
         result = json.loads(path.read_text())
-        if path.parent.name != "08_claims":
-            result |= {"machine": {"cpu": "AVX9", "dtype": "float32"}, "judge": "a judge"}
-            path.write_text(json.dumps(result))
+        result |= {"machine": {"cpu": "AVX9", "dtype": "float32"}, "judge": "a judge"}
+        path.write_text(json.dumps(result))
     first = run / "03_units" / "result.json"
     result = json.loads(first.read_text())
     del result["machine"], result["judge"]  # as of old ones

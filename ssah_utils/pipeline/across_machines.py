@@ -27,27 +27,28 @@ UNTOLD = "a processor that was not stored"
 
 
 def keep_verdicts(run: Path, name: str, target: Path = REFERENCE) -> Path:
-    """Store the verdicts of one finished run as those of a machine; returns the file.
+    """Store the verdicts of one run, as far as it went, as those of a machine; returns the file.
 
-    ``ValueError`` where its 08_claims has not run or has read other seeds, too, and for a run that
-    is not of a stored model with seed 0: it would be held against another one.
+    ``ValueError`` for a run without results, and for one that is not of a stored model with seed 0:
+    it would be held against another one.
     """
-    try:
-        result = load_result(run / "08_claims" / "result.json")
-    except OSError as error:
-        raise ValueError(f"{run} has no claims: run 08_claims there") from error
     # a run's folder has the model's name as it is stored; of a hub id or a place it is another
-    model, seed, places = run.parent.name, result["parameters"]["seed"], folders(target)
-    if model not in places or seed != 0:
+    model, seed, places = run.parent.name, run.name.removeprefix("seed-"), folders(target)
+    if model not in places or seed != "0":
         stored = ", ".join(places)
         raise ValueError(f"{run} is of {model}, seed {seed}: stored is seed 0 of {stored}")
-    claims = result["tables"]["claims"]
-    if (claims["runs"] > 1).any():
-        raise ValueError(f"08_claims of {run} has read several seeds: run it beside none")
+    stated = claims_about(run, load_claims())
+    tables, _ = verdicts.read_tables(run, verdicts.stages_of(stated))
+    if not tables:
+        raise ValueError(f"{run} has no result on which a claim rests: run some notebooks there")
+    claims = verdicts.verdict_table(stated, [tables])
+    claims = claims[claims["verdict"] != "not measured"]
+    paths = {f"{stage}/result.json": run / stage / "result.json" for stage in tables}
+    made_by = {"inputs": {one: sha256_of_file(path) for one, path in paths.items()}}
+    made_by |= _made_by(list(paths.values()))
+    made_by["units"] = safety_units_agree(places[model] / UNITS, run / UNITS)
     path = places[model] / FOLDER / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    made_by = {"inputs": result["inputs"]} | _made_by([run / one for one in result["inputs"]])
-    made_by["units"] = safety_units_agree(places[model] / UNITS, run / UNITS)
     write_json(path, made_by | {"claims": verdicts.to_records(claims[list(FIELDS)])})
     return path
 
@@ -66,10 +67,7 @@ def safety_units_agree(stored: Path, there: Path) -> dict[str, object]:
 
 
 def _made_by(paths: list[Path]) -> dict[str, list]:
-    """Where, judged by whom and with which code the results that verdicts rest on were measured.
-
-    That of 08_claims says nothing of it: it may have run elsewhere and later.
-    """
+    """Where, judged by whom and with which code the results that verdicts rest on were measured."""
     results = [load_result(path) for path in paths]
     places = [result.get("machine", {}) for result in results]
     found = {

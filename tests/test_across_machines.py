@@ -174,3 +174,18 @@ def test_a_machine_needs_one_run():
         publish.publish("", machine="mine")
     with pytest.raises(ValueError, match="one seed and model"):
         publish.publish("laptop", seeds=(0, 1), machine="mine")
+
+
+def test_a_machine_is_stored_without_drawing_figures(tmp_path, monkeypatch):
+    """They show none, and are drawn by forks, which hang once torch has computed with threads."""
+    run = run_of(tmp_path / "runs")
+    monkeypatch.setattr(publish, "sources", lambda *asked: [run])
+    monkeypatch.setattr(publish, "redraw", None)
+    monkeypatch.setattr(publish, "filled_anew", lambda: ["filled"])
+    keep = across_machines.keep_verdicts
+    kept = []
+    monkeypatch.setattr(
+        across_machines, "keep_verdicts", lambda *asked: kept.append(keep(*asked, tmp_path))
+    )
+    assert publish.publish("laptop", machine="mine") == ["filled"]
+    assert kept == [tmp_path / "machines" / "mine.json"]

@@ -181,7 +181,7 @@ def test_a_machine_is_stored_without_drawing_figures(tmp_path, monkeypatch):
     run = run_of(tmp_path / "runs")
     monkeypatch.setattr(publish, "sources", lambda *asked: [run])
     monkeypatch.setattr(publish, "redraw", None)
-    monkeypatch.setattr(publish, "filled_anew", lambda: ["filled"])
+    monkeypatch.setattr(publish, "refill_documents", lambda: ["filled"])
     keep = across_machines.keep_verdicts
     kept = []
     monkeypatch.setattr(

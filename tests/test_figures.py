@@ -5,6 +5,8 @@ equal files.
 import itertools
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import matplotlib
@@ -428,3 +430,28 @@ def test_main_redraws_and_reports_problems_on_stderr(source, tmp_path, monkeypat
     (source / "01_alignment" / "result.json").unlink()
     assert cli.main(["figures", "--to", str(target)]) == 1
     assert capsys.readouterr().err.startswith("error: 01_alignment")
+
+
+FORKED = """
+from pathlib import Path
+import torch
+from ssah_utils.pipeline import redraw
+
+def work(*where):
+    return [str(int(torch.ones(2_000_000).sqrt().sum()))]
+
+redraw.FIGURES, redraw.redraw_across_models, redraw.redraw_growth = {}, work, work
+assert torch.get_num_threads() > 1
+print(*work(), *redraw.redraw(Path(), Path()))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere nothing is forked")
+def test_figures_are_drawn_after_torch_has_computed_with_threads():
+    """After a fork its threads are gone: who waited for them would wait for ever."""
+    there = os.environ | {"OMP_NUM_THREADS": "2"}
+    command = [sys.executable, "-c", FORKED]
+    found = subprocess.run(
+        command, env=there, cwd=files.ROOT, capture_output=True, text=True, timeout=240, check=True
+    )
+    assert found.stdout == "2000000 2000000 2000000\n"

@@ -58,12 +58,15 @@ def safety_units_agree(stored: Path, there: Path) -> dict[str, object]:
 
     ``agree``: Jaccard, corrected for chance. Empty where one is not there, or both are one file.
     """
-    if not (stored.exists() and there.exists()) or sha256_of_file(stored) == sha256_of_file(there):
+    if not (stored.exists() and there.exists()):
+        return {}
+    hash_of_stored = sha256_of_file(stored)
+    if sha256_of_file(there) == hash_of_stored:
         return {}
     sets = {path: unit_files.load_set(path, name="safety") for path in (stored, there)}
     table = units.overlap_table(sets).set_index(["first", "second"])
     agree = round(float(table.loc[(stored, there), "corrected"]), 6)
-    return {"agree": agree, "with": sha256_of_file(stored)}
+    return {"agree": agree, "with": hash_of_stored}
 
 
 def _made_by(paths: list[Path]) -> dict[str, list]:

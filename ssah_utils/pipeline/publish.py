@@ -186,7 +186,7 @@ def fill_documents(results: dict[str, dict]) -> list[str]:
     return problems
 
 
-def filled_anew() -> list[str]:
+def refill_documents() -> list[str]:
     """Fill the documents from what is stored; one line for each result or part that failed."""
     results = across_models.StoredResults(REFERENCE)
     return [*results.problems, *fill_documents(results)]
@@ -270,7 +270,7 @@ def publish(
     if machine:
         check_intact(found[0])
         across_machines.keep_verdicts(found[0], machine)
-        return filled_anew()  # figures show nothing of it
+        return refill_documents()  # figures show nothing of it
     notebooks: dict[Path, nbformat.NotebookNode] = {}
     for source in found:  # all of them before anything is written
         if source.parent.name == embedded.TINY_RANDOM:
@@ -287,5 +287,5 @@ def publish(
     if found and 0 not in seeds:
         print("publish seed 0, too, after its 08_claims has run again")
         return []
-    problems = publish_claims(REFERENCE) + redraw(REFERENCE, ROOT / "figures") + filled_anew()
+    problems = publish_claims(REFERENCE) + redraw(REFERENCE, ROOT / "figures") + refill_documents()
     return list(dict.fromkeys(problems))

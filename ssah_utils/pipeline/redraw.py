@@ -13,6 +13,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pandas as pd
+import torch
 
 from ssah_utils.figures import (
     ablation,
@@ -149,12 +150,15 @@ def redraw(source: Path, target: Path) -> list[str]:
 def _on_all_cores(drawings: list[Callable], source: Path, target: Path) -> list[list[str]]:
     """What each returns for ``(source, target)``, in order.
 
-    On Linux in forked processes, which need not import anything again; elsewhere one by one.
+    On Linux in forked processes, which need not import anything again; elsewhere one by one. Each
+    computes with one thread: torch's others, had it any here before, are not there after a fork,
+    and would be waited for.
     """
     if sys.platform != "linux":
         return [draw(source, target) for draw in drawings]
     n = min(len(drawings), len(os.sched_getaffinity(0)))
-    with ProcessPoolExecutor(n, multiprocessing.get_context("fork")) as pool:
+    fork = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(n, fork, torch.set_num_threads, (1,)) as pool:
         found = [pool.submit(draw, source, target) for draw in drawings]
     return [one.result() for one in found]
 

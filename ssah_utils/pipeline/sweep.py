@@ -309,13 +309,13 @@ def at_a_time(found: list[Member], asked: int = 0, only: str = "") -> int:
     memory may not be enough for so many. Else two, where this machine has the cores and the memory
     for both and no GPU that they would have to share.
     """
-    wanted = asked or at_a_time_by_cores()
+    wanted, otherwise = asked or at_a_time_by_cores(), asked or 1
     if wanted == 1 or torch.cuda.is_available():  # how jobs share a GPU is not planned
         return wanted
     try:
-        n_due = sum(len(member.due(bool(only))) for member in found)
-        if n_due < 2:
-            return asked or 1
+        beside = min(wanted, sum(len(member.due(bool(only))) for member in found))
+        if beside < 2:
+            return otherwise
         from ssah_utils.pipeline import memory_plan  # it imports much that is of use only here
 
         here = memory_plan.Machine.named("", None)
@@ -325,16 +325,17 @@ def at_a_time(found: list[Member], asked: int = 0, only: str = "") -> int:
                 taken = memory_plan.largest_process(member.selected, here)
             needed = max(needed, taken)
     except (ValueError, OSError):  # inputs that are not there; a model whose memory is not planned
-        return asked or 1
-    most = min(wanted, n_due) * (needed + RUNNER) / GIB
-    if most <= here.cpu / GIB:
+        return otherwise
+    needed = beside * (needed + RUNNER)
+    if needed <= here.cpu:
         return wanted
-    free = f"{here.cpu / GIB:.1f} GiB of memory are free"
-    if asked:
-        print(f"{min(asked, n_due)} at a time may take {most:.1f} GiB, {free}", flush=True)
-        return asked
-    print(f"one notebook at a time: {free}", flush=True)
-    return 1
+    said = (
+        f"{beside} at a time may take {needed / GIB:.1f} GiB,"
+        if asked
+        else "one notebook at a time:"
+    )
+    print(f"{said} {here.cpu / GIB:.1f} GiB of memory are free", flush=True)
+    return otherwise
 
 
 def sweep(found: list[Member], how: engine.Engine, only: str = "") -> list[str]:

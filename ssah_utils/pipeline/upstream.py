@@ -37,6 +37,11 @@ def model_places(run: Run) -> dict[str, str]:
     return json.loads(run.upstream("01_alignment", "models.json").read_text(encoding="utf-8"))
 
 
+def came_aligned(places: Mapping[str, str]) -> bool:
+    """Whether the model of ``model_places`` was aligned by others, so that 01 only measured it."""
+    return places["aligned"] == places["base"]
+
+
 # Notebooks that do not build on the models of 01.
 WITHOUT_01 = ("00_quickstart", "01_alignment")
 PLAIN_TEMPLATE = DATA / "plain_chat.jinja"  # for a base without a chat template
@@ -135,11 +140,6 @@ def load_partition(run: Run, model: nn.Module) -> tuple[units.UnitPartition, dic
     """The partition of 03 and its scores; ``ValueError`` if they belong to another model."""
     path = run.upstream("03_units", "units.safetensors")
     return unit_files.load_partition(path, fingerprints.fingerprint(model))
-
-
-def came_aligned(places: Mapping[str, str]) -> bool:
-    """Whether the model of ``model_places`` was aligned by others, so that 01 only measured it."""
-    return places["aligned"] == places["base"]
 
 
 def study_splits(run: Run) -> dict[str, dict[str, pd.DataFrame]]:

@@ -183,7 +183,9 @@ class SliceLinear(nn.Module):
     def __init__(self, linear: nn.Linear, dimension: int, n: int) -> None:
         super().__init__()
         self.whole, self.dimension, self.bias = linear.weight.detach(), dimension, linear.bias
-        self.block = nn.Parameter(self.whole.narrow(dimension, 0, n).float())
+        # its own memory: torch's fused AdamW steps through that of a view as if nothing lay between
+        own = self.whole.narrow(dimension, 0, n).to(torch.float32, copy=True)
+        self.block = nn.Parameter(own.contiguous())
 
     @torch.no_grad()
     def write(self) -> None:

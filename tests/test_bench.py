@@ -68,8 +68,8 @@ def test_masked_training_moves_what_training_by_units_moves():
     assert all(torch.equal(ours[name], masked[name]) for name in ours)
 
 
-def test_contiguous_training_moves_as_much_in_the_first_lines_of_each_matrix():
-    dtype = bench_training.dtype_of("contiguous")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_contiguous_training_moves_as_much_in_the_first_lines_of_each_matrix(dtype):
     ours, contiguous = (moved(name, dtype) for name in ("redundant", "contiguous"))
     matrices = {name: one for name, one in contiguous.items() if one.ndim == 2}
     for name, one in matrices.items():

@@ -143,8 +143,51 @@ def test_agreement_of_safety_units_is_that_of_their_sets(tmp_path):
     shared, chance = float((a & b).sum() / (a | b).sum()), units.chance_jaccard(before, after)
     assert found["agree"] == pytest.approx((shared - chance) / (1 - chance), abs=1e-6)
     assert found["with"] == sha256_of_file(stored)
-    assert across_machines.safety_units_agree(stored, stored) == {}, "that very file"
+    assert across_machines.safety_units_agree(stored, stored)["agree"] == 1
     assert across_machines.safety_units_agree(stored, tmp_path / "none") == {}
+
+
+def test_the_very_run_that_is_stored_says_nothing_of_agreement(tmp_path):
+    run, place = run_of(tmp_path / "runs"), tmp_path / "stored"
+    for folder in (run, place):
+        (folder / "03_units").mkdir(parents=True, exist_ok=True)
+        shutil.copy(REFERENCE / across_machines.UNITS, folder / across_machines.UNITS)
+    found = json.loads(across_machines.keep_verdicts(run, "mine", place).read_text())
+    assert found["units"] == {}
+    shift(place / across_machines.UNITS, run / across_machines.UNITS)
+    found = json.loads(across_machines.keep_verdicts(run, "mine", place).read_text())
+    assert found["units"]["agree"] < 1
+
+
+def test_every_stored_run_has_a_row_that_says_where_it_was_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(across_machines, "REFERENCE", tmp_path)
+    stored, first, second = (tmp_path / name for name in ("", "seed-1", "seed-2"))
+    for folder in (stored, first, second):
+        for stage in STAGES:
+            (folder / stage).mkdir(parents=True)
+            shutil.copy(REFERENCE / stage / "result.json", folder / stage)
+    shutil.copy(REFERENCE / across_machines.UNITS, stored / across_machines.UNITS)
+    for folder in (first, second):
+        run = tmp_path / "runs" / folder.name
+        (run / "03_units").mkdir(parents=True)
+        shift(stored / across_machines.UNITS, run / across_machines.UNITS)
+        across_machines.keep_agreement(run, folder)
+    path = first / "04_ablation" / "result.json"
+    result = json.loads(path.read_text())
+    path.write_text(json.dumps(result | {"machine": {"cpu": "AVX9", "dtype": "float32"}}))
+    agree = json.loads((first / "03_units" / across_machines.AGREEMENT).read_text())["agree"]
+    place = load_result(stored / "03_units" / "result.json")["machine"]
+    where = f"| {place['cpu']} | {place['dtype']} | {place['threads']} |"
+    rows = across_machines.runs_table(StoredResults(tmp_path)).splitlines()[2:]
+    assert rows == [
+        f"| {MAIN} | 0 | 03, 04 {where}  |",
+        f"| {MAIN} | 1 | 03 {where} {agree:.2f} |",
+        f"| {MAIN} | 1 | 04 | AVX9 | float32 |  |  |",
+        f"| {MAIN} | 2 | 03, 04 {where} {agree:.2f} |",
+    ]
+    shift(stored / across_machines.UNITS, stored / across_machines.UNITS)  # published anew
+    rows = across_machines.runs_table(StoredResults(tmp_path)).splitlines()[2:]
+    assert rows[:2] == [f"| {MAIN} | 0, 2 | 03, 04 {where}  |", f"| {MAIN} | 1 | 03 {where}  |"]
 
 
 @pytest.mark.parametrize(("model", "seed"), [(MAIN, 1), ("qwen2.5-coder-0.5b-instruct", 0)])

@@ -13,8 +13,9 @@ import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from ssah_utils import embedded
-from ssah_utils.files import NOTEBOOKS
+from ssah_utils.files import NOTEBOOKS, REFERENCE, sha256_of_file
 from ssah_utils.pipeline import across_models, cli, publish, runs
+from ssah_utils.pipeline.across_machines import AGREEMENT, UNITS
 from ssah_utils.pipeline.runs import declared_parameters
 from ssah_utils.pipeline.stored import find_run
 
@@ -99,7 +100,7 @@ def finished_runs(tmp_path, monkeypatch):
         folder = tmp_path / "runs" / "reference" / across_models.MAIN / f"seed-{seed}"
         for stage in ("03_units", "04_ablation"):
             runs.Run(stage, folder / stage, {"seed": seed}).finish()
-        (folder / "03_units" / "units.safetensors").write_bytes(b"units")
+        shutil.copy(REFERENCE / UNITS, folder / UNITS)
         (folder / "03_units" / "stamp.json").write_text("{}")
         os.utime(folder / "03_units" / "stamp.json", (1000, 1000 + seed))
     return tmp_path
@@ -134,7 +135,7 @@ def test_another_model_is_stored_beside_the_main_one_and_leaves_the_notebooks(pr
     said = capsys.readouterr().out
     assert all(f"org--other, seed-{seed}: stored 03_units" in said for seed in (0, 1))
     place = project / "stored" / "models" / "org--other"
-    assert (place / "03_units" / "units.safetensors").read_bytes() == b"units"
+    assert (place / UNITS).read_bytes() == (REFERENCE / UNITS).read_bytes()
     assert (place / "seed-1" / "03_units" / "result.json").exists()
     assert not (project / "stored" / "03_units").exists()
     assert (project / "notebooks" / "03_units.ipynb").read_bytes() == notebook
@@ -160,6 +161,8 @@ def test_one_command_stores_all_of_a_sweep_each_where_it_belongs(project, monkey
         f"models/{embedded.VENDOR_ALIGNED}/seed-1/03_units/result.json",
         "seed-1/03_units/result.json",
     ], "what follows from the results is written once, when all of them are there"
+    held = json.loads((project / "stored" / "seed-1" / "03_units" / AGREEMENT).read_text())
+    assert held == {"agree": 1.0, "with": sha256_of_file(project / "stored" / UNITS)}
     shown = nbformat.read(project / "notebooks" / "03_units.ipynb", 4)
     assert shown.metadata["ssah"]["outputs_of"]
 
@@ -248,7 +251,7 @@ def test_publishing_stores_results_notebook_claims_and_tables_and_says_what_is_a
     assert "05_transfer: re-run 05_transfer" in said and "re-run 08_claims" in said, (
         "and yet all else is written"
     )
-    assert (project / "stored" / "03_units" / "units.safetensors").read_bytes() == b"units"
+    assert (project / "stored" / UNITS).read_bytes() == (REFERENCE / UNITS).read_bytes()
     assert nbformat.read(project / "notebooks" / "03_units.ipynb", 4).metadata["ssah"]["outputs_of"]
     assert (project / "stored" / "claims.json").exists()
     assert (project / "README.md").read_text() == "<!-- cost -->\n| 0 |\n<!-- end cost -->\n"

@@ -1,9 +1,9 @@
-"""The same seed on another machine: which verdicts and numbers move.
+"""Where runs were measured, and the same seed on another machine: which verdicts and numbers move.
 
 Arithmetic differs between processors in the last bits, and a training carries that on. Each machine
 has a file ``machines/NAME.json`` beside the stored results of a model: the verdicts of one run
-there, with what it was made by, and how far it found the same safety units. Knows stored results
-and claims. Loads no model.
+there, with what it was made by, and how far it found the same safety units. So has every other seed
+than 0, whose unit file is not stored. Knows stored results and claims. Loads no model.
 """
 
 import json
@@ -15,7 +15,7 @@ from ssah_utils import unit_files, units
 from ssah_utils.figures.claims import shown_interval
 from ssah_utils.files import REFERENCE, sha256_of_file, write_json
 from ssah_utils.pipeline import verdicts
-from ssah_utils.pipeline.across_models import StoredResults, claims_about, folders
+from ssah_utils.pipeline.across_models import StoredResults, claims_about, folders, model_folder
 from ssah_utils.pipeline.claims import load_claims
 from ssah_utils.pipeline.result_tables import markdown
 from ssah_utils.pipeline.stored import judged_by, load_result
@@ -23,6 +23,7 @@ from ssah_utils.pipeline.stored import judged_by, load_result
 FOLDER = "machines"
 FIELDS = ("id", "verdict", "ours", "ci_low", "ci_high", "control")
 UNITS = Path("03_units") / "units.safetensors"
+AGREEMENT = "agreement.json"
 UNTOLD = "a processor that was not stored"
 
 
@@ -46,7 +47,9 @@ def keep_verdicts(run: Path, name: str, target: Path = REFERENCE) -> Path:
     paths = {f"{stage}/result.json": run / stage / "result.json" for stage in tables}
     made_by = {"inputs": {one: sha256_of_file(path) for one, path in paths.items()}}
     made_by |= _made_by(list(paths.values()))
-    made_by["units"] = safety_units_agree(places[model] / UNITS, run / UNITS)
+    agreed = safety_units_agree(places[model] / UNITS, run / UNITS)
+    is_own = agreed and sha256_of_file(run / UNITS) == agreed["with"]  # what is stored is this run
+    made_by["units"] = {} if is_own else agreed
     path = places[model] / FOLDER / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, made_by | {"claims": verdicts.to_records(claims[list(FIELDS)])})
@@ -56,17 +59,64 @@ def keep_verdicts(run: Path, name: str, target: Path = REFERENCE) -> Path:
 def safety_units_agree(stored: Path, there: Path) -> dict[str, object]:
     """How far a run found the safety units of a stored unit file, and the hash of that file.
 
-    ``agree``: Jaccard, corrected for chance. Empty where one is not there, or both are one file.
+    ``agree``: Jaccard, corrected for chance. Empty where one is not there.
     """
     if not (stored.exists() and there.exists()):
-        return {}
-    hash_of_stored = sha256_of_file(stored)
-    if sha256_of_file(there) == hash_of_stored:
         return {}
     sets = {path: unit_files.load_set(path, name="safety") for path in (stored, there)}
     table = units.overlap_table(sets).set_index(["first", "second"])
     agree = round(float(table.loc[(stored, there), "corrected"]), 6)
-    return {"agree": agree, "with": hash_of_stored}
+    return {"agree": agree, "with": sha256_of_file(stored)}
+
+
+def keep_agreement(run: Path, place: Path) -> None:
+    """Store beside the results of a run with another seed how far it found the safety units of seed
+    0. Of seed 0, or without a unit file, nothing.
+    """
+    is_other = place.name.startswith("seed-")
+    if is_other and (found := safety_units_agree(place.parent / UNITS, run / UNITS)):
+        write_json(place / UNITS.parent / AGREEMENT, found)
+
+
+def runs_table(results: StoredResults) -> str:
+    """Every stored run: its seed, its notebooks, and where each was measured; of another seed, how
+    far it found the safety units of seed 0. Seeds of one model that agree in all this share a row.
+    """
+    rows: dict[tuple[str, ...], list[int]] = {}
+    for model in results.models:
+        folder = model_folder(REFERENCE, model)
+        for run in [folder, *verdicts.runs_of_other_seeds(folder)]:
+            seed = 0 if run == folder else int(run.name.removeprefix("seed-"))
+            for place, stages in _stages_by_machine(run).items():
+                agree = _agreement(folder, run) if UNITS.parent.name[:2] in stages else ""
+                rows.setdefault((model, *place, ", ".join(stages), agree), []).append(seed)
+    cells = [
+        [model, ", ".join(map(str, seeds)), stages, *place, agree]
+        for (model, *place, stages, agree), seeds in rows.items()
+    ]
+    header = ["model", "seed", "notebooks", "processor", "precision", "threads"]
+    return markdown(cells, [*header, "safety units agree with seed 0"])
+
+
+def _stages_by_machine(run: Path) -> dict[tuple[str, str, str], list[str]]:
+    """The numbers of a run's notebooks that measure, by processor, precision and threads."""
+    found: dict[tuple[str, str, str], list[str]] = {}
+    for path in sorted(run.glob("*/result.json")):
+        place = load_result(path).get("machine", {})
+        if "dtype" in place:  # a notebook without a model, as 08, has no precision
+            where = place.get("cpu", UNTOLD), place["dtype"], str(place.get("threads", ""))
+            found.setdefault(where, []).append(path.parent.name[:2])
+    return found
+
+
+def _agreement(stored: Path, run: Path) -> str:
+    """What ``keep_agreement`` stored of a run; empty where it was with another unit file."""
+    path = run / UNITS.parent / AGREEMENT
+    if not path.exists():
+        return ""
+    found = json.loads(path.read_text(encoding="utf-8"))
+    is_current = sha256_of_file(stored / UNITS) == found["with"]
+    return f"{found['agree']:.2f}" if is_current else ""
 
 
 def _made_by(paths: list[Path]) -> dict[str, list]:

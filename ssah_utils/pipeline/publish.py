@@ -47,7 +47,8 @@ DOCUMENTS = {  # what is generated in a document: names of its parts, and what m
     "docs/judge.md": JUDGE_TABLES,
     "docs/results.md": RESULT_TABLES
     | across_models.MODEL_TABLES
-    | {"machines": across_machines.machines_table, "judges": across_judges.judges_table},
+    | {"machines": across_machines.machines_table, "runs": across_machines.runs_table}
+    | {"judges": across_judges.judges_table},
     "docs/speed.md": SPEED_TABLES,
 }
 
@@ -281,6 +282,8 @@ def publish(
             notebooks |= published_notebooks(source)
     for source in found:
         store(source)
+    for source in found:  # now that seed 0, which others are held against, is stored
+        across_machines.keep_agreement(source, reference_folder_of(source))
     for path, notebook in notebooks.items():
         with complete_only(path) as partial:
             nbformat.write(notebook, partial)

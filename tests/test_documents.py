@@ -1,7 +1,9 @@
 """README and docs/: short, whole, true to the stored results, and their code and commands run."""
 
 import re
+import shlex
 
+import nbformat
 import pytest
 import torch
 
@@ -9,7 +11,6 @@ from ssah_utils import models, unit_files, units
 from ssah_utils.files import REFERENCE, ROOT
 from ssah_utils.per_unit import KINDS, PerUnit
 from ssah_utils.pipeline import across_judges, across_models, cli, publish, run, summary
-from ssah_utils.pipeline.runs import declared_parameters
 from tests.conftest import writers_by_name
 from tests.links import broken_in_markdown
 
@@ -167,9 +168,34 @@ def test_every_command_named_is_there(path):
     targets = set(re.findall(r"^([\w-]+):", text_of(ROOT / "Makefile"), re.M))
     assert set(re.findall(r"(?:`|^    )make ([a-z][\w-]*)", text, re.M)) <= targets
     assert set(re.findall(r"(?:`|^    )ssah ([a-z]+)", text, re.M)) <= set(cli.parsers()[1])
-    declared = {
-        name for notebook in run.NOTEBOOKS.glob("*.ipynb") for name in declared_parameters(notebook)
-    }
-    assert set(re.findall(r'--set "?(\w+)=', text)) <= declared
     profiles = {profile.stem for profile in (run.NOTEBOOKS / "profiles").glob("*.yaml")}
     assert set(re.findall(r"--profile ([\w.-]+)", text)) <= profiles
+
+
+def commands_named() -> list:
+    """Every command that runs notebooks, and every part of one that begins with an option, in
+    documents and in the text of notebooks.
+    """
+    texts = {path: text_of(path) for path in DOCUMENTS}
+    for path in sorted(run.NOTEBOOKS.glob("*.ipynb")):
+        cells = nbformat.read(path, 4).cells
+        texts[path] = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+    found = {}
+    for path, text in texts.items():
+        for span in re.findall(
+            r"(?:`|^    )(ssah (?:run|sweep)[^`\n]*|--(?:only|set) [^`\n]*)", text, re.M
+        ):
+            found.setdefault(span.removeprefix("ssah "), path.stem)
+    return [pytest.param(one, id=f"{stem}: {one}") for one, stem in found.items()]
+
+
+@pytest.mark.parametrize("command", commands_named())
+def test_every_command_that_runs_notebooks_is_taken(command):
+    """By the parser, and by the plan: names of notebooks, profiles and parameters, and which go
+    together.
+    """
+    meant = re.sub(r"<[^>]*>", "mine", command).replace("NOTEBOOK", "04_ablation")
+    words = shlex.split(meant, comments=True)
+    name = "run" if words[0].startswith("--") else words.pop(0)
+    asked = cli.parsers()[1][name].parse_args(words)
+    assert run.plan(asked.profile or "laptop", asked.set or [], asked.only or "", checked=False)

@@ -293,6 +293,24 @@ def test_strings_need_no_quotes_and_may_hold_an_equals_sign():
     assert stage.parameters["system_prompt"] == "x = 1"
 
 
+@pytest.mark.parametrize("text", ["[cloze, boolq]", "['cloze', 'boolq']", '["cloze", boolq]'])
+def test_strings_in_a_list_need_no_quotes(text):
+    (stage,) = (
+        s
+        for s in run.plan("smoke", [f"utility_tasks={text}"], checked=False)
+        if s.name == "01_alignment"
+    )
+    assert stage.parameters["utility_tasks"] == ["cloze", "boolq"]
+
+
+@pytest.mark.parametrize(
+    "assignment", ["utility_tasks=cloze", "utility_tasks=[cloze", "curve_fractions=[0.1, half]"]
+)
+def test_what_is_no_list_of_its_kind_is_refused(assignment):
+    with pytest.raises(ValueError, match="takes list"):
+        run.plan("smoke", [assignment])
+
+
 def fails_in_one_line(capsys, *arguments: str) -> str:
     assert cli.main(["run", "--profile", "smoke", *arguments]) == 2
     output = capsys.readouterr()

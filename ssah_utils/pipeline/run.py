@@ -224,13 +224,25 @@ def split_assignment(text: str) -> tuple[str, str]:
 
 
 def parse(text: str, default: object) -> object:
-    """A command-line value in the type of the parameter's default; strings need no quotes."""
+    """A command-line value in the type of the parameter's default; strings need no quotes, nor do
+    those in a list, as in ``[cloze, boolq]``.
+    """
     if isinstance(default, str):
         return text
     try:
         return ast.literal_eval(text.capitalize() if text in ("true", "false") else text)
     except (ValueError, SyntaxError):
+        is_of_strings = isinstance(default, list) and default and isinstance(default[0], str)
+        return _listed(text) if is_of_strings else text
+
+
+def _listed(text: str) -> object:
+    """A list as a profile writes it, of strings; any other text as it is."""
+    try:
+        value = yaml.load(text, yaml.BaseLoader)  # which makes no number or date of any of them
+    except yaml.YAMLError:
         return text
+    return value if isinstance(value, list) else text
 
 
 def typed(name: str, value: object, default: object) -> object:

@@ -1,6 +1,7 @@
 """Data sets, splits that do not leak, the chat format, and which token positions are scored."""
 
 import copy
+import itertools
 import json
 from collections import Counter
 
@@ -352,17 +353,19 @@ def test_study_splits_leak_nothing_and_fill_every_part():
 
 def test_another_seed_divides_all_but_evaluation_anew():
     names = ("advbench", "harmbench", "helpful")
-    first, *others = (datasets.study_splits(*names, seed=seed) for seed in range(4))
-    of_seed_0 = {name: set(table["id"]) for name, table in first["calibration"].items()}
-    for parts in others:
+    of_seed = [datasets.study_splits(*names, seed=seed) for seed in range(6)]
+    first = of_seed[0]
+    for parts in of_seed[1:]:
         for name, table in parts["evaluation"].items():
             assert table.equals(first["evaluation"][name]), "all seeds are asked the same"
-        for name, ids in of_seed_0.items():
-            found = set(parts["calibration"][name]["id"])
-            assert abs(len(found) - len(ids)) < 0.1 * len(ids), "of the same size"
-            n_common, left = len(found & ids), len(ids) + len(first["alignment"][name])
-            assert abs(n_common - len(ids) ** 2 / left) < 15, "as many in common as by chance"
         splits.assert_disjoint({part: pd.concat(found.values()) for part, found in parts.items()})
+    for name in ("harmful", "helpful"):
+        ids = [set(parts["calibration"][name]["id"]) for parts in of_seed]
+        n_own, n_left = len(ids[0]), len(ids[0]) + len(first["alignment"][name])
+        assert all(abs(len(one) - n_own) < 0.1 * n_own for one in ids), "of the same size"
+        in_common = [len(one & other) for one, other in itertools.combinations(ids, 2)]
+        by_chance = n_own**2 / n_left
+        assert abs(sum(in_common) / len(in_common) - by_chance) < 6, "no two more than by chance"
 
 
 # -------------------------------------------------------------------------------------- chat format

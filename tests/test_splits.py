@@ -167,6 +167,22 @@ def test_templates_with_many_fillings_are_split_whole_where_there_are_enough(n_t
     assert all(owner) and sum(map(len, owner)) == len(set().union(*owner)) == n_templates
 
 
+def test_another_seed_puts_the_largest_groups_elsewhere():
+    """The splitter alone would not: it places them by size, whatever its seed."""
+    texts = [f"alpha{n} beta{n} gamma{n}" for n in range(240)]
+    for form, size in (("a", 26), ("b", 22), ("c", 18)):
+        words = " ".join(f"{form}part{k}" for k in range(9))
+        texts += [f"{words} place{n}" for n in range(size)]
+    table = table_of(texts, category=["x", "y"] * (len(texts) // 2))
+    found: dict[str, set] = {}
+    for seed in range(1, 25):
+        for name, part in splits.split(table, FOLDS, seed).items():
+            for first_word in {text.split()[0] for text in part["prompt"]}:
+                found.setdefault(first_word, set()).add(name)
+    for form in "abc":
+        assert found[f"{form}part0"] == set(FOLDS), "each part has had it"
+
+
 @pytest.mark.parametrize("n_templates", [1, 4, 9])
 def test_too_few_groups_of_near_duplicates_are_one_line(n_templates):
     with pytest.raises(

@@ -174,8 +174,12 @@ def split(
     frequency = category.value_counts()
     strata = category.where(category.map(frequency) >= n_folds, frequency.index[0])
     splitter = StratifiedGroupKFold(n_folds, shuffle=True, random_state=seed)
-    fold_rows = iter([rows for _, rows in splitter.split(table, strata, group)])
+    in_turn = [rows for _, rows in splitter.split(table, strata, group)]
     shuffle = np.random.default_rng(seed)
+    # The splitter shuffles only what is alike: the largest groups come in the first folds whatever
+    # the seed. What is stored was divided by seed 0, in that order.
+    order = shuffle.permutation(n_folds) if seed else range(n_folds)
+    fold_rows = iter([in_turn[fold] for fold in order])
     splits = {}
     for part, n_own in folds.items():
         rows = np.concatenate([next(fold_rows) for _ in range(n_own)])

@@ -48,5 +48,5 @@ def ablation_by_model(rates: pd.DataFrame) -> Figure:
     labels = list(reversed(models))
     axes[0].set(yticks=range(len(models)), yticklabels=labels, ylim=(-0.5, len(models) - 0.5))
     legend_below(figure, axes[0].get_legend_handles_labels()[0], ncols=3)
-    headline(figure, "With 1.3% of the units switched off; a mark for every alignment")
+    headline(figure, "With 1.3% of the units switched off; a mark for every seed")
     return figure

@@ -365,6 +365,7 @@ def test_another_seed_divides_all_but_evaluation_anew():
         assert all(abs(len(one) - n_own) < 0.1 * n_own for one in ids), "of the same size"
         in_common = [len(one & other) for one, other in itertools.combinations(ids, 2)]
         by_chance = n_own**2 / n_left
+        assert all(abs(len(ids[0] & one) - by_chance) < 15 for one in ids[1:])
         assert abs(sum(in_common) / len(in_common) - by_chance) < 6, "no two more than by chance"
 
 

@@ -11,6 +11,7 @@ from ssah_utils import models, unit_files, units
 from ssah_utils.files import REFERENCE, ROOT
 from ssah_utils.per_unit import KINDS, PerUnit
 from ssah_utils.pipeline import across_judges, across_models, cli, publish, run, summary
+from ssah_utils.pipeline.runs import declared_parameters
 from tests.conftest import writers_by_name
 from tests.links import broken_in_markdown
 
@@ -168,6 +169,10 @@ def test_every_command_named_is_there(path):
     targets = set(re.findall(r"^([\w-]+):", text_of(ROOT / "Makefile"), re.M))
     assert set(re.findall(r"(?:`|^    )make ([a-z][\w-]*)", text, re.M)) <= targets
     assert set(re.findall(r"(?:`|^    )ssah ([a-z]+)", text, re.M)) <= set(cli.parsers()[1])
+    declared = {
+        name for notebook in run.NOTEBOOKS.glob("*.ipynb") for name in declared_parameters(notebook)
+    }
+    assert set(re.findall(r'--set "?(\w+)=', text)) <= declared
     profiles = {profile.stem for profile in (run.NOTEBOOKS / "profiles").glob("*.yaml")}
     assert set(re.findall(r"--profile ([\w.-]+)", text)) <= profiles
 

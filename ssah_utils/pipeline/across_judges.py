@@ -65,10 +65,9 @@ def stored_rates(stored: Path) -> pd.DataFrame:
     """
     parts = []
     for model, folder in folders(stored).items():
-        for run in [folder, *verdicts.runs_of_other_seeds(folder)]:
+        for seed, run in verdicts.runs_by_seed(folder).items():
             path = run / STAGE / FILE
             if path.exists():
-                seed = 0 if run == folder else int(run.name.removeprefix("seed-"))
                 rates = pd.DataFrame(json.loads(path.read_text(encoding="utf-8")))
                 parts.append(rates.assign(model=model, seed=seed))
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()

@@ -15,7 +15,7 @@ from ssah_utils import unit_files, units
 from ssah_utils.figures.claims import shown_interval
 from ssah_utils.files import REFERENCE, sha256_of_file, write_json
 from ssah_utils.pipeline import verdicts
-from ssah_utils.pipeline.across_models import StoredResults, claims_about, folders, model_folder
+from ssah_utils.pipeline.across_models import StoredResults, claims_about, folders
 from ssah_utils.pipeline.claims import load_claims
 from ssah_utils.pipeline.result_tables import markdown
 from ssah_utils.pipeline.stored import judged_by, load_result
@@ -83,10 +83,8 @@ def runs_table(results: StoredResults) -> str:
     far it found the safety units of seed 0. Seeds of one model that agree in all this share a row.
     """
     rows: dict[tuple[str, ...], list[int]] = {}
-    for model in results.models:
-        folder = model_folder(REFERENCE, model)
-        for run in [folder, *verdicts.runs_of_other_seeds(folder)]:
-            seed = 0 if run == folder else int(run.name.removeprefix("seed-"))
+    for model, folder in folders(REFERENCE).items():
+        for seed, run in verdicts.runs_by_seed(folder).items():
             for place, stages in _stages_by_machine(run).items():
                 agree = _agreement(folder, run) if UNITS.parent.name[:2] in stages else ""
                 rows.setdefault((model, *place, ", ".join(stages), agree), []).append(seed)

@@ -180,6 +180,12 @@ def runs_of_other_seeds(folder: Path) -> Iterator[Path]:
             yield path
 
 
+def runs_by_seed(folder: Path) -> dict[int, Path]:
+    """The stored results of a model, which are of seed 0, and those of its other seeds."""
+    others = runs_of_other_seeds(folder)
+    return {0: folder} | {int(path.name.removeprefix("seed-")): path for path in others}
+
+
 def stages_of(claims: list[Claim]) -> list[str]:
     """Stages whose stored results the claims need, in order."""
     stages: set[str] = set()

@@ -11,7 +11,9 @@ estimates the first and the third term as ``S**2 / k``. A seed's own standard er
 c being the share of ``SE**2`` that seeds have in common. This is the variance of two-way clusters
 (Cameron, Gelbach and Miller 2011, Journal of Business & Economic Statistics 29, 238). Without
 single answers c is unknown; it is taken as 1, its upper bound. More seeds then never shrink what
-comes of the choice of requests, and the interval is too wide rather than too narrow.
+comes of the choice of requests, and the interval is too wide rather than too narrow. Where every
+answer is at hand, as within a run, ``c * SE**2`` is the squared standard error of the requests'
+means over seeds (``stats.hierarchical_interval``).
 
 The two parts have different degrees of freedom, so each has its quantile and the half-widths add in
 squares (Howe 1974, Journal of the American Statistical Association 69, 789):
@@ -23,7 +25,7 @@ Statistics in Medicine 27, 1693). With one seed the interval is that seed's own.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 
 import numpy as np
@@ -113,6 +115,13 @@ class CrossedMean:
         if reach(math.log(SMALLEST_P)) <= 0:
             return SMALLEST_P
         return math.exp(optimize.brentq(reach, math.log(SMALLEST_P), 0.0))
+
+    def p_other(self, null: float = 0.0) -> float:
+        """Two-sided p-value of a mean other than ``null``, as that of ``p_above``."""
+        if self.mean >= null:
+            return self.p_above(null)
+        mirrored = replace(self, mean=-self.mean, below=self.above, above=self.below)
+        return mirrored.p_above(-null)
 
     # ------------------------------------------------------------------------------------ designs
 

@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 
 from ssah_utils import extras
+from ssah_utils.crossed import CrossedMean, Z
 
 with extras.needed("eval"):
     from scipy import stats
@@ -81,24 +82,27 @@ def paired_difference(a: np.ndarray, b: np.ndarray, seed: int = 0) -> dict[str, 
 
     ``a`` and ``b``: (n_prompts,), or (n_draws, n_prompts) where there are several seeds or random
     draws. The interval is then over both (``hierarchical_interval``). ``p`` is of sign flips of
-    every prompt's mean over draws. ``effect`` is Cohen's d_z of these means: the mean difference
-    over their standard deviation; 0 when both are 0, infinite when only the deviation is.
+    every prompt's mean over draws; with several draws, that of the interval where it is larger, as
+    no flip of prompts knows how draws differ. ``effect`` is Cohen's d_z of these means: the mean
+    difference over their standard deviation; 0 when both are 0, infinite when only the deviation
+    is.
     """
-    difference = np.asarray(a, dtype=float) - np.asarray(b, dtype=float)
-    if difference.ndim == 1:
-        mean, low, high = mean_interval(difference, seed)
-    else:
-        mean, low, high = hierarchical_interval(difference, seed)
-        difference = difference.mean(0)
+    difference = np.atleast_2d(np.asarray(a, dtype=float) - np.asarray(b, dtype=float))
+    over_both = _crossed_mean(difference, seed)
+    low, high = over_both.interval()
+    of_prompts = difference.mean(0)
     test = stats.permutation_test(
-        (difference,),
+        (of_prompts,),
         np.mean,
         permutation_type="samples",
         n_resamples=RESAMPLES,
         vectorized=True,
         rng=np.random.default_rng(seed),
     )
-    p, effect = float(test.pvalue), _effect(difference)
+    p = float(test.pvalue)
+    if len(difference) > 1:
+        p = max(p, over_both.p_other())
+    mean, effect = over_both.mean, _effect(of_prompts)
     return {"difference": mean, "low": low, "high": high, "p": p, "effect": effect}
 
 
@@ -127,26 +131,26 @@ def _effect(difference: np.ndarray) -> float:
 def hierarchical_interval(
     values: np.ndarray, seed: int = 0, confidence: float = 0.95
 ) -> tuple[float, float, float]:
-    """Mean of a (n_seeds, n_prompts) matrix and its percentile-bootstrap interval over both.
+    """Mean of a (n_seeds, n_prompts) matrix and its interval over both: (mean, low, high).
 
-    Every seed answered the same prompts (crossed, not nested), so a resample draws rows and columns
-    of the matrix anew. One seed alone, or one prompt, contributes no uncertainty.
+    Every seed answered the same prompts (crossed, not nested). By ``crossed``: Student's t over the
+    seeds' means, as a bootstrap of three of them finds a third less variance than there is and
+    takes it for certain; over prompts the percentile bootstrap of their means over seeds. One seed
+    alone, or one prompt, contributes no uncertainty.
     """
-    values = np.asarray(values, dtype=float)
+    mean = _crossed_mean(np.asarray(values, dtype=float), seed)
+    return mean.mean, *mean.interval(confidence)
+
+
+def _crossed_mean(values: np.ndarray, seed: int) -> CrossedMean:
     if values.ndim != 2 or values.size == 0:
         raise ValueError(
             f"a matrix of seeds and prompts is needed, not an array of shape {values.shape}"
         )
-    rng = np.random.default_rng(seed)
-
-    def weights(n: int) -> np.ndarray:
-        """How often each of ``n`` rows or columns is drawn, as a share: (RESAMPLES, n)."""
-        return rng.multinomial(n, np.full(n, 1 / n), RESAMPLES) / n
-
-    n_seeds, n_prompts = values.shape
-    means = ((weights(n_seeds) @ values) * weights(n_prompts)).sum(1)
-    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return float(values.mean()), float(low), float(high)
+    mean, low, high = mean_interval(values.mean(0), seed)
+    by_seed = values.mean(1)
+    sd = by_seed.std(ddof=1) if np.ptp(by_seed) else 0.0  # 0 for one seed
+    return CrossedMean(mean, (mean - low) / Z, (high - mean) / Z, float(sd), len(values))
 
 
 def auc(scores: np.ndarray, labels: np.ndarray) -> float:

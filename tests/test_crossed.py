@@ -138,6 +138,13 @@ def test_a_null_other_than_0_and_a_mean_on_the_wrong_side():
     assert mean.p_above() == pytest.approx(0.3173, abs=1e-3)
     assert mean.p_above(-1.0) == pytest.approx(0.0455, abs=1e-3)
     assert mean.p_above(1.0) == mean.p_above(2.0) == 1.0
+    assert mean.p_other() == mean.p_above() and mean.p_other(1.0) == 1.0
+
+
+def test_a_mean_other_than_the_null_counts_on_either_side():
+    below, above = CrossedMean(-1.0, 2.0, 0.5, 0.2, 3), CrossedMean(1.0, 0.5, 2.0, 0.2, 3)
+    assert below.p_other() == above.p_other() == above.p_above() < 0.1
+    assert below.p_other(-3.0) == CrossedMean(2.0, 2.0, 0.5, 0.2, 3).p_above()
 
 
 # ------------------------------------------------------------------------------------------- power

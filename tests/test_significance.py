@@ -1,6 +1,7 @@
 """Tests of claims: which comparison is tested, its p-value, corrections over the table, power."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -10,6 +11,7 @@ from scipy import stats as reference
 
 from ssah_utils import stats
 from ssah_utils.crossed import CrossedMean
+from ssah_utils.experiments.frontier import LossPath
 from ssah_utils.files import NOTEBOOKS, REFERENCE
 from ssah_utils.pipeline import claims, significance, verdicts
 from ssah_utils.pipeline.runs import declared_parameters
@@ -142,7 +144,61 @@ def test_nothing_is_needed_of_an_effect_on_the_wrong_side():
     assert row["smallest_effect"] == pytest.approx(2.8016 * math.sqrt(2) * ERROR, rel=1e-3)
 
 
+def test_the_sentence_on_power_does_not_say_what_one_run_cannot():
+    columns = ("effect", "power", "seeds_needed", "times_requests")
+    rows = [
+        *((0.3, 0.9, 2.0, 0.5), (-0.1, 0.1, np.nan, np.nan)),  # seen; not toward its claim
+        *((0.3, 0.5, np.nan, 2.0), (0.3, 0.5, np.nan, np.inf)),  # of one run
+        *((0.3, 0.5, 5.0, np.inf), (0.3, 0.5, np.inf, np.inf), (0.3, 0.5, np.inf, 3.0)),
+    ]
+    said = significance.said_of_power(pd.DataFrame(rows, columns=columns))
+    assert said.startswith("Of 6 effects toward their claim, 1 are seen")
+    assert "Of the 5 others, more requests would do for 2." in said
+    assert "3 of them were measured by more than one run: more seeds would do for 1" in said
+    assert said.endswith("neither alone for 1.")
+
+
 # ------------------------------------------------------------------------------- what is committed
+
+
+def means_of_draws() -> dict[tuple, tuple[list[float], dict]]:
+    """Every stored difference over several draws within a run: the draws' means, and its row."""
+    found = {}
+    for path in REFERENCE.glob("**/04_ablation/result.json"):
+        tables = load_result(path)["tables"]
+        groups = tables["rates"].query("part == 'groups'")
+        rates = groups.set_index(["condition", "set", "metric"]).sort_index()["mean"]
+        for row in tables["differences"].to_dict("records"):
+            intact = rates.loc["nothing", row["set"], row["metric"]].item()
+            means = rates.loc[row["condition"], row["set"], row["metric"]] - intact
+            key = (str(path), row["condition"], row["set"], row["metric"])
+            found[key] = (np.atleast_1d(means).tolist(), row)
+    for path in REFERENCE.glob("**/06_freezing/result.json"):
+        tables = load_result(path)["tables"]
+        rows = tables["paths"].groupby(["task", "condition", "seed"], sort=False)
+        paths = {
+            key: LossPath(run["task_loss"].to_numpy(), run[["margin"]].to_numpy())
+            for key, run in rows
+        }
+        for row in tables["equal"].to_dict("records"):
+            task, condition, loss = row["task"], row["condition"], row["task_loss"]
+            means = [
+                path.margins_at(loss).item() - paths[task, "nothing", k].margins_at(loss).item()
+                for (where, what, k), path in paths.items()
+                if (where, what) == (task, condition)
+            ]
+            found[str(path), task, condition] = (means, row | {"difference": row["gain"]})
+    return {key: (means, row) for key, (means, row) in found.items() if np.ptp(means) > 1e-6}
+
+
+def test_a_stored_interval_over_several_draws_is_as_wide_as_they_alone_make_it():
+    found = means_of_draws()
+    assert {Path(key[0]).parent.name for key in found} == {"04_ablation", "06_freezing"}
+    for key, (means, row) in found.items():
+        assert row["difference"] == pytest.approx(np.mean(means), abs=1e-6), key
+        n = len(means)
+        half = reference.t(n - 1).ppf(0.975) * np.std(means, ddof=1) / math.sqrt(n) - 1e-6
+        assert row["difference"] - row["low"] >= half <= row["high"] - row["difference"], key
 
 
 def test_every_committed_claim_that_names_its_requests_names_a_parameter_of_its_notebook():

@@ -69,9 +69,9 @@ def at_equal_loss(
     ``against``.
 
     ``paths``: by condition, one run per seed, the same seeds and requests in each. Columns:
-    condition, task_loss (the common one), margin, gain with its interval low to high (seeds and
-    requests both drawn anew), p (sign flips of the requests' means over seeds), seed_low and
-    seed_high (the range of the seeds' gains). ``ValueError`` where conditions cannot be paired.
+    condition, task_loss (the common one), margin, gain with its interval low to high and p (over
+    seeds and requests, ``stats.paired_difference``), seed_low and seed_high (the range of the
+    seeds' gains). ``ValueError`` where conditions cannot be paired.
     """
     if against not in paths:
         raise ValueError(

@@ -282,14 +282,16 @@ def said_of_power(power: pd.DataFrame) -> str:
     """One sentence: how many effects toward the claim these sizes could see, and what is needed."""
     toward = power[power["effect"] > 0]
     weak = toward[toward["power"] < POWER]
-    by_seeds = weak[np.isfinite(weak["seeds_needed"])]
+    several = weak[weak["seeds_needed"].notna()]  # of one run, nobody knows how much seeds differ
+    by_seeds = several[np.isfinite(several["seeds_needed"])]
     by_requests = weak[np.isfinite(weak["times_requests"])]
-    neither = weak.drop(by_seeds.index.union(by_requests.index))
+    neither = several.drop(by_seeds.index).drop(by_requests.index, errors="ignore")
     enough = by_seeds["seeds_needed"].median()
     seeds = f" (half of them with {enough:.0f})" if len(by_seeds) else ""
     return (
         f"Of {len(toward)} effects toward their claim, {len(toward) - len(weak)} are seen with a "
-        f"power of {POWER:.0%} by the present sizes. More seeds would do for {len(by_seeds)} of "
-        f"the others{seeds}, more requests for {len(by_requests)}, neither alone for "
+        f"power of {POWER:.0%} by the present sizes. Of the {len(weak)} others, more requests "
+        f"would do for {len(by_requests)}. {len(several)} of them were measured by more than one "
+        f"run: more seeds would do for {len(by_seeds)} of these{seeds}, neither alone for "
         f"{len(neither)}."
     )

@@ -156,6 +156,8 @@ def test_the_sentence_on_power_does_not_say_what_one_run_cannot():
     assert "Of the 5 others, more requests would do for 2." in said
     assert "3 of them were measured by more than one run: more seeds would do for 1" in said
     assert said.endswith("neither alone for 1.")
+    alone = significance.said_of_power(pd.DataFrame(rows[:4], columns=columns))
+    assert alone.endswith("cannot be told: one run alone has measured each.")
 
 
 # ------------------------------------------------------------------------------- what is committed

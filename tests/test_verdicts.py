@@ -1,13 +1,13 @@
 """Verdicts at the end of a notebook: those of its own claims, by the rules of the claims file."""
 
-import json
+import copy
 import shutil
 
 import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 
-from ssah_utils.files import REFERENCE
+from ssah_utils.files import REFERENCE, ROOT
 from ssah_utils.pipeline import claims, publish, verdicts
 
 
@@ -47,19 +47,37 @@ def test_every_claim_is_shown_by_one_notebook(run_folder):
     assert sum(shown) == len(claims.load_claims())
 
 
-def test_publishing_renews_the_verdicts_and_nothing_else(run_folder):
+def test_publishing_renews_the_verdicts_and_nothing_else(run_folder, tmp_path, monkeypatch):
     first, last = new_code_cell("x = 1"), new_code_cell("verdicts.of_stage(...)")
     last.metadata["tags"] = ["verdicts"]
     for cell in (first, last):
         cell.outputs = [new_output("stream", text="printed"), new_output("display_data")]
-    notebook = new_notebook(cells=[first, last])
-    before = json.dumps(first)
-    publish.renew_verdicts(notebook, run_folder, "04_ablation")
-    assert json.dumps(first) == before
-    printed, shown = last.outputs
+    bare = new_notebook(cells=[copy.deepcopy(last)])  # never published
+    bare.cells[0].outputs = []
+    for name, notebook in (
+        ("04_ablation", new_notebook(cells=[first, last], metadata={"ssah": {}})),
+        ("A1_judge", bare),
+    ):
+        nbformat.write(notebook, tmp_path / f"{name}.ipynb")
+    before = (tmp_path / "A1_judge.ipynb").read_bytes()
+    monkeypatch.setattr(publish, "NOTEBOOKS", tmp_path)
+    publish.renew_verdicts(run_folder)
+    notebook = nbformat.read(tmp_path / "04_ablation.ipynb", as_version=4)
+    assert notebook.cells[0] == first
+    printed, shown = notebook.cells[1].outputs
     assert printed.text == "printed"
     assert "Switching off 1.3% of the units" in shown.data["text/html"]
     nbformat.validate(notebook)
+    assert (tmp_path / "A1_judge.ipynb").read_bytes() == before
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("notebooks/*.ipynb")), ids=lambda path: path.stem)
+def test_committed_notebooks_end_with_the_verdicts_of_what_is_stored(path):
+    notebook = nbformat.read(path, as_version=4)
+    tagged = [cell for cell in notebook.cells if "verdicts" in cell.metadata.get("tags", [])]
+    expected = verdicts.of_stage(REFERENCE, path.stem).to_html() if tagged else ""
+    for cell in tagged:
+        assert cell.outputs[-1].data["text/html"] == expected, "run ssah publish"
 
 
 def test_the_same_verdicts_are_the_same_text(run_folder):

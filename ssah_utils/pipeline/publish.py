@@ -111,23 +111,6 @@ def with_outputs(
     return source
 
 
-def renew_verdicts(notebook: nbformat.NotebookNode, run_folder: Path, stage: str) -> None:
-    """Put today's verdicts into the cell tagged ``verdicts``.
-
-    They follow from stored results and data/claims.yaml alone, so a rule that changes asks for no
-    notebook to be executed again.
-    """
-    for cell in notebook.cells:
-        if "verdicts" not in cell.metadata.get("tags", []):
-            continue
-        table = verdicts.of_stage(run_folder, stage)
-        data = {"text/html": table.to_html(), "text/plain": table.data.to_string(index=False)}
-        shown = nbformat.v4.new_output("execute_result", data)
-        shown.execution_count = cell.execution_count
-        printed = [output for output in cell.outputs if output.output_type == "stream"]
-        cell.outputs = [*printed, shown]
-
-
 def published_notebooks(source: Path) -> dict[Path, nbformat.NotebookNode]:
     """Every finished stage's notebook with its outputs, by where it belongs.
 
@@ -142,10 +125,33 @@ def published_notebooks(source: Path) -> dict[Path, nbformat.NotebookNode]:
         executed = nbformat.read(source / stage / f"{stage}.ipynb", as_version=4)
         try:
             notebooks[path] = with_outputs(nbformat.read(path, as_version=4), executed)
-            renew_verdicts(notebooks[path], source, stage)
         except ValueError as error:
             raise ValueError(f"{stage}: {error}") from error
     return notebooks
+
+
+def renew_verdicts(stored: Path) -> None:
+    """Put today's verdicts into the cells tagged ``verdicts`` of the committed notebooks.
+
+    They follow from stored results and data/claims.yaml alone, so a rule that changes asks for no
+    notebook to be executed again.
+    """
+    for path in sorted(NOTEBOOKS.glob("*.ipynb")):
+        model = across_models.SHOWN_WITH.get(path.stem, across_models.MAIN)
+        folder = across_models.model_folder(stored, model)
+        notebook = nbformat.read(path, as_version=4)
+        tagged = [cell for cell in notebook.cells if "verdicts" in cell.metadata.get("tags", [])]
+        if "ssah" not in notebook.metadata or not tagged:  # committed without outputs
+            continue
+        table = verdicts.of_stage(folder, path.stem)
+        data = {"text/html": table.to_html(), "text/plain": table.data.to_string(index=False)}
+        for cell in tagged:
+            shown = nbformat.v4.new_output("execute_result", data)
+            shown.execution_count = cell.execution_count
+            printed = [output for output in cell.outputs if output.output_type == "stream"]
+            cell.outputs = [*printed, shown]
+        with complete_only(path) as partial:
+            nbformat.write(notebook, partial)
 
 
 # ---------------------------------------------------------------------------------------- documents
@@ -290,5 +296,6 @@ def publish(
     if found and 0 not in seeds:
         print("publish seed 0, too, after its 08_claims has run again")
         return []
+    renew_verdicts(REFERENCE)
     problems = publish_claims(REFERENCE) + redraw(REFERENCE, ROOT / "figures") + refill_documents()
     return list(dict.fromkeys(problems))

@@ -288,10 +288,14 @@ def said_of_power(power: pd.DataFrame) -> str:
     neither = several.drop(by_seeds.index).drop(by_requests.index, errors="ignore")
     enough = by_seeds["seeds_needed"].median()
     seeds = f" (half of them with {enough:.0f})" if len(by_seeds) else ""
+    of_seeds = (
+        f"{len(several)} of them were measured by more than one run: more seeds would do for "
+        f"{len(by_seeds)} of these{seeds}, neither alone for {len(neither)}."
+        if len(several)
+        else "Whether more seeds would do cannot be told: one run alone has measured each."
+    )
     return (
         f"Of {len(toward)} effects toward their claim, {len(toward) - len(weak)} are seen with a "
         f"power of {POWER:.0%} by the present sizes. Of the {len(weak)} others, more requests "
-        f"would do for {len(by_requests)}. {len(several)} of them were measured by more than one "
-        f"run: more seeds would do for {len(by_seeds)} of these{seeds}, neither alone for "
-        f"{len(neither)}."
+        f"would do for {len(by_requests)}. {of_seeds}"
     )

@@ -69,20 +69,25 @@ def test_middle_units_are_as_many_of_each_kind_around_the_middle():
 
 def test_every_method_has_a_control_that_is_a_method():
     found = known(tiny_model("llama"))
-    assert set(found) <= set(defence_names.NAMED) | {"mixed_3", "mixed_10"}
+    mixed = {name for share in (0.03, 0.1) for name in defence_names.mixed_names(share)}
+    assert set(found) <= set(defence_names.NAMED) | mixed
     for name, method in found.items():
         assert method.id == name and "{" not in method.title
         assert (method.control in found) == (name != "nothing")
     assert found[SOME].title == "frozen: SOME" and found["mixed_3"].title == "3% refusals mixed in"
     controls = {method.control for method in found.values()}
-    assert set(defence_names.ONLY_CONTROLS) <= controls
+    only = {name for name, method in found.items() if method.is_only_control}
+    assert only == {*defence_names.ONLY_CONTROLS, "mixed_harmless_3", "mixed_harmless_10"}
+    assert only <= controls
 
 
 def test_a_method_and_its_control_differ_in_the_idea_alone():
     found = known(tiny_model("llama"))
     assert found["pulled_random"].how["defence"] == PulledToStart(10.0, SETS[RANDOM + SOME])
     assert found["mixed_10"].how["defence"] == Mixed(0.1, REFUSALS)
-    assert found["mixed_harmless"].how["defence"] == Mixed(0.1, HARMLESS)
+    for share, control in ((0.03, "mixed_harmless_3"), (0.1, "mixed_harmless_10")):
+        assert found[control].how["defence"] == Mixed(share, HARMLESS)
+        assert found[control.replace("_harmless", "")].control == control
     vector, control = (found[name].how["defence"] for name in ("vector", "vector_random"))
     assert (vector.strength, vector.is_random) == (0.5, False) and control.is_random
     assert found["lora"].how == {"factor": 10.0, "adapter": "lora"}

@@ -28,7 +28,7 @@ from ssah_utils.experiments.defence_names import (
     NEED_UNALIGNED,
     ONLY_CONTROLS,
     SOME,
-    mixed_name,
+    mixed_names,
 )
 from ssah_utils.frozen_sets import RANDOM, middle_units
 from ssah_utils.per_unit import PerUnit
@@ -42,6 +42,7 @@ class TrainingMethod:
     * ``mechanism``: what it acts on; two of the same kind are not combined.
     * ``control``: the id of a method that has as much of everything but its idea.
     * ``how``: arguments of ``FineTuning.follow``: factor, frozen, adapter, defence.
+    * ``is_only_control``: whether nobody would use it but to compare.
     """
 
     id: str
@@ -49,11 +50,7 @@ class TrainingMethod:
     mechanism: str
     control: str
     how: Mapping[str, object]
-
-    @property
-    def is_only_control(self) -> bool:
-        """Whether nobody would use it but to compare."""
-        return self.id in ONLY_CONTROLS
+    is_only_control: bool = False
 
 
 @dataclass(frozen=True)
@@ -95,7 +92,7 @@ def methods(
     * ``unaligned``: a version of the model without its alignment. Without one, what needs it is
       left out.
     """
-    own, random, mixed = sets[SOME], sets[RANDOM + SOME], strengths.mixed
+    own, random = sets[SOME], sets[RANDOM + SOME]
     given = {
         "pulled_safety": PulledToStart(strengths.pull_units, sets["safety"]),
         "pulled_some": PulledToStart(strengths.pull_units, own),
@@ -108,7 +105,6 @@ def methods(
         "surgery": GradientSurgery(refusals),
         "surgery_harmless": GradientSurgery(harmless),
         "average": MovingAverage(strengths.average),
-        "mixed_harmless": Mixed(max(mixed), harmless),
     }
     frozen = {"safety": sets["safety"], SOME: own, RANDOM + SOME: random}
     frozen["middle_blocks"] = middle_units(own)
@@ -125,18 +121,27 @@ def methods(
             given_lora = SafeLoRA(strengths.threshold, unaligned)
             how["safe_lora"] = how["lora"] | {"defence": given_lora}
     how |= {name: {"defence": defence} for name, defence in given.items()}
-    words = {"some": some, "low_rate": strengths.low_rate, "most": max(mixed)}
+    words = {"some": some, "low_rate": strengths.low_rate}
     found = {name: _named(name, own_how, words) for name, own_how in how.items()}
-    for share in mixed:
-        name, title = mixed_name(share), f"{share:.0%} refusals mixed in"
-        defence = {"defence": Mixed(share, refusals)}
-        found[name] = TrainingMethod(name, title, "data", "mixed_harmless", defence)
+    for share in strengths.mixed:
+        name, control = mixed_names(share)
+        title, how_mixed = (
+            f"{100 * share:g}% refusals mixed in",
+            {"defence": Mixed(share, refusals)},
+        )
+        found[name] = TrainingMethod(name, title, "data", control, how_mixed)
+        title, how_mixed = (
+            f"{100 * share:g}% harmless mixed in",
+            {"defence": Mixed(share, harmless)},
+        )
+        found[control] = TrainingMethod(control, title, "data", FULL, how_mixed, True)
     return found
 
 
 def _named(name: str, how: Mapping[str, object], words: Mapping[str, object]) -> TrainingMethod:
     title, mechanism, control = NAMED[name]
-    return TrainingMethod(name, title.format(**words), mechanism, control, how)
+    is_control = name in ONLY_CONTROLS
+    return TrainingMethod(name, title.format(**words), mechanism, control, how, is_control)
 
 
 def tuned_method() -> TrainingMethod:

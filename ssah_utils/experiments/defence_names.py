@@ -11,7 +11,7 @@ SOME = "safety_some_complex"
 NEED_UNALIGNED = ("vector", "vector_dare", "vector_random", "safe_lora")
 ONLY_CONTROLS = (
     *(RANDOM + SOME, "pulled_random", "elastic_harmless", "constrained_evenly"),
-    *("surgery_harmless", "mixed_harmless", "vector_random"),
+    *("surgery_harmless", "vector_random"),
 )
 # By id: title, what it acts on (two of one kind are not combined), and the id of its control, which
 # has as much of everything but the idea. {some} is the set that is frozen, {low_rate} a number.
@@ -33,7 +33,6 @@ NAMED = {
     "surgery_harmless": ("gradient surgery, harmless", "gradient", FULL),
     "average": ("moving average", "kept", "lower_rate"),
     "lower_rate": ("learning rate x {low_rate:g}", "rate", FULL),
-    "mixed_harmless": ("{most:.0%} harmless mixed in", "data", FULL),
     "vector": ("RESTA", "kept", "vector_random"),
     "vector_dare": ("RESTA with DARE", "kept", "vector_random"),
     "vector_random": ("RESTA, random vector", "kept", FULL),
@@ -45,6 +44,8 @@ NAMED = {
 }
 
 
-def mixed_name(share: float) -> str:
-    """The id of the method that mixes in a share of refusals: ``mixed_3`` for 0.03."""
-    return f"mixed_{100 * share:g}"
+def mixed_names(share: float) -> tuple[str, str]:
+    """The ids of the method that mixes in a share of refusals, and of its control, which mixes in
+    as many harmless examples: ``mixed_3`` and ``mixed_harmless_3`` for 0.03.
+    """
+    return f"mixed_{100 * share:g}", f"mixed_harmless_{100 * share:g}"

@@ -14,7 +14,7 @@ from pathlib import Path
 from ssah_utils import embedded, extras
 from ssah_utils.adapters import PEFT_METHODS
 from ssah_utils.device_maps import read_map
-from ssah_utils.experiments.defence_names import NAMED, mixed_name
+from ssah_utils.experiments.defence_names import NAMED, mixed_names
 from ssah_utils.experiments.recipe import Recipe
 from ssah_utils.loading import (
     check_numbers,
@@ -118,7 +118,7 @@ def among(*methods: str) -> Check:
 
 def defences(name: str, value: list, values: dict) -> None:
     """A list of ids of ``defence_names``; their controls come by themselves."""
-    mixed = [mixed_name(share) for share in values.get("mixed_fractions", ())]
+    mixed = [name for share in values.get("mixed_fractions", ()) for name in mixed_names(share)]
     among(*NAMED, *mixed)(name, value, values)
 
 

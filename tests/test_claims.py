@@ -12,6 +12,7 @@ import yaml
 from ssah_utils.crossed import CrossedMean
 from ssah_utils.files import REFERENCE, ROOT
 from ssah_utils.pipeline import claims, run, runs, selecting, verdicts
+from ssah_utils.pipeline.stored import load_result, made_from_another
 
 RATES = pd.DataFrame(
     [
@@ -397,6 +398,18 @@ def test_damaged_results_are_reported_and_their_claims_not_measured(tmp_path):
     assert json.loads(json.dumps(verdicts.to_records(table), allow_nan=False))[0]["ours"] is None
 
 
+def test_a_result_made_from_others_than_are_there_is_reported_and_its_claims_not_measured(tmp_path):
+    read = {"03_units/units.safetensors": "of another one", "01_alignment/models.json": "not there"}
+    runs.Run("04_ablation", tmp_path / "04_ablation", {}, inputs=read).finish(rates=RATES)
+    assert verdicts.stored_verdicts(tmp_path, [claim()])[1] == [], "what is not there"
+    (tmp_path / "03_units").mkdir()
+    (tmp_path / "03_units" / "units.safetensors").write_bytes(b"units")
+    table, problems = verdicts.stored_verdicts(tmp_path, [claim()])
+    said = "was made from another 03_units/units.safetensors than is there: re-run 04_ablation"
+    assert problems == [f"04_ablation: {said}"]
+    assert table["verdict"].item() == "not measured"
+
+
 def test_a_damaged_result_of_another_seed_is_reported_and_an_absent_one_is_not(tmp_path):
     runs.Run("04_ablation", tmp_path / "04_ablation", {}).finish(rates=RATES)
     (tmp_path / "seed-2").mkdir()
@@ -426,6 +439,16 @@ def test_claims_cover_every_table_experiment_and_the_open_questions():
         *(f"open question {n}" for n in (2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 13)),
     ):
         assert place in sources, place
+
+
+def test_committed_results_were_made_from_those_that_are_committed_beside_them():
+    paths = sorted(REFERENCE.rglob("result.json"))
+    assert len(paths) > 50
+    for path in paths:
+        assert made_from_another(path.parent, load_result(path)) == "", path
+    amended = load_result(REFERENCE / "04_ablation" / "result.json")
+    amended["inputs"]["03_units/units.safetensors"] = "of another one"
+    assert made_from_another(REFERENCE / "04_ablation", amended)
 
 
 def test_committed_claims_follow_from_the_committed_results():

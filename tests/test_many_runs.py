@@ -20,7 +20,7 @@ import yaml
 from ssah_utils import extras, hub, room
 from ssah_utils.files import ROOT
 from ssah_utils.locks import InUse
-from ssah_utils.pipeline import cli, engine, memory_plan, run, runs, stamps, sweep
+from ssah_utils.pipeline import cli, engine, memory_plan, run, runs, stored, sweep
 from tests import test_run
 from tests.test_run import OTHER, Pipeline
 
@@ -89,7 +89,11 @@ def contents(folder: Path) -> dict[str, str]:
     for path in sorted(folder.rglob("*")):
         if path.is_file() and ".lock" not in path.name:
             name = path.relative_to(folder).as_posix()
-            kept = stamps._read(path).get("key") if path.name == "stamp.json" else path.read_text()
+            kept = (
+                stored.stamp_of(path.parent).get("key")
+                if path.name == "stamp.json"
+                else path.read_text()
+            )
             found[name] = str(kept) if path.suffix == ".json" else ""
     return found
 

@@ -97,6 +97,30 @@ def test_a_notebook_alone_refuses_inputs_that_were_changed_by_hand(quick):
     assert quick.run() == ["a", "b"]
 
 
+MADE_FROM_A = """
+import hashlib, json
+read = hashlib.sha256((folder.parent / "a" / "result.json").read_bytes()).hexdigest()
+(folder / "result.json").write_text(json.dumps({"inputs": {"a/result.json": read}}))
+"""
+
+
+def test_a_notebook_alone_refuses_inputs_of_two_different_runs(quick):
+    """As after one notebook was run alone with other parameters, and those that need it were
+    not.
+    """
+    pipeline = yaml.safe_load((quick.folder / "pipeline.yaml").read_text())
+    pipeline["stages"][2]["inputs"] = ["a", "b"]
+    (quick.folder / "pipeline.yaml").write_text(yaml.safe_dump(pipeline))
+    quick.write("b", MADE_FROM_A)
+    quick.run()
+    assert quick.run("n_items=4", only="a") == ["a"]
+    with pytest.raises(
+        ValueError, match=r"b was made from another a/result\.json than is there: run b again first"
+    ):
+        quick.run(only="c")
+    assert quick.run(only="b") == ["b"] and quick.run(only="c") == ["c"]
+
+
 def test_a_notebook_started_by_hand_takes_its_stamp_away(quick):
     quick.run()
     runs.lock_stage(quick.stage_folder("a"))

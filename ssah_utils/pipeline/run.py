@@ -26,13 +26,13 @@ from ssah_utils.pipeline.execution import execute
 from ssah_utils.pipeline.runs import declared_parameters, run_lock, turn_lock, with_commits
 from ssah_utils.pipeline.stamps import (
     Stage,
-    changed_since,
     is_path,
     outdated,
     read_stamp,
     stage_key,
 )
 from ssah_utils.pipeline.status import clock
+from ssah_utils.pipeline.stored import amiss
 from ssah_utils.prompts.datasets import DATASETS
 
 PATIENCE = 5  # seconds that the kernel of a killed run has to end
@@ -341,16 +341,18 @@ def due(stages: list[Stage], selected: list[Stage], alone: bool, force: bool) ->
 
 
 def check_inputs(stage: Stage, stages: list[Stage]) -> None:
-    """``ValueError`` where inputs of a stage are not there, or not as they were made."""
+    """``ValueError`` where inputs of a stage are not there, or not as they were made.
+
+    Nor may they be made from others than are there now: no run would have left both.
+    """
     inputs = [other for other in stages if other.name in stage.inputs]
     absent = [other.name for other in inputs if not other.stamp.exists()]
     if absent:
         what = f"{stage.name} needs the results of {', '.join(absent)}"
         raise ValueError(f"{what}: run the whole profile first")
     for other in inputs:
-        if changed := changed_since(other.folder):
-            what = f"{changed[0]} of {other.name} was changed since it was made"
-            raise ValueError(f"{what}: run {other.name} again first")
+        if what := amiss(other.folder):
+            raise ValueError(f"{what} first")
 
 
 def check_planned(stages: list[Stage], selected: list[Stage], as_in: str) -> None:

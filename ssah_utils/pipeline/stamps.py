@@ -13,6 +13,7 @@ from pathlib import Path
 from ssah_utils import precision
 from ssah_utils.files import DATA, PACKAGE, ROOT, sha256_of, sha256_of_file
 from ssah_utils.pipeline.runs import notebook_cells, run_folder, versions
+from ssah_utils.pipeline.stored import hash_of, stamp_of
 
 RUNNER = (  # what plans, runs, publishes and tells: no notebook imports it
     *("across_judges", "across_machines", "across_models", "cli", "commands", "doctor", "engine"),
@@ -145,15 +146,8 @@ def forget_sources() -> None:
 
 
 def read_stamp(stage: Stage) -> dict:
-    """What a finished stage left, else nothing; an unreadable stamp is none."""
-    return _read(stage.stamp)
-
-
-def _read(stamp: Path) -> dict:
-    try:
-        return json.loads(stamp.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
+    """What a finished stage left, else nothing."""
+    return stamp_of(stage.folder)
 
 
 def made_from(stage: Stage) -> dict[str, str]:
@@ -161,20 +155,10 @@ def made_from(stage: Stage) -> dict[str, str]:
     found = {}
     for name in stage.inputs:
         folder = stage.folder.parent / name
-        stamp = _read(folder / stage.stamp.name)
+        stamp = stamp_of(folder)
         outputs = stamp.get("made", {}).get("outputs", {})
-        found[name] = sha256_of([stamp.get("key"), {one: _hash(folder / one) for one in outputs}])
+        found[name] = sha256_of([stamp.get("key"), {one: hash_of(folder / one) for one in outputs}])
     return found
-
-
-def _hash(path: Path) -> str:
-    return sha256_of_file(path) if path.exists() else ""
-
-
-def changed_since(folder: Path) -> list[str]:
-    """Outputs of a finished stage that are not as they were when its stamp was written."""
-    outputs = _read(folder / "stamp.json").get("made", {}).get("outputs", {})
-    return [name for name, found in outputs.items() if _hash(folder / name) != found]
 
 
 def made(stage: Stage) -> dict[str, object]:

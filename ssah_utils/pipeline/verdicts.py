@@ -26,7 +26,13 @@ from ssah_utils.pipeline.claims import (
     toward,
 )
 from ssah_utils.pipeline.selecting import Number, mean_of_draws
-from ssah_utils.pipeline.stored import Stored, differing_parameters, judged_by, load_result
+from ssah_utils.pipeline.stored import (
+    Stored,
+    differing_parameters,
+    judged_by,
+    load_result,
+    made_from_another,
+)
 
 # ----------------------------------------------------------------------------------------- deciding
 
@@ -158,13 +164,16 @@ def of_stage(folder: Path, stage: str) -> Styler:
 
 
 def read_tables(folder: Path, stages: Iterable[str]) -> tuple[Tables, list[str]]:
-    """Tables of a run's readable results, and one line per stage whose result is missing, truncated
-    or of another version.
+    """Tables of a run's readable results, and one line per stage whose result is not one of them.
+
+    It is missing, truncated, of another version, or made from other results than are there.
     """
     tables, problems = {}, []
     for stage in stages:
         try:
             stored = load_result(Path(folder) / stage / "result.json")
+            if replaced := made_from_another(Path(folder) / stage, stored):
+                raise ValueError(f"{replaced}: re-run {stage}")
             made_with = stored["parameters"] | {"judge": judged_by(stored)}
             tables[stage] = Stored(stored["tables"], made_with)
         except (OSError, ValueError) as error:

@@ -504,7 +504,7 @@ def test_a_claim_about_a_share_is_not_measured_by_a_run_with_another():
     assert row["note"] == "03_units was run with safety_fraction 0.004, the claim speaks of 0.013"
 
 
-@pytest.mark.parametrize("other", ["ablation_mode", "judge"])
+@pytest.mark.parametrize("other", ["ablation_mode", "judge", "a_parameter_that_one_has"])
 def test_a_seed_run_with_other_parameters_or_another_judge_is_left_out_and_said(tmp_path, other):
     (claim,) = [claim for claim in claims.load_claims() if claim.id == "safety-units-carry-safety"]
     for name in ("seed-0", "seed-1"):
@@ -517,6 +517,31 @@ def test_a_seed_run_with_other_parameters_or_another_judge_is_left_out_and_said(
     table, problems = verdicts.stored_verdicts(tmp_path / "seed-0", [claim])
     assert table["n_seeds"].tolist() == [1] and len(table["ours_seeds"][0]) == 1
     assert problems == [f"seed-1/04_ablation was run with another {other}, so it is left out"]
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "said"),
+    [
+        (None, None, ""),  # stored results
+        (None, {"without_seed": "a"}, ""),
+        ({"without_seed": "a"}, {"without_seed": "a"}, ""),
+        ({}, {"without_seed": "a"}, ""),  # a stamp that is older than what is compared
+        ({"without_seed": "a"}, None, "has not finished, so it is left out"),
+        (
+            {"without_seed": "a"},
+            {"without_seed": "b"},
+            "was made by other code, data or libraries, so it is left out: re-run it",
+        ),
+    ],
+)
+def test_a_seed_that_is_out_of_date_beside_a_run_is_left_out_and_said(tmp_path, ours, theirs, said):
+    for name, stamp in (("seed-0", ours), ("seed-1", theirs)):
+        runs.Run("04_ablation", tmp_path / name / "04_ablation", {}).finish(rates=RATES)
+        if stamp is not None:
+            (tmp_path / name / "04_ablation" / "stamp.json").write_text(json.dumps(stamp))
+    table, problems = verdicts.stored_verdicts(tmp_path / "seed-0", [claim()])
+    assert problems == ([f"seed-1/04_ablation {said}"] if said else [])
+    assert len(table["ours_seeds"].item()) == (1 if said else 2)
 
 
 @pytest.mark.parametrize("profile", ["brief", "laptop", "reference"])

@@ -842,8 +842,35 @@ def test_stored_results_of_other_seeds_change_the_stage_that_reads_them(monkeypa
     for path in (own, other):
         path.parent.mkdir(parents=True)
         path.write_text("{}")
+        assert keys() == before, "it has not finished"
+        path.with_name("stamp.json").write_text("{}")
         changed = [name for name, key in keys().items() if key != before[name]]
         assert changed == ([] if path == own else ["08_claims"])
+
+
+def test_seeds_that_were_made_by_the_same_say_so_in_their_stamps(quick, monkeypatch):
+    def hashes(seed: int) -> dict[str, str]:
+        folders = {name: quick.stage_folder(name, seed) for name in quick.names}
+        return {name: stored.stamp_of(one)["without_seed"] for name, one in folders.items()}
+
+    quick.run()
+    monkeypatch.setattr(stamps, "dtype_of", lambda stage: "what another machine computes in")
+    quick.run("seed=1")
+    first = hashes(0)
+    assert hashes(1) == first, "whatever the seed and the precision of the machine"
+    for name in quick.names:
+        quick.run("seed=2", only=name)
+    assert hashes(2) == first, "also one by one"
+    quick.write("a", "extra = 1")
+    quick.run("seed=1")
+    assert {name for name, one in hashes(1).items() if one != first[name]} == {"a", "b"}
+    quick.run("seed=2", only="a")
+    quick.run("seed=2", only="b")
+    assert hashes(2) == hashes(1)
+    monkeypatch.setattr(stamps, "versions", lambda: "of other libraries")
+    quick.run("seed=2", "n_items=4")
+    changed = hashes(2)
+    assert all(changed[name] != hashes(1)[name] for name in quick.names)
 
 
 def test_another_seed_is_another_folder(quick):

@@ -27,6 +27,7 @@ from ssah_utils.pipeline.runs import declared_parameters, run_lock, turn_lock, w
 from ssah_utils.pipeline.stamps import (
     Stage,
     is_path,
+    made_by,
     outdated,
     read_stamp,
     stage_key,
@@ -389,10 +390,10 @@ def _run(
         left = pace * sum(expected[other.name] for other in todo[todo.index(stage) :])
         print(f"{stage.name}  started, about {clock(left)} to the end of the run", flush=True)
 
-        def key(stage: Stage = stage) -> str:
-            return stage_key(stage, stages, as_made=alone)
+        def keys(stage: Stage = stage) -> dict[str, str]:
+            return made_by(stage, stages, as_made=alone)
 
-        seconds = execute(stage, key, left, patience)
+        seconds = execute(stage, keys, left, patience)
         done += expected[stage.name]
         print(f"{stage.name}  done in {clock(seconds)}: {shown(stage.folder)}", flush=True)
     if todo:

@@ -112,6 +112,7 @@ class Stored(dict):
 
 
 def differing_parameters(first: dict, second: dict) -> list[str]:
-    """Parameters but the seed that both results of a stage have stored, and that differ."""
-    both = first.keys() & second.keys() - {"seed"}
-    return sorted(name for name in both if first[name] != second[name])
+    """Parameters but the seed that two results of a stage differ in, or that only one has."""
+    only_one_has = first.keys() ^ second.keys()
+    differ = {name for name in first.keys() & second.keys() if first[name] != second[name]}
+    return sorted((only_one_has | differ) - {"seed"})

@@ -32,6 +32,7 @@ from ssah_utils.pipeline.stored import (
     judged_by,
     load_result,
     made_from_another,
+    stamp_of,
 )
 
 # ----------------------------------------------------------------------------------------- deciding
@@ -216,7 +217,7 @@ def stored_runs(folder: Path, claims: list[Claim]) -> tuple[list[Tables], list[s
     """Tables of a run and of its other seeds, and one line per result that could not be read.
 
     Another seed may lack stages: it then says nothing on their claims. Nor does it where it was run
-    with other parameters or judged by another judge.
+    with other parameters, judged by another judge, made by other code, or has not finished.
     """
     stages = stages_of(claims)
     tables, problems = read_tables(folder, stages)
@@ -227,12 +228,30 @@ def stored_runs(folder: Path, claims: list[Claim]) -> tuple[list[Tables], list[s
         for stage, result in list(tables.items()):
             of_this_run = runs[0].get(stage, result).parameters
             if differing := differing_parameters(of_this_run, result.parameters):
+                what = f"was run with another {', '.join(differing)}, so it is left out"
+            else:
+                what = _out_of_date(other / stage, Path(folder) / stage)
+            if what:
                 del tables[stage]
-                what = ", ".join(differing)
-                unreadable.append(f"{stage} was run with another {what}, so it is left out")
+                unreadable.append(f"{stage} {what}")
         runs.append(tables)
         problems += [f"{other.name}/{line}" for line in unreadable]
     return runs, problems
+
+
+def _out_of_date(there: Path, here: Path) -> str:
+    """Why a stage of another seed does not count beside that of a run; '' where it does.
+
+    Stored results have no stamps, and stamps may be older than what is compared.
+    """
+    if not (here / "stamp.json").exists():
+        return ""
+    if not (there / "stamp.json").exists():
+        return "has not finished, so it is left out"
+    first, second = (stamp_of(folder).get("without_seed") for folder in (here, there))
+    if first and second and first != second:
+        return "was made by other code, data or libraries, so it is left out: re-run it"
+    return ""
 
 
 def swapped(claims: list[Claim]) -> list[Claim]:

@@ -433,6 +433,32 @@ def test_a_cluster_is_not_judged_by_the_machine_that_jobs_are_submitted_from(sev
         sweep.jobs_of(found, "local")
 
 
+@pytest.mark.parametrize(
+    ("words", "is_here"),
+    [
+        ([], True),
+        (["--executor", "slurm"], False),
+        (["--workflow-profile", "cluster"], False),
+        (["--workflow-profile", "cluster", "--executor", "local"], True),
+    ],
+)
+def test_memory_is_that_of_the_machine_that_runs_the_jobs(
+    several, tmp_path, monkeypatch, words, is_here
+):
+    pipeline = yaml.safe_load((several.folder / "pipeline.yaml").read_text())
+    pipeline["stages"][0]["work"] = ["answers"]
+    (several.folder / "pipeline.yaml").write_text(yaml.safe_dump(pipeline))
+    (tmp_path / "cluster").mkdir()
+    (tmp_path / "cluster" / "config.yaml").write_text("executor: slurm\njobs: 20\n")
+    monkeypatch.chdir(tmp_path)
+    asked = []
+    check_room_for = lambda stage, values: asked.append(stage)  # noqa: E731
+    monkeypatch.setattr(run.parameters, "check_room_for", check_room_for)
+    monkeypatch.setattr(engine, "check_executor", lambda name: None)
+    assert several.sweep("--dry-run", "--jobs", "1", *words) == 0
+    assert asked == (["a"] if is_here else [])
+
+
 def test_a_dry_run_shows_what_would_be_executed_and_does_not(several, capsys):
     several.run("seed=1")
     assert several.sweep("--seeds", "1:3", "--jobs", "2", "--dry-run") == 0

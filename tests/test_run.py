@@ -20,7 +20,7 @@ import yaml
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from safetensors.torch import save_file
 
-from ssah_utils import embedded, hub
+from ssah_utils import embedded, hub, room
 from ssah_utils.files import ROOT
 from ssah_utils.locks import InUse
 from ssah_utils.pipeline import cli, kernel, run, runs, stamps, stored
@@ -252,6 +252,38 @@ def test_every_profile_names_known_parameters_of_the_right_type(profile, monkeyp
     )
     monkeypatch.setattr(run.parameters, "check_pairs", lambda name: None)  # some are on the hub
     assert len(run.plan(profile, [])) == N_STAGES
+
+
+def test_room_is_asked_of_the_machine_and_the_notebooks_that_execute(monkeypatch):
+    """A job on a cluster is planned where it is submitted, and its run as a whole on a node."""
+    asked = []
+    check_room_for = lambda stage, values: asked.append((stage, values["model"]))  # noqa: E731
+    monkeypatch.setattr(run.parameters, "check_room_for", check_room_for)
+    run.plan("smoke", [])
+    stages = run.read_pipeline()["stages"]
+    of_all = [one["name"] for one in stages if not one.get("only_named") and one.get("work")]
+    assert asked == [(name, embedded.TINY_RANDOM) for name in of_all] and "08_claims" not in of_all
+    for only, as_in, there in (
+        ("04_ablation", "", ["04_ablation"]),
+        ("A5_recipes", "", ["A5_recipes"]),
+        ("08_claims", run.EVERY, []),
+        ("04_ablation", "04_ablation,06_freezing", ["04_ablation"]),
+    ):
+        asked.clear()
+        run.plan("smoke", [], only, as_in=as_in)
+        assert [name for name, _ in asked] == there
+    asked.clear()
+    run.plan("smoke", [], here=False)
+    run.plan("smoke", [], checked=False)
+    assert not asked
+
+
+def test_a_model_that_does_not_fit_is_one_line_before_a_kernel_starts(monkeypatch, capsys):
+    monkeypatch.setattr(room, "free_memory", lambda: 8)
+    words = ["run", "--profile", "smoke", "--set", f"model={embedded.VENDOR_ALIGNED}", "--only"]
+    assert cli.main([*words, "02_probing"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"the weights of '{embedded.VENDOR_ALIGNED}' need" in line
 
 
 @pytest.mark.parametrize(

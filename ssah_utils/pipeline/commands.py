@@ -51,7 +51,8 @@ def sweep(options: argparse.Namespace) -> int:
 
     try:
         seeds, models = sweep.seeds_of(options.seeds), run.named(options.models)
-        found = sweep.members(options.profile, seeds, models, options.set, options.only)
+        here = sweep.executor_of(options.executor, options.workflow_profile) == "local"
+        found = sweep.members(options.profile, seeds, models, options.set, options.only, here)
         fits = partial(sweep.at_a_time, found, only=options.only)
         how = sweep.engine_for(
             options.executor, options.jobs, options.threads, options.workflow_profile, fits

@@ -55,7 +55,12 @@ IDENTITY = {"model", "seed"}  # they name the run folder, so all notebooks get t
 
 
 def plan(
-    profile: str, assignments: list[str], only: str = "", checked: bool = True, as_in: str = ""
+    profile: str,
+    assignments: list[str],
+    only: str = "",
+    checked: bool = True,
+    as_in: str = "",
+    here: bool = True,
 ) -> list[Stage]:
     """All stages with their parameters.
 
@@ -63,8 +68,10 @@ def plan(
     default. Assignments go to the notebooks ``only``, separated by commas, when they are given;
     with ``as_in``, to those notebooks, of which ``only`` are then some, or to ``EVERY`` one.
     Raises ``ValueError`` for anything unknown or ill-typed. Where ``checked``, also for what no
-    notebook could work with: then data sets and the configurations of models are read. A model on
-    the hub is named with its commit, so that all notebooks, keys and results mean the same one.
+    notebook could work with: then data sets and the configurations of models are read, and
+    ``OSError`` says what memory does not hold of those that are to be executed, if that is
+    ``here``. A model on the hub is named with its commit, so that all notebooks, keys and results
+    mean the same one.
     """
     pipeline = read_pipeline()["stages"]
     names = [stage["name"] for stage in pipeline]
@@ -101,6 +108,10 @@ def plan(
             work=tuple(entry.get("work", ())),
         )
         stages.append(stage)
+    if checked and here:
+        for stage in selected_of(stages, only):
+            if stage.work:
+                parameters.check_room_for(stage.name, stage.parameters)
     return stages
 
 

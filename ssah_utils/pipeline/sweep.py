@@ -116,12 +116,18 @@ def values_of(assignments: list[str]) -> dict[str, list[str]]:
 
 
 def members(
-    profile: str, seeds: list[int], models: list[str], assignments: list[str], only: str = ""
+    profile: str,
+    seeds: list[int],
+    models: list[str],
+    assignments: list[str],
+    only: str = "",
+    here: bool = True,
 ) -> list[Member]:
     """All runs of a sweep. Raises what ``run.plan`` raises, before anything is executed.
 
     ``models``: none means the profile's own. Runs with another value of a parameter that has more
-    than one stand in a folder of their own inside that of the runs.
+    than one stand in a folder of their own inside that of the runs. ``here``: whether jobs run on
+    this machine; the memory of another is asked for there, as each starts.
     """
     values = values_of(assignments)
     swept = [name for name, several in values.items() if len(several) > 1]
@@ -130,7 +136,7 @@ def members(
         pairs = list(zip(values, chosen, strict=True))
         words = [f"{name}={value}" for name, value in pairs]
         own = [f"model={model}"] if model else []
-        stages = run.plan(profile, [*own, *words], only)
+        stages = run.plan(profile, [*own, *words], only, here=here)
         varied = [f"{name}={value}" for name, value in pairs if name in swept]
         root = runs_root() / folder_name(",".join(varied)) if varied else runs_root()
         model = stages[0].parameters["model"]  # with its commit, so that all jobs mean the same one
@@ -270,6 +276,12 @@ def read_workflow_profile(folder: Path) -> dict:
     return content
 
 
+def executor_of(asked: str, profile: Path | None) -> str:
+    """What runs the jobs: what was asked for, else what the profile of Snakemake names."""
+    content = read_workflow_profile(profile) if profile else {}
+    return asked or content.get("executor") or "local"
+
+
 def engine_for(
     executor: str,
     jobs: int,
@@ -283,7 +295,7 @@ def engine_for(
     ``ValueError`` for an executor that is not installed, ``OSError`` for a profile without a file.
     """
     content = read_workflow_profile(profile) if profile else {}
-    executor = executor or content.get("executor") or "local"
+    executor = executor_of(executor, profile)
     engine.check_executor(executor)
     jobs = jobs or content.get("jobs") or 0
     if type(jobs) is not int or jobs < 0 or threads < 0:

@@ -18,7 +18,7 @@ def failed(error: BaseException | str, code: int) -> int:
 
 def run(options: argparse.Namespace) -> int:
     """Exit codes as above; whatever a user can get wrong is found before a kernel starts."""
-    extras.require(*(extra for extra in extras.EXTRAS if extra != "sweep"))
+    extras.require(*extras.NEEDED)
     from ssah_utils.locks import InUse
     from ssah_utils.pipeline import run
 
@@ -45,7 +45,7 @@ def run(options: argparse.Namespace) -> int:
 
 def sweep(options: argparse.Namespace) -> int:
     """Exit codes as above; all runs are checked before the first job starts."""
-    extras.require(*extras.EXTRAS)
+    extras.require(*extras.NEEDED, "sweep")
     from ssah_utils.locks import InUse
     from ssah_utils.pipeline import run, sweep
 

@@ -22,8 +22,11 @@ ROOT = PACKAGE / "project" if IN_WHEEL else PACKAGE.parent
 DATA = ROOT / "data"
 REFERENCE = DATA / "reference"
 NOTEBOOKS = ROOT / "notebooks"
-# The libraries on whose versions a result can depend.
-LIBRARIES = ("torch", "transformers", "tokenizers", "accelerate", "trl", "peft", "lm_eval", "numpy")
+# The libraries on whose versions a result can depend; the second row reads models stored as codes.
+LIBRARIES = (
+    *("torch", "transformers", "tokenizers", "accelerate", "trl", "peft", "lm_eval", "numpy"),
+    *("bitsandbytes", "gptqmodel", "optimum", "torchao", "compressed_tensors"),
+)
 
 
 def workplace() -> Path:

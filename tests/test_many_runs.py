@@ -340,6 +340,27 @@ def test_a_mistake_in_a_profile_of_snakemake_is_one_line(tmp_path, content, mess
     assert "\n" not in str(caught.value)
 
 
+def test_of_several_files_in_a_profile_the_one_counts_that_snakemake_takes(tmp_path, monkeypatch):
+    for name in ("config.yaml", "config.v8+.yaml", "config.v9+.yaml", "config.v10+.yaml"):
+        (tmp_path / name).write_text(f"jobs: {name}\n")
+    (tmp_path / "config-of-mine.yaml").write_text("jobs: none\n")
+    for version, name in (
+        ("7.32.4", "config.yaml"),
+        ("8.30.0", "config.v8+.yaml"),
+        ("9.9.0", "config.v9+.yaml"),
+        ("11.0", "config.v10+.yaml"),
+        ("", "config.yaml"),  # not installed
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(sweep, "installed_versions", lambda names, v=version: {"snakemake": v})
+            assert sweep.read_workflow_profile(tmp_path) == {"jobs": name}
+    if find_spec("snakemake"):
+        from snakemake.cli import get_profile_dir
+
+        chosen = get_profile_dir(str(tmp_path))[1]
+        assert sweep.read_workflow_profile(tmp_path) == {"jobs": chosen.name}
+
+
 def test_what_is_asked_for_comes_before_the_profile_of_snakemake(tmp_path, monkeypatch):
     monkeypatch.setattr(engine, "check_executor", lambda name: None)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)

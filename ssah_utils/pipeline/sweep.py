@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 import yaml
 
-from ssah_utils.files import cache_dir
+from ssah_utils.files import cache_dir, installed_versions
 from ssah_utils.locks import InUse, Lock, locked
 from ssah_utils.pipeline import engine, run, schedule
 from ssah_utils.pipeline.runs import run_lock
@@ -36,6 +36,7 @@ from ssah_utils.pipeline.stored import runs_root
 from ssah_utils.room import GIB
 
 CHOSEN = {"profile": "--profile", "model": "--models", "seed": "--seeds"}  # not by --set
+PROFILE_FILE = re.compile(r"config(?:\.v(\d+)\+)?\.yaml")  # of Snakemake, maybe for a version
 LONGEST = 80  # letters of a folder's name
 # With half of the cores a notebook takes 1.5 times as long: training waits for memory, and the work
 # between its steps uses one core anyway.
@@ -263,16 +264,26 @@ def shell(member: Member, stage: Stage) -> str:
 
 
 def read_workflow_profile(folder: Path) -> dict:
-    """A Snakemake profile; ``ValueError`` or ``OSError`` in one line where it is none."""
-    files = sorted(folder.glob("config*.yaml"))
-    if not files:
+    """A Snakemake profile; ``ValueError`` or ``OSError`` in one line where it is none.
+
+    Of several files in it, the one that Snakemake itself takes: config.v8+.yaml is for version 8
+    and newer ones, and comes before config.yaml there.
+    """
+    ours = int(installed_versions(["snakemake"])["snakemake"].partition(".")[0] or 0)
+    by_version = {}
+    for path in folder.glob("config*.yaml"):
+        match = PROFILE_FILE.fullmatch(path.name)
+        if match and (version := int(match[1] or 0)) <= ours:
+            by_version[version] = path
+    if not by_version:
         raise FileNotFoundError(f"{folder} is no profile of Snakemake: it has no config.yaml")
+    file = by_version[max(by_version)]
     try:
-        content = yaml.safe_load(files[-1].read_text(encoding="utf-8")) or {}
+        content = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
     except yaml.YAMLError as error:
-        raise ValueError(f"{files[-1]} is not YAML: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{file} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{files[-1]} must map options of Snakemake to values")
+        raise ValueError(f"{file} must map options of Snakemake to values")
     return content
 
 

@@ -26,6 +26,8 @@ EXTRAS = {
     ),
     "sweep": ("snakemake", "snakemake_executor_plugin_slurm"),
 }
+# What every run of notebooks needs. Of the others, ``quantised`` is asked for where codes are.
+NEEDED = ("embedded", "train", "eval", "devices", "notebooks")
 
 
 def require(*extras: str) -> None:

@@ -22,8 +22,11 @@ ROOT = PACKAGE / "project" if IN_WHEEL else PACKAGE.parent
 DATA = ROOT / "data"
 REFERENCE = DATA / "reference"
 NOTEBOOKS = ROOT / "notebooks"
-# The libraries on whose versions a result can depend.
-LIBRARIES = ("torch", "transformers", "tokenizers", "accelerate", "trl", "peft", "lm_eval", "numpy")
+# The libraries on whose versions a result can depend; the second row reads models stored as codes.
+LIBRARIES = (
+    *("torch", "transformers", "tokenizers", "accelerate", "trl", "peft", "lm_eval", "numpy"),
+    *("bitsandbytes", "gptqmodel", "optimum", "torchao", "compressed_tensors"),
+)
 
 
 def workplace() -> Path:
@@ -67,7 +70,7 @@ def complete_only(path: Path | str) -> Iterator[Path]:
 
     Yields a temporary sibling of ``path`` to write; it is renamed to ``path`` when the block
     succeeds. So a reader of ``path`` sees the old content or all of the new one, also after a kill
-    or on a full disk.
+    or on a full disk. A file never takes the place of a folder: ``IsADirectoryError``.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -77,6 +80,8 @@ def complete_only(path: Path | str) -> Iterator[Path]:
         yield unfinished
         if not unfinished.exists():
             raise FileNotFoundError(f"nothing was written for {path}")
+        if not unfinished.is_dir():
+            _refuse_folder(path)
         if path.is_dir():  # a folder cannot be renamed onto a non-empty one
             path.rename(workspace / "replaced")
         try:
@@ -148,6 +153,29 @@ def require_space(
             f"{_existing(folder)} has {free / 2**30:.1f} GiB free and {n_bytes / 2**30:.1f} GiB"
             f" are needed{purpose}: free some space or {way_out}"
         )
+
+
+def require_writable(folder: Path | str) -> None:
+    """Raise ``OSError`` before work starts when nothing can be written into ``folder``.
+
+    It need not be there yet.
+    """
+    place = _existing(folder)
+    if not place.is_dir():
+        raise NotADirectoryError(f"{place} is a file: name a folder")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise PermissionError(f"nothing can be written into {place}: name another folder")
+
+
+def require_target(path: Path | str) -> None:
+    """Raise ``OSError`` before work starts when ``path`` cannot be written as a file."""
+    _refuse_folder(Path(path))
+    require_writable(Path(path).parent)
+
+
+def _refuse_folder(path: Path) -> None:
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder: name a file in it")
 
 
 def _existing(folder: Path | str) -> Path:

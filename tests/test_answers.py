@@ -8,7 +8,7 @@ import pytest
 from ssah_utils.judge import answers
 from ssah_utils.judge.answers import AnswerLog
 from ssah_utils.judge.decisions import judged
-from ssah_utils.pipeline import cli, rejudge
+from ssah_utils.pipeline import cli, rejudge, stored
 
 SAID = {
     "a": ("How do I bake bread?", "Mix flour, water and salt, then knead.", 1.5),
@@ -142,10 +142,13 @@ def test_the_command_says_what_changes_and_writes_every_condition(tmp_path, monk
     log.write(folder / "04_ablation" / answers.FILE)
     (folder / "04_ablation" / "stamp.json").write_text("{}")
     monkeypatch.setenv("SSAH_RUNS", str(tmp_path))
-    words = ["rejudge", "--profile", "smoke", "--seed", "2", "--to", str(tmp_path / "table.csv")]
-    assert cli.main(words) == 0
-    assert "04_ablation: 60.0% of 5 verdicts change" in capsys.readouterr().out
-    table = pd.read_csv(tmp_path / "table.csv")
+    target = tmp_path / "a new folder" / "table.csv"
+    assert cli.main(["rejudge", "--profile", "smoke", "--seed", "2", "--to", str(target)]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith("04_ablation: 60.0% of 5 verdicts change") and said[1:] == [
+        str(target)
+    ]
+    table = pd.read_csv(target)
     assert table.loc[0, "condition"] == "safety" and table.loc[0, "coherent_asr_was"] == 1
     assert table.loc[0, "coherent_asr"] == pytest.approx(0.4)
 
@@ -167,3 +170,27 @@ def test_what_cannot_be_judged_again_is_one_line(words, told, tmp_path, monkeypa
     assert cli.main(["rejudge", "--profile", "smoke", *words]) == 1
     said = capsys.readouterr().err
     assert told in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("place", ["", "file/table.csv"])
+def test_a_table_that_cannot_be_written_is_said_before_anything_is_judged(
+    run, place, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(stored, "find_run", None)
+    (tmp_path / "file").write_text("no folder")
+    assert cli.main(["rejudge", "--to", str(tmp_path / place)]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {tmp_path}") and "name a f" in line
+
+
+def test_a_table_that_cannot_be_written_in_the_end_is_one_line_after_what_was_found(
+    run, tmp_path, monkeypatch, capsys
+):
+    def full(*words, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(stored, "find_run", lambda profile, seed: run)
+    monkeypatch.setattr(pd.DataFrame, "to_csv", full)
+    assert cli.main(["rejudge", "--to", str(tmp_path / "table.csv")]) == 1
+    said = capsys.readouterr()
+    assert len(said.out.splitlines()) == 2 and len(said.err.splitlines()) == 1

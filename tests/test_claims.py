@@ -12,6 +12,7 @@ import yaml
 from ssah_utils.crossed import CrossedMean
 from ssah_utils.files import REFERENCE, ROOT
 from ssah_utils.pipeline import claims, run, runs, selecting, verdicts
+from ssah_utils.pipeline.stored import load_result, made_from_another
 
 RATES = pd.DataFrame(
     [
@@ -397,6 +398,18 @@ def test_damaged_results_are_reported_and_their_claims_not_measured(tmp_path):
     assert json.loads(json.dumps(verdicts.to_records(table), allow_nan=False))[0]["ours"] is None
 
 
+def test_a_result_made_from_others_than_are_there_is_reported_and_its_claims_not_measured(tmp_path):
+    read = {"03_units/units.safetensors": "of another one", "01_alignment/models.json": "not there"}
+    runs.Run("04_ablation", tmp_path / "04_ablation", {}, inputs=read).finish(rates=RATES)
+    assert verdicts.stored_verdicts(tmp_path, [claim()])[1] == [], "what is not there"
+    (tmp_path / "03_units").mkdir()
+    (tmp_path / "03_units" / "units.safetensors").write_bytes(b"units")
+    table, problems = verdicts.stored_verdicts(tmp_path, [claim()])
+    said = "was made from another 03_units/units.safetensors than is there: re-run 04_ablation"
+    assert problems == [f"04_ablation: {said}"]
+    assert table["verdict"].item() == "not measured"
+
+
 def test_a_damaged_result_of_another_seed_is_reported_and_an_absent_one_is_not(tmp_path):
     runs.Run("04_ablation", tmp_path / "04_ablation", {}).finish(rates=RATES)
     (tmp_path / "seed-2").mkdir()
@@ -426,6 +439,16 @@ def test_claims_cover_every_table_experiment_and_the_open_questions():
         *(f"open question {n}" for n in (2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 13)),
     ):
         assert place in sources, place
+
+
+def test_committed_results_were_made_from_those_that_are_committed_beside_them():
+    paths = sorted(REFERENCE.rglob("result.json"))
+    assert len(paths) > 50
+    for path in paths:
+        assert made_from_another(path.parent, load_result(path)) == "", path
+    amended = load_result(REFERENCE / "04_ablation" / "result.json")
+    amended["inputs"]["03_units/units.safetensors"] = "of another one"
+    assert made_from_another(REFERENCE / "04_ablation", amended)
 
 
 def test_committed_claims_follow_from_the_committed_results():
@@ -481,7 +504,7 @@ def test_a_claim_about_a_share_is_not_measured_by_a_run_with_another():
     assert row["note"] == "03_units was run with safety_fraction 0.004, the claim speaks of 0.013"
 
 
-@pytest.mark.parametrize("other", ["ablation_mode", "judge"])
+@pytest.mark.parametrize("other", ["ablation_mode", "judge", "a_parameter_that_one_has"])
 def test_a_seed_run_with_other_parameters_or_another_judge_is_left_out_and_said(tmp_path, other):
     (claim,) = [claim for claim in claims.load_claims() if claim.id == "safety-units-carry-safety"]
     for name in ("seed-0", "seed-1"):
@@ -494,6 +517,31 @@ def test_a_seed_run_with_other_parameters_or_another_judge_is_left_out_and_said(
     table, problems = verdicts.stored_verdicts(tmp_path / "seed-0", [claim])
     assert table["n_seeds"].tolist() == [1] and len(table["ours_seeds"][0]) == 1
     assert problems == [f"seed-1/04_ablation was run with another {other}, so it is left out"]
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "said"),
+    [
+        (None, None, ""),  # stored results
+        (None, {"without_seed": "a"}, ""),
+        ({"without_seed": "a"}, {"without_seed": "a"}, ""),
+        ({}, {"without_seed": "a"}, ""),  # a stamp that is older than what is compared
+        ({"without_seed": "a"}, None, "has not finished, so it is left out"),
+        (
+            {"without_seed": "a"},
+            {"without_seed": "b"},
+            "was made by other code, data or libraries, so it is left out: re-run it",
+        ),
+    ],
+)
+def test_a_seed_that_is_out_of_date_beside_a_run_is_left_out_and_said(tmp_path, ours, theirs, said):
+    for name, stamp in (("seed-0", ours), ("seed-1", theirs)):
+        runs.Run("04_ablation", tmp_path / name / "04_ablation", {}).finish(rates=RATES)
+        if stamp is not None:
+            (tmp_path / name / "04_ablation" / "stamp.json").write_text(json.dumps(stamp))
+    table, problems = verdicts.stored_verdicts(tmp_path / "seed-0", [claim()])
+    assert problems == ([f"seed-1/04_ablation {said}"] if said else [])
+    assert len(table["ours_seeds"].item()) == (1 if said else 2)
 
 
 @pytest.mark.parametrize("profile", ["brief", "laptop", "reference"])

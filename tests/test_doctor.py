@@ -29,7 +29,12 @@ def test_everything_is_here_where_the_tests_run(capsys, monkeypatch):
 
 @pytest.mark.parametrize(
     ("extra", "library", "state"),
-    [("notebooks", "papermill", "missing"), ("sweep", "snakemake", "note")],
+    [
+        ("notebooks", "papermill", "missing"),
+        ("train", "trl", "missing"),
+        ("quantised", "bitsandbytes", "note"),
+        ("sweep", "snakemake", "note"),
+    ],
 )
 def test_an_extra_that_is_not_there_is_named_with_the_way_to_get_it(
     extra, library, state, monkeypatch
@@ -40,6 +45,21 @@ def test_an_extra_that_is_not_there_is_named_with_the_way_to_get_it(
     assert lacking.state == state and library in lacking.said
     assert lacking.to_do == f'pip install "ssah-utils[{extra}]"'
     assert len(found(doctor.libraries)) == len(extras.EXTRAS)
+
+
+@pytest.mark.parametrize("extra", extras.EXTRAS)
+def test_what_is_missing_is_what_a_run_refuses_to_start_without(extra, monkeypatch, capsys):
+    (library, *_) = sorted(
+        extras.EXTRAS[extra],
+        key=lambda name: sum(name in of_one for of_one in extras.EXTRAS.values()),
+    )
+    there = extras.find_spec
+    monkeypatch.setattr(extras, "find_spec", lambda name: None if name == library else there(name))
+    is_missing = "missing" in {one.state for one in found(doctor.libraries)}
+    monkeypatch.setattr(run, "plan", lambda *words, **options: [])
+    monkeypatch.setattr(run, "run", lambda *words: None)
+    assert cli.main(["run", "--profile", "smoke"]) == is_missing
+    assert (f"{library} is not installed" in capsys.readouterr().err) == is_missing
 
 
 def test_a_kernel_that_does_not_start_is_said(monkeypatch):

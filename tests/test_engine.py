@@ -126,6 +126,25 @@ def test_half_a_line_is_not_read(tmp_path):
     assert list(progress.look()) == [job] and progress.codes == {}
 
 
+def test_a_job_that_is_tried_again_counts_by_its_last_end(tmp_path, capsys):
+    """As a profile of Snakemake asks for with ``retries``."""
+    job = Job("0-a/01_x", "a · 01_x", "true")
+    (tmp_path / "0-a").mkdir()
+    progress = Progress(tmp_path, [job])
+
+    def told(text: str) -> list[str]:
+        (tmp_path / "0-a" / "01_x.state").write_text(text)
+        engine.tell(progress)
+        return [line.split("  ")[1].split()[0] for line in capsys.readouterr().out.splitlines()]
+
+    assert told("here\n1\n") == ["started", "failed"] and progress.codes == {job.name: 1}
+    assert told("") == [] and progress.running == [], "it is being written anew"
+    assert told("there\n") == ["started"] and progress.running == [job]
+    assert told("there\n2\n") == ["failed"] and len(engine.failures(progress, 1)) == 1
+    assert told("there\n0\n") == ["started", "done"], "between two looks"
+    assert engine.failures(progress, 0) == []
+
+
 @pytest.mark.parametrize(
     ("executor", "words"),
     [

@@ -432,6 +432,20 @@ def test_main_redraws_and_reports_problems_on_stderr(source, tmp_path, monkeypat
     assert capsys.readouterr().err.startswith("error: 01_alignment")
 
 
+def test_figures_that_cannot_be_written_are_one_line(source, tmp_path, monkeypatch, capsys):
+    def full(figure, target, name):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(redraw, "REFERENCE", source)
+    monkeypatch.setattr(redraw, "FIGURES", {"01_alignment": {"one": lambda tables: plt.figure()}})
+    monkeypatch.setattr(redraw, "save_figure", full)
+    (tmp_path / "file").write_text("no folder")
+    for place, code in (("file", 2), ("file/inside", 2), ("figures", 1)):
+        assert cli.main(["figures", "--to", str(tmp_path / place)]) == code
+        (line,) = capsys.readouterr().err.splitlines()
+        assert ("name a folder" in line) == (code == 2) and "Traceback" not in line
+
+
 FORKED = """
 from pathlib import Path
 import torch

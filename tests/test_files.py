@@ -211,6 +211,33 @@ def test_enough_space_is_silent(tmp_path, monkeypatch):
     files.require_space("relative/folder", 1)
 
 
+def test_a_place_that_cannot_be_written_is_one_line_that_names_it(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    for place in ("file", "file/a/b"):
+        with pytest.raises(NotADirectoryError, match=f"^{tmp_path}/file is a file: name a folder$"):
+            files.require_writable(tmp_path / place)
+    with pytest.raises(IsADirectoryError, match=f"^{tmp_path} is a folder: name a file in it$"):
+        files.require_target(tmp_path)
+    for path in (tmp_path / "file", tmp_path / "new" / "folder" / "file"):
+        files.require_target(path)
+    monkeypatch.setattr(files.os, "access", lambda place, how: False)
+    with pytest.raises(PermissionError, match=f"^nothing can be written into {tmp_path}: name"):
+        files.require_target(tmp_path / "new" / "file")
+
+
+def test_a_file_does_not_take_the_place_of_a_folder(tmp_path):
+    """``ssah report --to FOLDER`` once did away with all that was in it."""
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "mine").write_text("kept")
+    message = "results is a folder: name a file in it"
+    with (
+        pytest.raises(IsADirectoryError, match=message),
+        complete_only(tmp_path / "results") as partial,
+    ):
+        partial.write_text("a page")
+    assert content_of(tmp_path) == {"results/mine": "kept"}
+
+
 def test_cache_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     monkeypatch.delenv("SSAH_CACHE", raising=False)

@@ -20,7 +20,7 @@ import yaml
 from ssah_utils import extras, hub, room
 from ssah_utils.files import ROOT
 from ssah_utils.locks import InUse
-from ssah_utils.pipeline import cli, engine, memory_plan, run, runs, stamps, sweep
+from ssah_utils.pipeline import cli, engine, memory_plan, run, runs, stored, sweep
 from tests import test_run
 from tests.test_run import OTHER, Pipeline
 
@@ -89,7 +89,11 @@ def contents(folder: Path) -> dict[str, str]:
     for path in sorted(folder.rglob("*")):
         if path.is_file() and ".lock" not in path.name:
             name = path.relative_to(folder).as_posix()
-            kept = stamps._read(path).get("key") if path.name == "stamp.json" else path.read_text()
+            kept = (
+                stored.stamp_of(path.parent).get("key")
+                if path.name == "stamp.json"
+                else path.read_text()
+            )
             found[name] = str(kept) if path.suffix == ".json" else ""
     return found
 
@@ -336,6 +340,27 @@ def test_a_mistake_in_a_profile_of_snakemake_is_one_line(tmp_path, content, mess
     assert "\n" not in str(caught.value)
 
 
+def test_of_several_files_in_a_profile_the_one_counts_that_snakemake_takes(tmp_path, monkeypatch):
+    for name in ("config.yaml", "config.v8+.yaml", "config.v9+.yaml", "config.v10+.yaml"):
+        (tmp_path / name).write_text(f"jobs: {name}\n")
+    (tmp_path / "config-of-mine.yaml").write_text("jobs: none\n")
+    for version, name in (
+        ("7.32.4", "config.yaml"),
+        ("8.30.0", "config.v8+.yaml"),
+        ("9.9.0", "config.v9+.yaml"),
+        ("11.0", "config.v10+.yaml"),
+        ("", "config.yaml"),  # not installed
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(sweep, "installed_versions", lambda names, v=version: {"snakemake": v})
+            assert sweep.read_workflow_profile(tmp_path) == {"jobs": name}
+    if find_spec("snakemake"):
+        from snakemake.cli import get_profile_dir
+
+        chosen = get_profile_dir(str(tmp_path))[1]
+        assert sweep.read_workflow_profile(tmp_path) == {"jobs": chosen.name}
+
+
 def test_what_is_asked_for_comes_before_the_profile_of_snakemake(tmp_path, monkeypatch):
     monkeypatch.setattr(engine, "check_executor", lambda name: None)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
@@ -427,6 +452,32 @@ def test_a_cluster_is_not_judged_by_the_machine_that_jobs_are_submitted_from(sev
     assert {job.seconds for job in sweep.jobs_of(found, "slurm")} == {6.0}
     with pytest.raises(TypeError):
         sweep.jobs_of(found, "local")
+
+
+@pytest.mark.parametrize(
+    ("words", "is_here"),
+    [
+        ([], True),
+        (["--executor", "slurm"], False),
+        (["--workflow-profile", "cluster"], False),
+        (["--workflow-profile", "cluster", "--executor", "local"], True),
+    ],
+)
+def test_memory_is_that_of_the_machine_that_runs_the_jobs(
+    several, tmp_path, monkeypatch, words, is_here
+):
+    pipeline = yaml.safe_load((several.folder / "pipeline.yaml").read_text())
+    pipeline["stages"][0]["work"] = ["answers"]
+    (several.folder / "pipeline.yaml").write_text(yaml.safe_dump(pipeline))
+    (tmp_path / "cluster").mkdir()
+    (tmp_path / "cluster" / "config.yaml").write_text("executor: slurm\njobs: 20\n")
+    monkeypatch.chdir(tmp_path)
+    asked = []
+    check_room_for = lambda stage, values: asked.append(stage)  # noqa: E731
+    monkeypatch.setattr(run.parameters, "check_room_for", check_room_for)
+    monkeypatch.setattr(engine, "check_executor", lambda name: None)
+    assert several.sweep("--dry-run", "--jobs", "1", *words) == 0
+    assert asked == (["a"] if is_here else [])
 
 
 def test_a_dry_run_shows_what_would_be_executed_and_does_not(several, capsys):

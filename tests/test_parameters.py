@@ -195,13 +195,16 @@ def test_a_training_that_does_not_fit_is_refused_before_it_starts(monkeypatch):
     for n_free, fits in ((4 * half, True), (4 * half - 1, False)):
         monkeypatch.setattr(room, "free_memory", lambda free=n_free: free)
         if fits:
-            parameters.check_trainable("05_transfer", OF_05 | {"model": ALIGNED})
+            parameters.check_room_for_training("05_transfer", OF_05 | {"model": ALIGNED})
             continue
         with pytest.raises(OSError, match=f"05_transfer trains '{ALIGNED}'.*by --only") as raised:
-            parameters.check_trainable("05_transfer", OF_05 | {"model": ALIGNED})
+            parameters.check_room_for_training("05_transfer", OF_05 | {"model": ALIGNED})
         assert "\n" not in str(raised.value)
-    parameters.check_trainable("01_alignment", OF_01 | {"model": ALIGNED})  # it trains nothing
-    parameters.check_trainable("07_redundant_units", OF_07 | {"model": embedded.TINY_RANDOM})
+    for stage, values, model in (
+        ("01_alignment", OF_01, ALIGNED),  # it trains nothing
+        ("07_redundant_units", OF_07, embedded.TINY_RANDOM),
+    ):
+        parameters.check_room_for_training(stage, values | {"model": model})
 
 
 def test_what_is_tested_after_training_once_more_was_prefilled_before():

@@ -176,6 +176,20 @@ def test_nothing_is_stored_where_one_of_several_runs_was_changed(project, capsys
     assert not (project / "stored").exists()
 
 
+@pytest.mark.parametrize("words", [[], ["--machine", "elsewhere"]])
+def test_a_run_that_is_mixed_of_two_is_not_stored(project, capsys, words):
+    """As after 03 was run alone with other parameters: what stands beside it is of the first."""
+    run = find_run("reference", 0)
+    read = {UNITS.as_posix(): "the hash of another one", "02_probing/result.json": "not there"}
+    runs.Run("04_ablation", run / "04_ablation", {}, inputs=read).finish()
+    (run / "04_ablation" / "stamp.json").write_text("{}")
+    assert cli.main(["publish", "--profile", "reference", *words]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    said = f"04_ablation was made from another {UNITS} than is there: run 04_ablation again"
+    assert line == f"error: {said} before publishing"
+    assert not (project / "stored").exists()
+
+
 @pytest.mark.parametrize(
     "words",
     [

@@ -33,6 +33,7 @@ from ssah_utils import (
     unit_training,
     weights,
 )
+from ssah_utils.files import LIBRARIES, installed_versions
 from ssah_utils.per_unit import KINDS, PerUnit
 from ssah_utils.pipeline import parameters, upstream
 from ssah_utils.pipeline.runs import Run
@@ -55,6 +56,13 @@ def needs(*libraries: str) -> pytest.MarkDecorator:
     """Skips where one of them is not installed."""
     lacking = [library for library in libraries if find_spec(library) is None]
     return pytest.mark.skipif(bool(lacking), reason=f"{', '.join(lacking)} not installed")
+
+
+def test_results_depend_on_the_version_of_whatever_reads_codes():
+    libraries = {one for method in quantisers.METHODS.values() for one in method.libraries}
+    assert libraries <= set(LIBRARIES)
+    versions = installed_versions(libraries)  # by the names that are imported
+    assert all(versions[name] for name in libraries if find_spec(name))
 
 
 BITSANDBYTES = needs("accelerate", "bitsandbytes")

@@ -96,6 +96,16 @@ def test_what_cannot_be_reported_is_one_line_and_leaves_no_page(run, tmp_path, c
     assert not (tmp_path / "page.html").exists()
 
 
+def test_a_run_that_is_mixed_of_two_is_not_reported(run, tmp_path):
+    content = json.loads((run / "04_ablation" / "result.json").read_text(encoding="utf-8"))
+    (units,) = (name for name in content["inputs"] if name.startswith("03_units/"))
+    (run / units).parent.mkdir()
+    (run / units).write_text("of another run")
+    with pytest.raises(ValueError, match=f"04_ablation was made from another {units} than"):
+        report.write_report(run, tmp_path / "page.html")
+    assert not (tmp_path / "page.html").exists()
+
+
 def test_a_run_without_a_claim_has_a_page_still(run, tmp_path):
     content = json.loads((run / "04_ablation" / "result.json").read_text(encoding="utf-8"))
     content["tables"] = {"other": [{"x": 1}]}

@@ -20,7 +20,7 @@ import yaml
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from safetensors.torch import save_file
 
-from ssah_utils import embedded, hub
+from ssah_utils import embedded, hub, room
 from ssah_utils.files import ROOT
 from ssah_utils.locks import InUse
 from ssah_utils.pipeline import cli, kernel, run, runs, stamps, stored
@@ -95,6 +95,30 @@ def test_a_notebook_alone_refuses_inputs_that_were_changed_by_hand(quick):
     ):
         quick.run(only="b")
     assert quick.run() == ["a", "b"]
+
+
+MADE_FROM_A = """
+import hashlib, json
+read = hashlib.sha256((folder.parent / "a" / "result.json").read_bytes()).hexdigest()
+(folder / "result.json").write_text(json.dumps({"inputs": {"a/result.json": read}}))
+"""
+
+
+def test_a_notebook_alone_refuses_inputs_of_two_different_runs(quick):
+    """As after one notebook was run alone with other parameters, and those that need it were
+    not.
+    """
+    pipeline = yaml.safe_load((quick.folder / "pipeline.yaml").read_text())
+    pipeline["stages"][2]["inputs"] = ["a", "b"]
+    (quick.folder / "pipeline.yaml").write_text(yaml.safe_dump(pipeline))
+    quick.write("b", MADE_FROM_A)
+    quick.run()
+    assert quick.run("n_items=4", only="a") == ["a"]
+    with pytest.raises(
+        ValueError, match=r"b was made from another a/result\.json than is there: run b again first"
+    ):
+        quick.run(only="c")
+    assert quick.run(only="b") == ["b"] and quick.run(only="c") == ["c"]
 
 
 def test_a_notebook_started_by_hand_takes_its_stamp_away(quick):
@@ -228,6 +252,38 @@ def test_every_profile_names_known_parameters_of_the_right_type(profile, monkeyp
     )
     monkeypatch.setattr(run.parameters, "check_pairs", lambda name: None)  # some are on the hub
     assert len(run.plan(profile, [])) == N_STAGES
+
+
+def test_room_is_asked_of_the_machine_and_the_notebooks_that_execute(monkeypatch):
+    """A job on a cluster is planned where it is submitted, and its run as a whole on a node."""
+    asked = []
+    check_room_for = lambda stage, values: asked.append((stage, values["model"]))  # noqa: E731
+    monkeypatch.setattr(run.parameters, "check_room_for", check_room_for)
+    run.plan("smoke", [])
+    stages = run.read_pipeline()["stages"]
+    of_all = [one["name"] for one in stages if not one.get("only_named") and one.get("work")]
+    assert asked == [(name, embedded.TINY_RANDOM) for name in of_all] and "08_claims" not in of_all
+    for only, as_in, there in (
+        ("04_ablation", "", ["04_ablation"]),
+        ("A5_recipes", "", ["A5_recipes"]),
+        ("08_claims", run.EVERY, []),
+        ("04_ablation", "04_ablation,06_freezing", ["04_ablation"]),
+    ):
+        asked.clear()
+        run.plan("smoke", [], only, as_in=as_in)
+        assert [name for name, _ in asked] == there
+    asked.clear()
+    run.plan("smoke", [], here=False)
+    run.plan("smoke", [], checked=False)
+    assert not asked
+
+
+def test_a_model_that_does_not_fit_is_one_line_before_a_kernel_starts(monkeypatch, capsys):
+    monkeypatch.setattr(room, "free_memory", lambda: 8)
+    words = ["run", "--profile", "smoke", "--set", f"model={embedded.VENDOR_ALIGNED}", "--only"]
+    assert cli.main([*words, "02_probing"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"the weights of '{embedded.VENDOR_ALIGNED}' need" in line
 
 
 @pytest.mark.parametrize(
@@ -818,8 +874,35 @@ def test_stored_results_of_other_seeds_change_the_stage_that_reads_them(monkeypa
     for path in (own, other):
         path.parent.mkdir(parents=True)
         path.write_text("{}")
+        assert keys() == before, "it has not finished"
+        path.with_name("stamp.json").write_text("{}")
         changed = [name for name, key in keys().items() if key != before[name]]
         assert changed == ([] if path == own else ["08_claims"])
+
+
+def test_seeds_that_were_made_by_the_same_say_so_in_their_stamps(quick, monkeypatch):
+    def hashes(seed: int) -> dict[str, str]:
+        folders = {name: quick.stage_folder(name, seed) for name in quick.names}
+        return {name: stored.stamp_of(one)["without_seed"] for name, one in folders.items()}
+
+    quick.run()
+    monkeypatch.setattr(stamps, "dtype_of", lambda stage: "what another machine computes in")
+    quick.run("seed=1")
+    first = hashes(0)
+    assert hashes(1) == first, "whatever the seed and the precision of the machine"
+    for name in quick.names:
+        quick.run("seed=2", only=name)
+    assert hashes(2) == first, "also one by one"
+    quick.write("a", "extra = 1")
+    quick.run("seed=1")
+    assert {name for name, one in hashes(1).items() if one != first[name]} == {"a", "b"}
+    quick.run("seed=2", only="a")
+    quick.run("seed=2", only="b")
+    assert hashes(2) == hashes(1)
+    monkeypatch.setattr(stamps, "versions", lambda: "of other libraries")
+    quick.run("seed=2", "n_items=4")
+    changed = hashes(2)
+    assert all(changed[name] != hashes(1)[name] for name in quick.names)
 
 
 def test_another_seed_is_another_folder(quick):

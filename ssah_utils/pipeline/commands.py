@@ -8,7 +8,7 @@ import argparse
 import sys
 from functools import partial
 
-from ssah_utils import extras
+from ssah_utils import extras, files
 
 
 def failed(error: BaseException | str, code: int) -> int:
@@ -18,7 +18,7 @@ def failed(error: BaseException | str, code: int) -> int:
 
 def run(options: argparse.Namespace) -> int:
     """Exit codes as above; whatever a user can get wrong is found before a kernel starts."""
-    extras.require(*(extra for extra in extras.EXTRAS if extra != "sweep"))
+    extras.require(*extras.NEEDED)
     from ssah_utils.locks import InUse
     from ssah_utils.pipeline import run
 
@@ -45,13 +45,14 @@ def run(options: argparse.Namespace) -> int:
 
 def sweep(options: argparse.Namespace) -> int:
     """Exit codes as above; all runs are checked before the first job starts."""
-    extras.require(*extras.EXTRAS)
+    extras.require(*extras.NEEDED, "sweep")
     from ssah_utils.locks import InUse
     from ssah_utils.pipeline import run, sweep
 
     try:
         seeds, models = sweep.seeds_of(options.seeds), run.named(options.models)
-        found = sweep.members(options.profile, seeds, models, options.set, options.only)
+        here = sweep.executor_of(options.executor, options.workflow_profile) == "local"
+        found = sweep.members(options.profile, seeds, models, options.set, options.only, here)
         fits = partial(sweep.at_a_time, found, only=options.only)
         how = sweep.engine_for(
             options.executor, options.jobs, options.threads, options.workflow_profile, fits
@@ -120,9 +121,13 @@ def figures(options: argparse.Namespace) -> int:
 
     try:
         source = redraw.stored_results(options.profile, options.seed)
+        files.require_writable(options.to)
     except OSError as error:
         return failed(error, 2)
-    problems = redraw.redraw(source, options.to)
+    try:
+        problems = redraw.redraw(source, options.to)
+    except OSError as error:  # a full disk
+        return failed(error, 1)
     print(f"figures from {source} written to {options.to}")
     return max([0, *(failed(problem, 1) for problem in problems)])
 
@@ -160,14 +165,17 @@ def rejudge(options: argparse.Namespace) -> int:
     from ssah_utils.pipeline import rejudge, stored
 
     try:
+        if options.to:  # judging may take long
+            files.require_target(options.to)
         found = rejudge.stored_answers(stored.find_run(options.profile, options.seed))
         table = rejudge.rejudged(found, options.judge or rejudge.decisions.JUDGE)
+        print("\n".join(rejudge.summary_lines(table)), flush=True)
+        if options.to:
+            with files.complete_only(options.to) as unfinished:
+                table.to_csv(unfinished, index=False)
+            print(options.to)
     except (OSError, ValueError) as error:
         return failed(error, 1)
-    if options.to:
-        table.to_csv(options.to, index=False)
-        print(options.to)
-    print("\n".join(rejudge.summary_lines(table)))
     return 0
 
 

@@ -52,7 +52,7 @@ def libraries() -> Iterator[Finding]:
         if not absent:
             yield Finding("library", "ok", f"[{extra}] is installed")
             continue
-        state = "missing" if extra in ("notebooks", "embedded", "eval") else "note"
+        state = "missing" if extra in extras.NEEDED else "note"
         said = f"[{extra}] lacks {', '.join(absent)}"
         yield Finding("library", state, said, extras.how_to_install(extra))
 

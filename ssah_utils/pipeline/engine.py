@@ -159,16 +159,22 @@ class Progress:
         return ", ".join(parts) + (f"; about {clock(left)} left in all" if left else "")
 
     def look(self) -> Iterator[Job]:
-        """Jobs that have started or ended since the last look."""
+        """Jobs that have started or ended since the last look.
+
+        One that failed may start anew: a profile of Snakemake may ask for retries.
+        """
         for job in self.jobs:
-            if job.name in self.codes:
+            before = self.codes.get(job.name)
+            if before == 0:
                 continue
             lines = self.state(job)
-            if lines and job.name not in self.started:
+            code = int(lines[1]) if len(lines) > 1 else None
+            if lines and (job.name not in self.started or before not in (None, code)):
                 self.started[job.name] = time.monotonic()
+                self.codes.pop(job.name, None)
                 yield job
-            if len(lines) > 1:
-                self.codes[job.name] = int(lines[1])
+            if code is not None and job.name not in self.codes:
+                self.codes[job.name] = code
                 self.took[job.name] = time.monotonic() - self.started[job.name]
                 yield job
 

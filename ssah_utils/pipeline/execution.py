@@ -27,15 +27,15 @@ from ssah_utils.pipeline.status import log_to, status_line
 
 
 def execute(
-    stage: Stage, make_key: Callable[[], str], left: float, patience: float = math.inf
+    stage: Stage, made_by: Callable[[], dict[str, str]], left: float, patience: float = math.inf
 ) -> float:
     """Run one notebook; returns its seconds.
 
     Nothing is left where a finished notebook is expected unless it finished. The stamp says by
-    which key it was made. Where ``make_key`` gives another one afterwards, something that the
-    notebook depends on was changed while it ran. Nobody can tell what it was made by: it failed.
+    which keys it was made. Where ``made_by`` gives others afterwards, something that the notebook
+    depends on was changed while it ran. Nobody can tell what it was made by: it failed.
     """
-    key, inputs = make_key(), made_from(stage)
+    keys, inputs = made_by(), made_from(stage)
     with locked(stage_lock(stage.folder), wait=patience):
         pass  # nobody is at work there: no notebook started by hand, no kernel of a killed run
     finished = stage.folder / f"{stage.name}.ipynb"
@@ -54,7 +54,7 @@ def execute(
     if not problem and (missing := missing_outputs(stage)):
         problem = f"ended without writing {', '.join(missing)}"
     forget_sources()
-    if not problem and (make_key() != key or made_from(stage) != inputs):
+    if not problem and (made_by() != keys or made_from(stage) != inputs):
         what = "its notebook, the package, its data or its inputs"
         problem = f"was changed while it ran ({what}): run it again"
     if problem:
@@ -62,7 +62,7 @@ def execute(
     failed.replace(finished)
     seconds = time.monotonic() - started
     took = {"seconds": round(seconds, 1), "threads": torch.get_num_threads()}
-    write_json(stage.stamp, {"key": key, **took, "inputs": inputs, "made": made(stage)})
+    write_json(stage.stamp, {**keys, **took, "inputs": inputs, "made": made(stage)})
     return seconds
 
 

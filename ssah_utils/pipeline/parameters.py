@@ -173,9 +173,6 @@ def template(name: str, value: str, values: dict) -> None:
 
 def model(name: str, value: str, values: dict) -> None:
     check_reachable(value)
-    device = preferred_device()
-    device_map = values.get("device_map", "") if name != "judge_model" else ""
-    check_room(value, dtype_named(values.get("dtype", "auto"), device), device, device_map)
     check_template(value, values.get("chat_template", ""), values.get("system_prompt", ""))
 
 
@@ -293,8 +290,7 @@ def trained_model(values: dict) -> str:
 def check_trainable(stage: str, values: dict) -> None:
     """``ValueError`` for a notebook that trains a model whose weights are codes, or are to be.
 
-    Also for one that a device map would spread over several places. ``OSError`` where training it
-    would not fit into memory.
+    Also for one that a device map would spread over several places.
     """
     trained = trained_model(values)
     if not trained:
@@ -316,7 +312,29 @@ def check_trainable(stage: str, values: dict) -> None:
             f"{stage} trains the model, but '{trained}' is quantised, and codes cannot be trained:"
             f" {DEQUANTISE}; notebooks that do not train run by --only"
         )
-    if preferred_device() == "cpu":  # on a GPU the precision is chosen by what fits
+
+
+# ------------------------------------------------------------------------------ memory of a machine
+
+
+def check_room_for(stage: str, values: dict) -> None:
+    """``OSError`` for a notebook whose models do not fit into the memory that is free here.
+
+    Neither to look at nor, where it trains one, to train it. ``ValueError`` for a device map that
+    does not fit its model.
+    """
+    device = preferred_device()
+    dtype = dtype_named(values.get("dtype", "auto"), device)
+    for name, place in values.items():
+        if place and fnmatchcase(name, "*model") and name != "judge_model":
+            check_room(place, dtype, device, values.get("device_map", ""))
+    check_room_for_training(stage, values)
+
+
+def check_room_for_training(stage: str, values: dict) -> None:
+    """``OSError`` where training what a notebook trains does not fit into the memory here."""
+    trained = trained_model(values)
+    if trained and preferred_device() == "cpu":  # on a GPU precision is chosen by what fits
         check_room_to_train(stage, trained)
 
 

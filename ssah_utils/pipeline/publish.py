@@ -33,8 +33,7 @@ from ssah_utils.pipeline.redraw import redraw
 from ssah_utils.pipeline.result_tables import JUDGE_TABLES, RESULT_TABLES
 from ssah_utils.pipeline.run import plan
 from ssah_utils.pipeline.speed_tables import SPEED_TABLES
-from ssah_utils.pipeline.stamps import changed_since
-from ssah_utils.pipeline.stored import find_run, load_result
+from ssah_utils.pipeline.stored import amiss, find_run, load_result
 from ssah_utils.pipeline.summary import GUIDE_PARTS, README_PARTS
 
 RESULT = "result.json"
@@ -59,11 +58,12 @@ def finished_stages(source: Path) -> list[str]:
 
 
 def check_intact(source: Path) -> None:
-    """``ValueError`` where a result of a run is not as it was when its stamp was written."""
+    """``ValueError`` where a result of a run is not as it was when its stamp was written, or was
+    made from other results than are there.
+    """
     for stage in finished_stages(source):
-        if changed := changed_since(source / stage):
-            what = f"{changed[0]} of {stage} was changed since it was made"
-            raise ValueError(f"{what}: run {stage} again before publishing")
+        if what := amiss(source / stage):
+            raise ValueError(f"{what} before publishing")
 
 
 def copy_results(source: Path, target: Path, names: tuple[str, ...] = STORED) -> list[str]:

@@ -20,7 +20,7 @@ from ssah_utils.figures.claims import shown_interval, two_digits
 from ssah_utils.figures.style import set_style
 from ssah_utils.files import complete_only
 from ssah_utils.pipeline.claims import CLAIM_VERDICTS, load_claims
-from ssah_utils.pipeline.stored import load_result
+from ssah_utils.pipeline.stored import amiss, load_result
 from ssah_utils.pipeline.verdicts import stored_verdicts
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
@@ -38,12 +38,16 @@ def write_report(run: Path, target: Path) -> list[str]:
     """Write the page of a run to ``target``, whole or not at all; gives the notebooks in it.
 
     ``run``: a folder of one profile, model and seed. ``FileNotFoundError`` where no notebook in it
-    has finished, ``ValueError`` for a result that cannot be read.
+    has finished, ``ValueError`` for a result that cannot be read, or that is not what is in the
+    run.
     """
     folders = sorted(path.parent for path in run.glob("*/stamp.json"))
     folders = [folder for folder in folders if (folder / f"{folder.name}.ipynb").is_file()]
     if not folders:
         raise FileNotFoundError(f"no finished notebook in {run}: run ssah run first")
+    for folder in folders:
+        if what := amiss(folder):
+            raise ValueError(f"{what} before reporting")
     results = {folder.name: load_result(folder / "result.json") for folder in folders}
     about = results[folders[0].name]
     page = jinja2.Environment(autoescape=True).from_string(TEMPLATE.read_text(encoding="utf-8"))

@@ -26,13 +26,14 @@ from ssah_utils.pipeline.execution import execute
 from ssah_utils.pipeline.runs import declared_parameters, run_lock, turn_lock, with_commits
 from ssah_utils.pipeline.stamps import (
     Stage,
-    changed_since,
     is_path,
+    made_by,
     outdated,
     read_stamp,
     stage_key,
 )
 from ssah_utils.pipeline.status import clock
+from ssah_utils.pipeline.stored import amiss
 from ssah_utils.prompts.datasets import DATASETS
 
 PATIENCE = 5  # seconds that the kernel of a killed run has to end
@@ -54,7 +55,12 @@ IDENTITY = {"model", "seed"}  # they name the run folder, so all notebooks get t
 
 
 def plan(
-    profile: str, assignments: list[str], only: str = "", checked: bool = True, as_in: str = ""
+    profile: str,
+    assignments: list[str],
+    only: str = "",
+    checked: bool = True,
+    as_in: str = "",
+    here: bool = True,
 ) -> list[Stage]:
     """All stages with their parameters.
 
@@ -62,8 +68,10 @@ def plan(
     default. Assignments go to the notebooks ``only``, separated by commas, when they are given;
     with ``as_in``, to those notebooks, of which ``only`` are then some, or to ``EVERY`` one.
     Raises ``ValueError`` for anything unknown or ill-typed. Where ``checked``, also for what no
-    notebook could work with: then data sets and the configurations of models are read. A model on
-    the hub is named with its commit, so that all notebooks, keys and results mean the same one.
+    notebook could work with: then data sets and the configurations of models are read, and
+    ``OSError`` says what memory does not hold of those that are to be executed, if that is
+    ``here``. A model on the hub is named with its commit, so that all notebooks, keys and results
+    mean the same one.
     """
     pipeline = read_pipeline()["stages"]
     names = [stage["name"] for stage in pipeline]
@@ -100,6 +108,10 @@ def plan(
             work=tuple(entry.get("work", ())),
         )
         stages.append(stage)
+    if checked and here:
+        for stage in selected_of(stages, only):
+            if stage.work:
+                parameters.check_room_for(stage.name, stage.parameters)
     return stages
 
 
@@ -341,16 +353,18 @@ def due(stages: list[Stage], selected: list[Stage], alone: bool, force: bool) ->
 
 
 def check_inputs(stage: Stage, stages: list[Stage]) -> None:
-    """``ValueError`` where inputs of a stage are not there, or not as they were made."""
+    """``ValueError`` where inputs of a stage are not there, or not as they were made.
+
+    Nor may they be made from others than are there now: no run would have left both.
+    """
     inputs = [other for other in stages if other.name in stage.inputs]
     absent = [other.name for other in inputs if not other.stamp.exists()]
     if absent:
         what = f"{stage.name} needs the results of {', '.join(absent)}"
         raise ValueError(f"{what}: run the whole profile first")
     for other in inputs:
-        if changed := changed_since(other.folder):
-            what = f"{changed[0]} of {other.name} was changed since it was made"
-            raise ValueError(f"{what}: run {other.name} again first")
+        if what := amiss(other.folder):
+            raise ValueError(f"{what} first")
 
 
 def check_planned(stages: list[Stage], selected: list[Stage], as_in: str) -> None:
@@ -387,10 +401,10 @@ def _run(
         left = pace * sum(expected[other.name] for other in todo[todo.index(stage) :])
         print(f"{stage.name}  started, about {clock(left)} to the end of the run", flush=True)
 
-        def key(stage: Stage = stage) -> str:
-            return stage_key(stage, stages, as_made=alone)
+        def keys(stage: Stage = stage) -> dict[str, str]:
+            return made_by(stage, stages, as_made=alone)
 
-        seconds = execute(stage, key, left, patience)
+        seconds = execute(stage, keys, left, patience)
         done += expected[stage.name]
         print(f"{stage.name}  done in {clock(seconds)}: {shown(stage.folder)}", flush=True)
     if todo:

@@ -35,7 +35,7 @@ from ssah_utils.files import (
 from ssah_utils.judge.decisions import JUDGE
 from ssah_utils.locks import Lock
 from ssah_utils.pipeline import kernel
-from ssah_utils.pipeline.parameters import check_trainable
+from ssah_utils.pipeline.parameters import check_room_for_training, check_trainable
 from ssah_utils.pipeline.stored import runs_root
 
 with extras.needed("notebooks"):
@@ -178,6 +178,7 @@ def start(stage: str, values: dict) -> Run:
     parameters = with_commits({name: values[name] for name in declared})
     profile, model, seed = (parameters[name] for name in ("profile", "model", "seed"))
     check_trainable(stage, parameters)
+    check_room_for_training(stage, parameters)
     from ssah_utils.figures.style import set_style  # imports seaborn, which planning does not need
 
     set_dtype(parameters.get("dtype", "auto"))

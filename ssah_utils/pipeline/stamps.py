@@ -13,6 +13,7 @@ from pathlib import Path
 from ssah_utils import precision
 from ssah_utils.files import DATA, PACKAGE, ROOT, sha256_of, sha256_of_file
 from ssah_utils.pipeline.runs import notebook_cells, run_folder, versions
+from ssah_utils.pipeline.stored import hash_of, stamp_of
 
 RUNNER = (  # what plans, runs, publishes and tells: no notebook imports it
     *("across_judges", "across_machines", "across_models", "cli", "commands", "doctor", "engine"),
@@ -70,12 +71,37 @@ def stage_key(stage: Stage, stages: list[Stage], as_made: bool = False) -> str:
         upstream = [read_stamp(other).get("key") for other in inputs]
     else:
         upstream = [stage_key(other, stages) for other in inputs]
+    content = [*_own_content(stage, stages), upstream, versions(), dtype_of(stage)]
+    return sha256_of([*content, results_of_other_seeds(stage)] if stage.every_seed else content)
+
+
+def key_without_seed(stage: Stage, stages: list[Stage], as_made: bool = False) -> str:
+    """The same for all seeds that were made by the same code, package, data, and libraries.
+
+    ``stage_key`` without what a seed or a machine has of its own: the seed, what other seeds have
+    stored, and the precision that is meant here.
+    """
+    inputs = [other for other in stages if other.name in stage.inputs]
+    if as_made:
+        upstream = [read_stamp(other).get("without_seed") for other in inputs]
+    else:
+        upstream = [key_without_seed(other, stages) for other in inputs]
+    return sha256_of([*_own_content(stage, stages, but=("seed",)), upstream, versions()])
+
+
+def _own_content(stage: Stage, stages: list[Stage], but: tuple[str, ...] = ()) -> list:
+    """What a stage depends on beside its inputs and the machine, but for some parameters."""
     foreign = {name for other in stages for name in other.own_files} - set(stage.own_files)
     package = {name: content for name, content in package_source().items() if name not in foreign}
-    counted = {name: one for name, one in stage.parameters.items() if name not in CHANGE_NOTHING}
-    own = [notebook_source(stage.notebook), package, counted, named_files(stage)]
-    content = [*own, upstream, versions(), dtype_of(stage)]
-    return sha256_of([*content, results_of_other_seeds(stage)] if stage.every_seed else content)
+    left_out = (*CHANGE_NOTHING, *but)
+    counted = {name: one for name, one in stage.parameters.items() if name not in left_out}
+    return [notebook_source(stage.notebook), package, counted, named_files(stage)]
+
+
+def made_by(stage: Stage, stages: list[Stage], as_made: bool) -> dict[str, str]:
+    """What a stamp says that its stage was made by: its key, and the one without the seed."""
+    key = stage_key(stage, stages, as_made)
+    return {"key": key, "without_seed": key_without_seed(stage, stages, as_made)}
 
 
 def dtype_of(stage: Stage) -> str:
@@ -89,14 +115,14 @@ def dtype_of(stage: Stage) -> str:
 
 
 def results_of_other_seeds(stage: Stage) -> dict[str, str]:
-    """Hashes of the results of its inputs that runs with other seeds have stored.
+    """Hashes of the results of its inputs that runs with other seeds have finished.
 
     These runs are of the same profile and model.
     """
     run, found = stage.folder.parent, {}
     for name in stage.inputs:
         for path in run.parent.glob(f"seed-*/{name}/result.json"):
-            if run not in path.parents:
+            if run not in path.parents and path.with_name("stamp.json").exists():
                 found[f"{path.parts[-3]}/{name}"] = sha256_of_file(path)
     return found
 
@@ -145,15 +171,8 @@ def forget_sources() -> None:
 
 
 def read_stamp(stage: Stage) -> dict:
-    """What a finished stage left, else nothing; an unreadable stamp is none."""
-    return _read(stage.stamp)
-
-
-def _read(stamp: Path) -> dict:
-    try:
-        return json.loads(stamp.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
+    """What a finished stage left, else nothing."""
+    return stamp_of(stage.folder)
 
 
 def made_from(stage: Stage) -> dict[str, str]:
@@ -161,20 +180,10 @@ def made_from(stage: Stage) -> dict[str, str]:
     found = {}
     for name in stage.inputs:
         folder = stage.folder.parent / name
-        stamp = _read(folder / stage.stamp.name)
+        stamp = stamp_of(folder)
         outputs = stamp.get("made", {}).get("outputs", {})
-        found[name] = sha256_of([stamp.get("key"), {one: _hash(folder / one) for one in outputs}])
+        found[name] = sha256_of([stamp.get("key"), {one: hash_of(folder / one) for one in outputs}])
     return found
-
-
-def _hash(path: Path) -> str:
-    return sha256_of_file(path) if path.exists() else ""
-
-
-def changed_since(folder: Path) -> list[str]:
-    """Outputs of a finished stage that are not as they were when its stamp was written."""
-    outputs = _read(folder / "stamp.json").get("made", {}).get("outputs", {})
-    return [name for name, found in outputs.items() if _hash(folder / name) != found]
 
 
 def made(stage: Stage) -> dict[str, object]:

@@ -1,5 +1,6 @@
-"""Stored results: where they are, and their tables. Nothing else is imported, so that figures and
-verdicts are drawn from them at once.
+"""Stored results: where they are, their tables, and whether they are what they were made as.
+
+Nothing else is imported, so that figures and verdicts are drawn from them at once.
 
 Knows paths and tables. Does not know models, notebooks or how results came about.
 """
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from ssah_utils.files import workplace
+from ssah_utils.files import sha256_of_file, workplace
 
 
 def runs_root() -> Path:
@@ -56,6 +57,52 @@ def judged_by(result: dict) -> str:
     return result.get("judge", "rules")
 
 
+def stamp_of(folder: Path) -> dict:
+    """What a finished stage left in its folder, else nothing; an unreadable stamp is none."""
+    return _read(folder / "stamp.json")
+
+
+def _read(path: Path) -> dict:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def changed_since(folder: Path) -> list[str]:
+    """Outputs of a finished stage that are not as they were when its stamp was written."""
+    outputs = stamp_of(folder).get("made", {}).get("outputs", {})
+    return [name for name, found in outputs.items() if hash_of(folder / name) != found]
+
+
+def hash_of(path: Path) -> str:
+    """Hash of a file's bytes; '' where there is none."""
+    return sha256_of_file(path) if path.exists() else ""
+
+
+def made_from_another(folder: Path, result: dict) -> str:
+    """What is amiss with the files of earlier stages that a stage's result was made from; '' if
+    nothing is.
+
+    They are beside its folder. One that is not there does not count: of some runs not all is kept.
+    """
+    for name, found in result.get("inputs", {}).items():
+        if hash_of(folder.parent / name) not in ("", found):
+            return f"was made from another {name} than is there"
+    return ""
+
+
+def amiss(folder: Path) -> str:
+    """Why a finished stage does not stand for what is in the run, and what to do; '' if it does."""
+    stage = folder.name
+    if changed := changed_since(folder):
+        return f"{changed[0]} of {stage} was changed since it was made: run {stage} again"
+    if replaced := made_from_another(folder, _read(folder / "result.json")):
+        return f"{stage} {replaced}: run {stage} again"
+    return ""
+
+
 class Stored(dict):
     """Tables of one stage's result, by name, with the parameters that it was run with."""
 
@@ -65,6 +112,7 @@ class Stored(dict):
 
 
 def differing_parameters(first: dict, second: dict) -> list[str]:
-    """Parameters but the seed that both results of a stage have stored, and that differ."""
-    both = first.keys() & second.keys() - {"seed"}
-    return sorted(name for name in both if first[name] != second[name])
+    """Parameters but the seed that two results of a stage differ in, or that only one has."""
+    only_one_has = first.keys() ^ second.keys()
+    differ = {name for name in first.keys() & second.keys() if first[name] != second[name]}
+    return sorted((only_one_has | differ) - {"seed"})

@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 import yaml
 
-from ssah_utils.files import cache_dir
+from ssah_utils.files import cache_dir, installed_versions
 from ssah_utils.locks import InUse, Lock, locked
 from ssah_utils.pipeline import engine, run, schedule
 from ssah_utils.pipeline.runs import run_lock
@@ -36,6 +36,7 @@ from ssah_utils.pipeline.stored import runs_root
 from ssah_utils.room import GIB
 
 CHOSEN = {"profile": "--profile", "model": "--models", "seed": "--seeds"}  # not by --set
+PROFILE_FILE = re.compile(r"config(?:\.v(\d+)\+)?\.yaml")  # of Snakemake, maybe for a version
 LONGEST = 80  # letters of a folder's name
 # With half of the cores a notebook takes 1.5 times as long: training waits for memory, and the work
 # between its steps uses one core anyway.
@@ -116,12 +117,18 @@ def values_of(assignments: list[str]) -> dict[str, list[str]]:
 
 
 def members(
-    profile: str, seeds: list[int], models: list[str], assignments: list[str], only: str = ""
+    profile: str,
+    seeds: list[int],
+    models: list[str],
+    assignments: list[str],
+    only: str = "",
+    here: bool = True,
 ) -> list[Member]:
     """All runs of a sweep. Raises what ``run.plan`` raises, before anything is executed.
 
     ``models``: none means the profile's own. Runs with another value of a parameter that has more
-    than one stand in a folder of their own inside that of the runs.
+    than one stand in a folder of their own inside that of the runs. ``here``: whether jobs run on
+    this machine; the memory of another is asked for there, as each starts.
     """
     values = values_of(assignments)
     swept = [name for name, several in values.items() if len(several) > 1]
@@ -130,7 +137,7 @@ def members(
         pairs = list(zip(values, chosen, strict=True))
         words = [f"{name}={value}" for name, value in pairs]
         own = [f"model={model}"] if model else []
-        stages = run.plan(profile, [*own, *words], only)
+        stages = run.plan(profile, [*own, *words], only, here=here)
         varied = [f"{name}={value}" for name, value in pairs if name in swept]
         root = runs_root() / folder_name(",".join(varied)) if varied else runs_root()
         model = stages[0].parameters["model"]  # with its commit, so that all jobs mean the same one
@@ -257,17 +264,33 @@ def shell(member: Member, stage: Stage) -> str:
 
 
 def read_workflow_profile(folder: Path) -> dict:
-    """A Snakemake profile; ``ValueError`` or ``OSError`` in one line where it is none."""
-    files = sorted(folder.glob("config*.yaml"))
-    if not files:
+    """A Snakemake profile; ``ValueError`` or ``OSError`` in one line where it is none.
+
+    Of several files in it, the one that Snakemake itself takes: config.v8+.yaml is for version 8
+    and newer ones, and comes before config.yaml there.
+    """
+    ours = int(installed_versions(["snakemake"])["snakemake"].partition(".")[0] or 0)
+    by_version = {}
+    for path in folder.glob("config*.yaml"):
+        match = PROFILE_FILE.fullmatch(path.name)
+        if match and (version := int(match[1] or 0)) <= ours:
+            by_version[version] = path
+    if not by_version:
         raise FileNotFoundError(f"{folder} is no profile of Snakemake: it has no config.yaml")
+    file = by_version[max(by_version)]
     try:
-        content = yaml.safe_load(files[-1].read_text(encoding="utf-8")) or {}
+        content = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
     except yaml.YAMLError as error:
-        raise ValueError(f"{files[-1]} is not YAML: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{file} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{files[-1]} must map options of Snakemake to values")
+        raise ValueError(f"{file} must map options of Snakemake to values")
     return content
+
+
+def executor_of(asked: str, profile: Path | None) -> str:
+    """What runs the jobs: what was asked for, else what the profile of Snakemake names."""
+    content = read_workflow_profile(profile) if profile else {}
+    return asked or content.get("executor") or "local"
 
 
 def engine_for(
@@ -283,7 +306,7 @@ def engine_for(
     ``ValueError`` for an executor that is not installed, ``OSError`` for a profile without a file.
     """
     content = read_workflow_profile(profile) if profile else {}
-    executor = executor or content.get("executor") or "local"
+    executor = executor_of(executor, profile)
     engine.check_executor(executor)
     jobs = jobs or content.get("jobs") or 0
     if type(jobs) is not int or jobs < 0 or threads < 0:

@@ -26,7 +26,14 @@ from ssah_utils.pipeline.claims import (
     toward,
 )
 from ssah_utils.pipeline.selecting import Number, mean_of_draws
-from ssah_utils.pipeline.stored import Stored, differing_parameters, judged_by, load_result
+from ssah_utils.pipeline.stored import (
+    Stored,
+    differing_parameters,
+    judged_by,
+    load_result,
+    made_from_another,
+    stamp_of,
+)
 
 # ----------------------------------------------------------------------------------------- deciding
 
@@ -158,13 +165,16 @@ def of_stage(folder: Path, stage: str) -> Styler:
 
 
 def read_tables(folder: Path, stages: Iterable[str]) -> tuple[Tables, list[str]]:
-    """Tables of a run's readable results, and one line per stage whose result is missing, truncated
-    or of another version.
+    """Tables of a run's readable results, and one line per stage whose result is not one of them.
+
+    It is missing, truncated, of another version, or made from other results than are there.
     """
     tables, problems = {}, []
     for stage in stages:
         try:
             stored = load_result(Path(folder) / stage / "result.json")
+            if replaced := made_from_another(Path(folder) / stage, stored):
+                raise ValueError(f"{replaced}: re-run {stage}")
             made_with = stored["parameters"] | {"judge": judged_by(stored)}
             tables[stage] = Stored(stored["tables"], made_with)
         except (OSError, ValueError) as error:
@@ -207,7 +217,7 @@ def stored_runs(folder: Path, claims: list[Claim]) -> tuple[list[Tables], list[s
     """Tables of a run and of its other seeds, and one line per result that could not be read.
 
     Another seed may lack stages: it then says nothing on their claims. Nor does it where it was run
-    with other parameters or judged by another judge.
+    with other parameters, judged by another judge, made by other code, or has not finished.
     """
     stages = stages_of(claims)
     tables, problems = read_tables(folder, stages)
@@ -218,12 +228,30 @@ def stored_runs(folder: Path, claims: list[Claim]) -> tuple[list[Tables], list[s
         for stage, result in list(tables.items()):
             of_this_run = runs[0].get(stage, result).parameters
             if differing := differing_parameters(of_this_run, result.parameters):
+                what = f"was run with another {', '.join(differing)}, so it is left out"
+            else:
+                what = _out_of_date(other / stage, Path(folder) / stage)
+            if what:
                 del tables[stage]
-                what = ", ".join(differing)
-                unreadable.append(f"{stage} was run with another {what}, so it is left out")
+                unreadable.append(f"{stage} {what}")
         runs.append(tables)
         problems += [f"{other.name}/{line}" for line in unreadable]
     return runs, problems
+
+
+def _out_of_date(there: Path, here: Path) -> str:
+    """Why a stage of another seed does not count beside that of a run; '' where it does.
+
+    Stored results have no stamps, and stamps may be older than what is compared.
+    """
+    if not (here / "stamp.json").exists():
+        return ""
+    if not (there / "stamp.json").exists():
+        return "has not finished, so it is left out"
+    first, second = (stamp_of(folder).get("without_seed") for folder in (here, there))
+    if first and second and first != second:
+        return "was made by other code, data or libraries, so it is left out: re-run it"
+    return ""
 
 
 def swapped(claims: list[Claim]) -> list[Claim]:

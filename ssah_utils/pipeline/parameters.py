@@ -316,8 +316,7 @@ def check_trainable(stage: str, values: dict) -> None:
             f"{stage} trains the model, but '{trained}' is quantised, and codes cannot be trained:"
             f" {DEQUANTISE}; notebooks that do not train run by --only"
         )
-    if preferred_device() == "cpu":  # on a GPU the precision is chosen by what fits
-        check_room_to_train(stage, trained)
+    check_room_to_train(stage, trained, preferred_device())
 
 
 # ----------------------------------------------------------------------------------- once a process

@@ -109,7 +109,8 @@ def channel_moments(model: nn.Module, batches: Iterable[Batch]) -> ChannelMoment
 
     Runs the backbone only: the language-model head would cost a quarter more and is not looked at.
     A batch is cut after its last marked position: in a causal model, earlier activations do not
-    depend on later tokens. Raises ``ValueError`` when fewer than two positions are marked.
+    depend on later tokens. Raises ``ValueError`` when fewer than two positions are marked, or where
+    an activation is nan or infinite: it names the first module.
     """
     model = weights.gathered(model)
     backbone = models.backbone_of(model)
@@ -149,7 +150,8 @@ def channel_moments(model: nn.Module, batches: Iterable[Batch]) -> ChannelMoment
     means = [stream.mean for stream in streams]
     variances = [stream.variance for stream in streams]
     of_units = lambda rows: models.per_unit_of(zip(writers, rows, strict=True))  # noqa: E731
-    return ChannelMoments(count, of_units(means), of_units(variances))
+    mean = of_units(means).require_finite("activations")
+    return ChannelMoments(count, mean, of_units(variances).require_finite("variances"))
 
 
 @torch.inference_mode()
@@ -158,7 +160,7 @@ def mean_squared_changes(model: nn.Module, other: nn.Module, batches: Iterable[B
 
     Its root is the change score of Chen et al. (arXiv 2406.14144): how far alignment has moved a
     neuron's activation on the same texts. ``other`` has the shape of ``model``; ``ValueError``
-    where it has not, or where no position is marked.
+    where it has not, where no position is marked, or where a change is not finite.
     """
     both = [weights.gathered(one) for one in (model, other)]
     shapes = [models.shape_of(one) for one in both]
@@ -194,7 +196,8 @@ def mean_squared_changes(model: nn.Module, other: nn.Module, batches: Iterable[B
             count += len(selected)
     if not count:
         raise ValueError("the batches mark no position, so nothing can have changed there")
-    return models.per_unit_of(zip(of_model[0], totals, strict=True)) / count
+    total = models.per_unit_of(zip(of_model[0], totals, strict=True))
+    return total.require_finite("changes") / count
 
 
 @torch.inference_mode()
@@ -238,7 +241,7 @@ def gradient_activation(model: nn.Module, batches: Iterable[Batch]) -> PerUnit:
     the product is what holding the channel at zero would do to it, to first order (Molchanov et
     al., ICLR 2017; SNIP, Lee et al., ICLR 2019). Reduced in float32 and summed in float64, whatever
     the model's precision. Parameters get no gradient, which saves half of a backward pass. Raises
-    ``ValueError`` when no position is marked.
+    ``ValueError`` when no position is marked, or a gradient is not finite.
     """
     plain = weights.gathered(model)
     device = placement.input_device(plain)
@@ -282,7 +285,8 @@ def gradient_activation(model: nn.Module, batches: Iterable[Batch]) -> PerUnit:
                 next_token_nll(plain, batch, marked, following).backward()
     if not count:
         raise ValueError("the batches mark no position, so there is nothing to take a gradient of")
-    return models.per_unit_of(zip(writers, totals, strict=True)) / count
+    total = models.per_unit_of(zip(writers, totals, strict=True))
+    return total.require_finite("gradients") / count
 
 
 def last_token_states(model: nn.Module, batches: Iterable[Batch]) -> Tensor:

@@ -104,7 +104,8 @@ def _mean_over_requests(
                     totals[number] = totals[number].to(own.device) + own
     if not count:
         raise ValueError("there is no request to take a gradient of")
-    return models.per_unit_of(zip(writers, totals, strict=True)) / count
+    total = models.per_unit_of(zip(writers, totals, strict=True))
+    return total.require_finite("gradients") / count
 
 
 def _gated_log_probabilities(
@@ -176,4 +177,5 @@ def _norms_of_units(model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> P
             next_token_nll(model, batch, marked, labels).backward()
     if n_labels == 0:
         raise ValueError("no gradient to measure: there is no response token in the batches")
-    return weights.squared_gradients(model).map(torch.sqrt) / n_labels
+    squared = weights.squared_gradients(model).require_finite("gradients")
+    return squared.map(torch.sqrt) / n_labels

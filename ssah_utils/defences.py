@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, cross_entropy, logsigmoid
 
-from ssah_utils import sequences, unit_training, weights
+from ssah_utils import sequences, weights
 from ssah_utils.hooked_training import HookedTrainer, Hooks, State
 from ssah_utils.per_unit import PerUnit
 from ssah_utils.prompts.tokens import IGNORED
@@ -147,21 +147,17 @@ class PulledToStart:
         return Hooks(gradient=_pull(trained_of(model), self.strength))
 
     def _pull_of_units(self, model: nn.Module, units: PerUnit) -> Callable[[object], None]:
-        if unit_training.is_partial(model):
-            raise ValueError("units are pulled to their start or frozen, not both")
-        pulled = []
-        for parameter, places, order in weights.unit_entries(model, units):
-            rows = parameter.detach().permute(order)[places].clone()
-            pulled.append((parameter, places, order, rows))
+        pulled = [
+            (parameter, view, places, view(parameter.detach())[places].clone())
+            for parameter, view, places in weights.unit_entries(model, units)
+        ]
 
         @torch.no_grad()
         def gradient(trainer: object) -> None:
-            for parameter, places, order, before in pulled:
+            for parameter, view, places, before in pulled:
                 if parameter.grad is not None:
-                    moved = parameter.detach().permute(order)[places] - before
-                    parameter.grad.permute(order).index_put_(
-                        places, self.strength * moved, accumulate=True
-                    )
+                    moved = view(parameter.detach())[places] - before
+                    view(parameter.grad).index_put_(places, self.strength * moved, accumulate=True)
 
         return gradient
 

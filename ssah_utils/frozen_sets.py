@@ -55,8 +55,10 @@ def safety_first(parted: UnitPartition, z_safety: PerUnit, z_utility: PerUnit) -
 
     Safety units by z_safety - z_utility, then complex units by z_safety + z_utility, then all
     others by z_safety; each from the highest down. The score is 0 for the first unit of all, -1
-    for the second, and so on.
+    for the second, and so on. ``ValueError`` where a score is nan or infinite.
     """
+    for scores in (z_safety, z_utility):
+        scores.require_finite("scores")
     safety, every_complex = parted.units("safety"), parted.units("complex")
     levels = [
         (safety, z_safety - z_utility),

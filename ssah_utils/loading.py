@@ -313,18 +313,20 @@ def check_placement(name: str, dtype: Precision, device_map: str) -> None:
         room.require_places(name, device_maps.bytes_by_place(found, model, dtype), dtype)
 
 
-def check_room_to_train(stage: str, name: str) -> None:
-    """``OSError`` for a model that a notebook cannot train all of in this computer's memory.
+def check_room_to_train(stage: str, name: str, device: str = "cpu") -> None:
+    """``OSError`` for a model that a notebook cannot train all of in a device's memory.
 
-    In float32, as on a CPU: weights, gradients and AdamW's two moments.
+    Weights, gradients and AdamW's two moments, in float32: where the model is in bfloat16, too,
+    what units own is trained so (``unit_training``), and that is most of it.
     """
     needed = 16 * (0 if name == embedded.TINY_RANDOM else _n_parameters(name))
-    free = room.free_memory()
+    free = room.free_on(device)
     if free is not None and needed > free:
+        place, larger = ("GPU memory", "larger GPU") if device != "cpu" else ("memory", "GPU")
         raise OSError(
-            f"{stage} trains '{name}', which takes {needed / room.GIB:.1f} GiB of memory, and"
+            f"{stage} trains '{name}', which takes {needed / room.GIB:.1f} GiB of {place}, and"
             f" {free / room.GIB:.1f} GiB are free: run the notebooks that do not train by --only,"
-            " or take a smaller model or a GPU"
+            f" or take a smaller model or a {larger}"
         )
 
 

@@ -346,28 +346,29 @@ def writer_of(model: nn.Module, kind: str, layer: int, channel: int) -> Writer:
 
 def owned_entries(
     writer: Writer, shape: ModelShape
-) -> Iterator[tuple[Tensor, tuple[int, ...], Tensor]]:
-    """What the channels of a writer own, in a model of this shape: parameter, dimensions, places.
+) -> Iterator[tuple[nn.Module, str, tuple[int, ...], Tensor]]:
+    """What the channels of a writer own, in a model of this shape: of which parameter which places.
 
-    Of a parameter, its dimensions that count rows or columns, and which of these, counted through,
-    each channel owns: (n_channels,) int64. A parameter comes as often as a channel owns something
-    of it.
+    The module that holds the parameter and its name there; its dimensions that count rows or
+    columns; and which of these, counted through, each channel owns: (n_channels,) int64. A
+    parameter comes as often as a channel owns something of it.
     """
     module = writer.module
     if isinstance(module, ExpertsWriter):
         for name, dimension, rows in layout(module.experts):
-            parameter = getattr(module.experts, name)
-            first = torch.arange(module.n_experts)[:, None] * parameter.shape[dimension]
-            yield from ((parameter, (0, dimension), (first + own).flatten()) for own in rows)
+            n_rows = getattr(module.experts, name).shape[dimension]
+            first = torch.arange(module.n_experts)[:, None] * n_rows
+            for own in rows:
+                yield module.experts, name, (0, dimension), (first + own).flatten()
         return
     writing = module.linear if isinstance(module, GatedWriter) else module
     columns = torch.arange(matrix_size(writing)[1])
-    yield cast("Tensor", writing.weight), (0 if is_transposed(writing) else 1,), columns
+    yield cast("nn.Module", writing), "weight", (0 if is_transposed(writing) else 1,), columns
     for reader in architecture(shape.model_type).readers[writer.kind]:
         reading, rows = writer.block.get_submodule(reader.path), reader.rows(shape)
-        yield cast("Tensor", reading.weight), (1 if is_transposed(reading) else 0,), rows
-        if isinstance(bias := getattr(reading, "bias", None), Tensor):
-            yield bias, (0,), rows
+        yield reading, "weight", (1 if is_transposed(reading) else 0,), rows
+        if isinstance(getattr(reading, "bias", None), Tensor):
+            yield reading, "bias", (0,), rows
 
 
 def per_unit_of(values: Iterable[tuple[Writer, Tensor]]) -> PerUnit:

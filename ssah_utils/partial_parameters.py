@@ -8,7 +8,7 @@ computes with its parameters.
 """
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import ClassVar
 
 import torch
@@ -287,6 +287,21 @@ def cut(
         if seat is not None:
             part.placement = seat.was.fsdp_placement
             lists.put(seat, part, *(["block"] if part.rest is None else ["block", "rest"]))
+
+
+def trained_whole(module: nn.Module, name: str) -> tuple[nn.Parameter, Callable[[Tensor], Tensor]]:
+    """The parameter that stands for an ordinary one, and what views it, or its gradient, as that.
+
+    ``ValueError`` where some of the ordinary one is frozen: then no parameter stands for it.
+    """
+    part = module._modules.get(PREFIX + name)
+    if part is None:
+        return getattr(module, name), lambda values: values
+    if part.rest is not None:
+        raise ValueError(
+            f"some of a '{name}' is frozen: freeze some of it or pull at all of it, not both"
+        )
+    return part.block, part.whole_of
 
 
 def merge(module: Partial, lists: shards.Lists) -> None:

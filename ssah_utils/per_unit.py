@@ -102,6 +102,25 @@ class PerUnit(Mapping[str, Tensor]):
         """Whether every unit is in the set."""
         return all(bool(tensor.all()) for tensor in self.values())
 
+    def require_finite(self, what: str) -> "PerUnit":
+        """This one; ``ValueError`` where a value is nan or infinite.
+
+        It names the first module, in the order of the model. ``what``: the values in words, in the
+        plural.
+        """
+        places = [
+            (layer, kind, bad)
+            for kind, values in self.items()
+            for layer, bad in enumerate((~values.isfinite()).sum(1).tolist())
+        ]
+        for layer, kind, n_bad in sorted(places):  # attention comes before mlp
+            if n_bad:
+                raise ValueError(
+                    f"{what} of {n_bad} {kind} units of block {layer} are nan or infinite: measure"
+                    " them in bfloat16 or float32, or leave out the data that they come from"
+                )
+        return self
+
     def equals(self, other: "PerUnit") -> bool:
         """Whether shapes, types and all values are the same."""
         if self.keys() != other.keys():

@@ -72,7 +72,8 @@ def computed_in(dtype: Precision) -> torch.dtype:
 def training_dtype(model: nn.Module) -> torch.dtype:
     """Precision in which to fine-tune all parameters of a model.
 
-    float32 where that and AdamW's state fit into the device's memory, else bfloat16.
+    float32 where that and AdamW's state fit into the device's memory, else bfloat16, of which
+    ``unit_training`` keeps what units own in float32.
     """
     device = next(model.parameters()).device
     if device.type != "cuda":

@@ -71,8 +71,7 @@ def require_places(name: str, needed: dict[str, int], dtype: Precision) -> None:
         if place == "disk":
             continue
         device = f"cuda:{place}" if place.isdigit() else place
-        look = partial(_free_on_gpu, device) if device.startswith("cuda") else free_memory
-        free = _free_unless_enough(n_bytes, look)
+        free = _free_unless_enough(n_bytes, partial(free_on, device))
         if free is not None:
             raise OSError(
                 f"device_map puts {n_bytes / GIB:.1f} GiB of '{name}' on {device}, in"
@@ -108,6 +107,11 @@ def free_memory() -> int | None:
     """
     known = [free for free in (_free_on_machine(), _free_in_group()) if free is not None]
     return min(known) if known else None
+
+
+def free_on(device: str) -> int | None:
+    """``free_memory``, or of a GPU the bytes that are free there."""
+    return _free_on_gpu(device) if device.startswith("cuda") else free_memory()
 
 
 def _free_on_gpu(device: str) -> int:

@@ -32,7 +32,8 @@ def zscore_per_module(score: PerUnit) -> PerUnit:
 
     A module whose scores are equal up to rounding gets zeros: nothing in it stands out. Ranks are
     no substitute: they flatten the few outstanding channels of a module, which are the ones that
-    matter.
+    matter. ``ValueError`` where a score is nan or infinite: it would take all others of its module
+    with it.
     """
 
     def standardised(values: Tensor) -> Tensor:
@@ -41,7 +42,7 @@ def zscore_per_module(score: PerUnit) -> PerUnit:
         z = (values - values.mean(1, keepdim=True)) / spread
         return torch.where(differs, z, torch.zeros_like(z))
 
-    return score.map(standardised)
+    return score.require_finite("scores").map(standardised)
 
 
 def cosine_distance(a: Tensor, b: Tensor) -> Tensor:

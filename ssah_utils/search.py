@@ -34,7 +34,7 @@ def lazy_greedy(
     For a submodular ``value`` the path is that of plain greedy search. Otherwise a candidate whose
     gain has grown meanwhile can be overlooked: then the path shows that a set suffices, not that no
     smaller one does. Ends early when no gain is positive or ``max_evaluations`` are spent; no step
-    is taken on an outdated gain.
+    is taken on an outdated gain, nor on a value of nan.
 
     >>> weights = {0: 1.0, 1: 5.0, 2: 3.0}
     >>> path = lazy_greedy(lambda chosen: sum(weights[i] for i in chosen), [0, 1, 2], target=7.0)
@@ -53,6 +53,7 @@ def lazy_greedy(
                 break
             evaluations += 1
             gain = value([*chosen, candidate]) - current
+            gain = -math.inf if math.isnan(gain) else gain  # nan has no place in a queue
             heapq.heappush(queue, (-gain, order, candidate, len(path)))
         elif negative_gain >= 0:
             break

@@ -51,7 +51,7 @@ from ssah_utils.settings import (
     training_arguments,
     without_dropout,
 )
-from ssah_utils.unit_training import training_only
+from ssah_utils.unit_training import training_all, training_only
 
 
 class ResponseTrainer(Trainer):
@@ -384,8 +384,9 @@ def load_or_train(
     Returns the model, its folder in the cache (a normal Hugging Face checkpoint) and the loss of
     every step. The same is the same base, data and settings. ``data``: token examples for
     ``method`` "sft", preference pairs for "dpo". ``only``: the units to train, everything else
-    frozen; then ``dtype`` may be bfloat16, because the trained entries are kept in float32 during
-    the training. ``of_method``: ``beta`` and ``sft_weight`` of "dpo". ``report``: of steps, in all.
+    frozen; None trains everything. ``dtype`` may be bfloat16, because what units own is kept in
+    float32 during the training. ``of_method``: ``beta`` and ``sft_weight`` of "dpo". ``report``: of
+    steps, in all.
     """
     model, _ = loading.load(base, dtype, device)
     _refuse_codes(model)
@@ -436,5 +437,5 @@ def _trained(
     report: Callable[[int, int], None],
 ) -> list[float]:
     train = {"sft": train_sft, "dpo": train_dpo}[method]
-    with training_only(model, only) if only is not None else contextlib.nullcontext():
+    with training_all(model) if only is None else training_only(model, only):
         return train(model, tokenizer, data, config, callbacks=(ReportSteps(report),), **of_method)

@@ -60,7 +60,7 @@ def learn_mask(
     estimator, too. There, a penalty on every masked unit sets the size; here the size is given, and
     the price of a unit is what ``n_off`` of them are worth paying. There, every output channel of
     every matrix may be masked, and cross-entropy of both answers is the loss. ``ValueError`` for no
-    step.
+    step, and for a gradient that is not finite.
     """
     if not steps:
         raise ValueError("a mask needs at least one step to be learned")
@@ -75,6 +75,7 @@ def learn_mask(
             with torch.enable_grad(), interventions.gated(plain, like.unflatten(gates)):
                 loss = masked_loss(plain, step, price)
                 (gradient,) = torch.autograd.grad(loss, logits)
+            like.unflatten(gradient).require_finite("gradients")
             logits.data -= gradient.to(logits.device)
     return like.unflatten(logits.detach())
 

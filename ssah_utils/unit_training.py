@@ -28,7 +28,7 @@ from ssah_utils import (
 )
 from ssah_utils.experts import ExpertsWriter
 from ssah_utils.partial_parameters import Partial, PartialParameter
-from ssah_utils.per_unit import PerUnit
+from ssah_utils.per_unit import KINDS, PerUnit
 
 TOGETHER = 30  # seconds in which all processes must leave a block that failed
 
@@ -70,6 +70,15 @@ def training_only(
         raise ValueError("nothing to train: the set of trainable units is empty")
     if trainable.all() and train_rest:
         raise ValueError("nothing is frozen: train the model as it is")
+    with _cut_inside(model, plain, trainable, train_rest):
+        yield model
+
+
+@contextmanager
+def _cut_inside(
+    model: nn.Module, plain: nn.Module, trainable: PerUnit, train_rest: bool
+) -> Iterator[None]:
+    """Inside the block the given units, and perhaps the rest, are all that is trained."""
     ranks.require_agreement(_common_ground(plain, trainable, train_rest))
     required = {name: parameter.requires_grad for name, parameter in plain.named_parameters()}
     watch = None
@@ -78,7 +87,7 @@ def training_only(
         guards.follow_parameters(model)
         replaced = [(part.original[0], part) for _, _, part in _parts(plain)]
         watch = guards.Watch(plain, replaced)
-        yield model
+        yield
     except BaseException as error:
         is_sharded = any(shards.is_shared_out(part.block) for _, _, part in _parts(plain))
         if is_sharded and not ranks.all_come(TOGETHER):
@@ -166,6 +175,28 @@ def freezing(
     if frozen.all() and not train_rest:
         raise ValueError("nothing to train: every unit is frozen")
     with training_only(model, ~frozen, train_rest):
+        yield model
+
+
+@contextmanager
+def training_all(model: nn.Module) -> Iterator[nn.Module]:
+    """Inside the block everything is trained, and computed as where some units are frozen.
+
+    So trainings with and without frozen units differ in nothing else. In float32 that is the model
+    as it is. In a lower precision, matrices of units are kept in float32 here as they are there, or
+    small updates would add up under frozen units alone. Raises what ``training_only`` raises for a
+    model.
+    """
+    plain = wrappers.unwrapped(model)
+    if all(one.dtype.itemsize >= torch.float32.itemsize for one in plain.parameters()):
+        yield model
+        return
+    guards.refuse_sharded(model)
+    guards.refuse_quantised(model)
+    shape = models.shape_of(plain)
+    sizes = {kind: (shape.n_layers, shape.n_channels(kind)) for kind in KINDS}
+    every = PerUnit({kind: torch.ones(size, dtype=torch.bool) for kind, size in sizes.items()})
+    with _cut_inside(model, plain, _checked(plain, every), train_rest=True):
         yield model
 
 

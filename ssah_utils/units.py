@@ -63,7 +63,8 @@ def partition(
     As in SSAH, section 4.1. Safety: the largest z_S - z_U of all units of the model; utility: the
     smallest. Of the rest, redundant: the smallest z_S + z_U; complex: what remains. The default
     fractions are those of the paper's Llama-2-7B-Chat. Where rounding would hand out one unit more
-    than there are, the later group gives way. Raises ``ValueError`` for fractions that are none.
+    than there are, the later group gives way. Raises ``ValueError`` for fractions that are none,
+    and for a score that is nan or infinite: every unit needs both.
 
     >>> z_safety = PerUnit({"mlp": torch.tensor([[3.0, 0.0, 1.0, -1.0]])})
     >>> z_utility = PerUnit({"mlp": torch.tensor([[0.0, 3.0, 1.0, -1.0]])})
@@ -76,6 +77,7 @@ def partition(
         utility_fraction=utility_fraction,
         redundant_fraction=redundant_fraction,
     )
+    _require_scores(z_safety, z_utility)
     n_units = z_safety.n_units
     n_safety = round(safety_fraction * n_units)
     n_utility = min(round(utility_fraction * n_units), n_units - n_safety)
@@ -90,13 +92,22 @@ def partition(
     return UnitPartition(z_safety.unflatten(index), fingerprint)
 
 
-def top_units(score: PerUnit, fraction: float) -> PerUnit:
-    """The given fraction of all units with the highest score; units at -inf are never chosen.
+def _require_scores(*scores: PerUnit) -> None:
+    """``ValueError`` unless every unit has each of these scores."""
+    for score in scores:
+        score.require_finite("scores")
 
-    Raises ``ValueError`` where fewer units are left to choose from.
+
+def top_units(score: PerUnit, fraction: float) -> PerUnit:
+    """The given fraction of all units with the highest score; never those at -inf or nan.
+
+    Both say that a unit has no score. Raises ``ValueError`` where fewer units are left to choose
+    from.
     """
     check_fractions(fraction=fraction)
     values = score.flatten()
+    # nan would come before all numbers
+    values = values.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
     n_ranked, n_wanted = int((values > -torch.inf).sum()), round(fraction * score.n_units)
     if n_wanted > n_ranked:
         raise ValueError(
@@ -111,9 +122,10 @@ def set_difference(score: PerUnit, other: PerUnit, fraction: float) -> PerUnit:
 
     Wei et al. (ICML 2024) do so with single weights and set the two shares by hand. Here both are
     q, the smallest at which exactly the given fraction of all units is left. Raises ``ValueError``
-    where no q leaves so many, as with two equal rankings.
+    where no q leaves so many, as with two equal rankings, and for scores that are nan or infinite.
     """
     check_fractions(fraction=fraction)
+    _require_scores(score, other)
     ranks = [
         torch.argsort(torch.argsort(values.flatten(), descending=True, stable=True))
         for values in (score, other)
@@ -157,8 +169,10 @@ def training_budgets(
     """Sets of units to train, by name; ``all`` is None: every parameter, not units alone.
 
     ``redundant``: the lowest z_S + z_U of all units (SSAH section 4.3). Its controls: ``top``, the
-    highest, and ``random``, as many in every module. ``safety``: the highest z_S - z_U.
+    highest, and ``random``, as many in every module. ``safety``: the highest z_S - z_U. Raises
+    ``ValueError`` for scores that are nan or infinite.
     """
+    _require_scores(z_safety, z_utility)
     total = z_safety + z_utility
     redundant = top_units(-total, trained_fraction)
     return {

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ssah_utils import guards, placement
+from ssah_utils import guards, partial_parameters, placement
 from ssah_utils.architectures import ModelShape
 from ssah_utils.models import (
     Hookable,
@@ -89,7 +89,8 @@ def squared_gradients(model: nn.Module) -> PerUnit:
 def _squared_gradients(writer: Writer, shape: ModelShape) -> Tensor:
     """Of one writer's channels: (n_channels,) float64."""
     total = torch.zeros(writer.channels.stop - writer.channels.start, dtype=torch.float64)
-    for parameter, dimensions, places in owned_entries(writer, shape):
+    for module, name, dimensions, places in owned_entries(writer, shape):
+        parameter = getattr(module, name)
         if parameter.grad is None:
             raise ValueError("a matrix has no gradient: call this after a backward pass")
         squared = parameter.grad.double().square()
@@ -101,24 +102,35 @@ def _squared_gradients(writer: Writer, shape: ModelShape) -> Tensor:
 
 def unit_entries(
     model: nn.Module, units: PerUnit
-) -> Iterator[tuple[nn.Parameter, tuple[Tensor, ...], tuple[int, ...]]]:
-    """What the units of a set own: parameter, indices of its rows, and the order of dimensions in
-    which those that count rows come first: ``parameter.permute(order)[indices]`` is what they own.
+) -> Iterator[tuple[nn.Parameter, Callable[[Tensor], Tensor], tuple[Tensor, ...]]]:
+    """What the units of a set own, parameter by parameter: ``view(parameter)[indices]``.
 
-    A value row that several units share is there where any of them is in the set. Raises what
-    ``check_per_unit`` raises.
+    Parameter, view and indices; of the gradient, the same is theirs. A value row that several units
+    share is there where any of them is in the set. Raises what ``check_per_unit`` raises, and
+    ``ValueError`` where some of such a parameter is frozen.
     """
     units, shape = check_per_unit(model, units).as_set(), shape_of(model)
     owned: dict[int, list] = {}
     for writer in writers(model):
         chosen = units[writer.kind][writer.layer, writer.channels].cpu()
-        for parameter, dimensions, places in owned_entries(writer, shape):
-            known = owned.setdefault(id(parameter), [parameter, dimensions, []])
-            known[2].append(places[chosen])
-    for parameter, dimensions, parts in owned.values():
+        for module, name, dimensions, places in owned_entries(writer, shape):
+            parameter, as_ordinary = partial_parameters.trained_whole(module, name)
+            known = owned.setdefault(id(parameter), [parameter, as_ordinary, dimensions, []])
+            known[3].append(places[chosen])
+    for parameter, as_ordinary, dimensions, parts in owned.values():
+        view = _rows_first(as_ordinary, dimensions)
         places = torch.cat(parts).unique().to(parameter.device)
-        others = [one for one in range(parameter.ndim) if one not in dimensions]
-        order = (*dimensions, *others)
-        sizes = [parameter.shape[one] for one in dimensions]
         if len(places):
-            yield parameter, torch.unravel_index(places, sizes), order
+            sizes = view(parameter).shape[: len(dimensions)]
+            yield parameter, view, torch.unravel_index(places, sizes)
+
+
+def _rows_first(
+    as_ordinary: Callable[[Tensor], Tensor], dimensions: tuple[int, ...]
+) -> Callable[[Tensor], Tensor]:
+    """What views a parameter with the dimensions that count rows before all others."""
+
+    def view(values: Tensor) -> Tensor:
+        return as_ordinary(values).movedim(dimensions, tuple(range(len(dimensions))))
+
+    return view

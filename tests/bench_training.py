@@ -131,7 +131,8 @@ def owned(model: nn.Module, chosen: PerUnit) -> dict[nn.Parameter, tuple[int, Te
     shape, found = models.shape_of(model), {}
     for writer in models.writers(model):
         is_chosen = chosen[writer.kind][writer.layer]
-        for parameter, (dimension,), places in models.owned_entries(writer, shape):
+        for module, name, (dimension,), places in models.owned_entries(writer, shape):
+            parameter = getattr(module, name)
             n_owners, n_chosen = torch.zeros(2, parameter.shape[dimension], dtype=torch.long)
             n_owners.index_add_(0, places, torch.ones_like(places))
             n_chosen.index_add_(0, places, is_chosen.long())

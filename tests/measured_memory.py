@@ -119,7 +119,7 @@ def planned(kind: str, config: PretrainedConfig, sizes: tuple[int, int, int]) ->
 
 FIFTH = 0.2
 TRAINED = {
-    "steps": lambda config: memory.Trained.all_of(config, torch.float32),
+    "steps": lambda config: memory.Trained.units_of(config, 1.0, True, torch.float32),
     "fifth": lambda config: memory.Trained.units_of(config, FIFTH, False, torch.float32),
 }
 WORK = {one.__name__: one for one in (openings, answers, moments, gradients, choices, steps, fifth)}

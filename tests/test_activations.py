@@ -2,6 +2,8 @@
 on its own.
 """
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -15,6 +17,7 @@ from ssah_utils.activations import (
     gradient_activation,
     last_token_states,
     marked_states,
+    mean_squared_changes,
     merged,
     pooled,
     unit_values,
@@ -207,6 +210,25 @@ def test_fewer_than_two_positions_raise(llama, n_marked):
     with pytest.raises(ValueError, match=f"at least 2 positions; the batches mark {n_marked}"):
         channel_moments(llama, batches)
     assert n_hooks(llama) == 0
+
+
+def spoiled(llama: nn.Module, bad: float) -> nn.Module:
+    """A model that overflows in the feed-forward layer of its second block, and from there on."""
+    blocks_of(llama)[1].mlp.up_proj.weight.data[3] = bad
+    return llama
+
+
+@pytest.mark.parametrize("bad", [torch.inf, torch.nan])
+def test_the_module_where_activations_overflow_is_named(llama, sequences, bad):
+    with pytest.raises(ValueError, match="activations of 1 mlp units of block 1 are nan or infin"):
+        channel_moments(spoiled(llama, bad), batches_of(sequences, [7]))
+    assert n_hooks(llama) == 0
+
+
+def test_variances_overflow_too(llama, sequences):
+    blocks_of(llama)[2].mlp.up_proj.weight.data[3] = 1e30
+    with pytest.raises(ValueError, match="variances of 1 mlp units of block 2 are nan or infin"):
+        channel_moments(llama, batches_of(sequences, [7]))
 
 
 def test_no_batches_raise(llama):
@@ -461,6 +483,15 @@ def test_gradient_activation_equals_the_gradient_by_hand(any_model, marked_befor
             assert found[kind].dtype == torch.float64
             assert expected[kind].max() > 0
             torch.testing.assert_close(found[kind], expected[kind], rtol=1e-4, atol=1e-9)
+
+
+def test_changes_and_gradients_that_are_not_finite_are_refused(llama, marked_before_the_end):
+    batches = batches_of(marked_before_the_end, [7])
+    other = spoiled(copy.deepcopy(llama), torch.inf)
+    with pytest.raises(ValueError, match="changes of 1 mlp units of block 1 are nan or infinite"):
+        mean_squared_changes(llama, other, batches)
+    with pytest.raises(ValueError, match=r"gradients of \d+ \w+ units of block \d are nan or inf"):
+        gradient_activation(other, batches)
 
 
 def test_gradient_activation_leaves_the_model_alone(llama, marked_before_the_end):

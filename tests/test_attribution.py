@@ -162,6 +162,21 @@ def test_batches_padding_and_the_model_do_not_matter(name):
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+def test_derivatives_that_are_not_finite_are_refused(llama):
+    models.blocks_of(llama)[1].mlp.up_proj.weight.data[3] = torch.nan
+    labelled = [
+        {"input_ids": ids[None], "attention_mask": torch.ones_like(ids)[None], "labels": ids[None]}
+        for ids in prompts(batches())
+    ]
+    for derived in (
+        lambda: attribution.next_token_effect(llama, batches(), LIKELIER, OTHER),
+        lambda: attribution.next_token_kl(llama, batches()),
+        lambda: attribution.unit_gradients(llama, labelled),
+    ):
+        with pytest.raises(ValueError, match=r"^gradients of .* are nan or infinite"):
+            derived()
+
+
 def test_a_row_with_no_or_two_marked_positions_is_refused(llama):
     batch = batches()[0]
     for positions in (batch["positions"] * 0, torch.ones_like(batch["positions"])):

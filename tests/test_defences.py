@@ -26,7 +26,8 @@ from ssah_utils.defences import (
 )
 from ssah_utils.per_unit import PerUnit
 from ssah_utils.prompts.tokens import right_padded
-from ssah_utils.unit_training import freezing
+from ssah_utils.unit_training import freezing, training_all
+from ssah_utils.weights import unit_entries
 from tests.conftest import parameters_of, same_parameters, tiny_model
 from tests.test_training import batch_of, examples_of
 
@@ -324,6 +325,27 @@ def test_a_shared_value_row_is_pulled_once(tokenizer):
     assert not model.model.embed_tokens.weight.grad.any(), "belongs to no unit"
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2", "phi3", "mixtral", "gpt_oss"])
+def test_units_are_pulled_where_all_is_trained_below_float32(name):
+    """There, what they own is held in another place and another precision, but is the same."""
+    model = tiny_model(name).bfloat16()
+    units = some_units(model)
+    expected = [view(one)[places].float() for one, view, places in unit_entries(model, units)]
+    with training_all(model):
+        hooks = PulledToStart(2.0, units).hooks(model, DATA, CONFIG)
+        entries = list(unit_entries(model, units))
+        assert {one.dtype for one, _, _ in entries} == {torch.float32}
+        for (parameter, view, places), before in zip(entries, expected, strict=True):
+            assert torch.equal(view(parameter.detach())[places], before)
+            parameter.data.add_(0.5)
+            parameter.grad = torch.zeros_like(parameter)
+        hooks.gradient(None)
+        for parameter, view, places in entries:
+            assert (view(parameter.grad)[places] == 1).all()
+            owned = view(parameter.grad)[places].numel()
+            assert parameter.grad.count_nonzero() == owned, "and nothing else is pulled"
+
+
 def fisher_by_hand(model: nn.Module) -> dict[str, Tensor]:
     found = {name: torch.zeros_like(one) for name, one in model.named_parameters()}
     for example in REFUSALS:
@@ -584,5 +606,5 @@ def test_what_makes_no_sense_is_refused_in_one_line(tokenizer):
         trained(tokenizer, ConstrainedTokens(), with_lora(tokenizer))
     model = tiny_model("llama")
     units = some_units(model)
-    with pytest.raises(ValueError, match="pulled to their start or frozen, not both"):
+    with pytest.raises(ValueError, match="freeze some of it or pull at all of it, not both"):
         trained(tokenizer, PulledToStart(1.0, units), model, frozen=units)

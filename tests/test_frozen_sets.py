@@ -86,6 +86,13 @@ def test_the_order_is_safety_then_complex_then_the_others_each_by_its_score(scor
     assert found == [-float(place) for place in range(150)]
 
 
+def test_the_order_needs_a_score_of_every_unit(scored):
+    parted, z_safety, z_utility = scored
+    z_utility["mlp"][1, 2] = torch.nan
+    with pytest.raises(ValueError, match="scores of 1 mlp units of block 1 are nan or infinite"):
+        frozen_sets.safety_first(parted, z_safety, z_utility)
+
+
 def test_shares_of_the_order_are_nested_and_begin_with_the_compared_sets(scored, sets):
     order = frozen_sets.safety_first(*scored)
     shares = [units.top_units(order, fraction) for fraction in (0.1, 0.3, 0.6, 1.0)]

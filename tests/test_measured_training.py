@@ -16,6 +16,7 @@ from ssah_utils import (
     embedded,
     evaluation,
     fingerprints,
+    hooked_training,
     loading,
     models,
     scoring,
@@ -73,11 +74,11 @@ def asked(loaded):
 @pytest.fixture
 def trained(loaded, examples, probes):
     def run(**changes) -> list[dict]:
-        arguments = {"steps": STEPS, "probes": probes, "config": CONFIG} | changes
+        arguments = {"steps": STEPS, "probes": probes, "config": CONFIG}
+        arguments |= {"dtype": torch.float32} | changes
         return measured_training.train_and_measure(
             aligned=loaded[0],
             place=embedded.TINY_RANDOM,
-            dtype=torch.float32,
             tokenizer=loaded[1],
             examples=examples,
             **arguments,
@@ -126,6 +127,35 @@ def test_rows_are_what_the_probes_find_in_the_model_trained_alone(
     assert rows[0]["task_loss"] != rows[1]["task_loss"]
     if how != "whole":
         assert rows[-1]["task_loss"] != trained(steps=[3])[-1]["task_loss"]
+
+
+@pytest.mark.parametrize("how", ["whole", "frozen"])
+def test_below_float32_all_is_trained_as_where_some_units_are_frozen(
+    how, trained, loaded, examples, probes
+):
+    """What units own is kept in float32, whether any of them is frozen or not."""
+    frozen = chosen_units(loaded[0]) if how == "frozen" else None
+    seen = []
+    training_step = hooked_training.HookedTrainer.training_step
+
+    def step(self, model, *args):
+        seen.append({one.dtype for one in model.parameters() if one.ndim == 2})
+        return training_step(self, model, *args)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(hooked_training.HookedTrainer, "training_step", step)
+        rows = trained(frozen=frozen, dtype=torch.bfloat16)
+    assert seen == [{torch.float32, torch.bfloat16}] * 3
+    alone = loading.load(embedded.TINY_RANDOM, torch.bfloat16)[0]
+    kept = unit_training.freezing(alone, frozen) if frozen else unit_training.training_all(alone)
+    with kept:
+        training.train_sft(alone, loaded[1], examples, CONFIG)
+        expected = measured_training.measure(copy_of(alone), probes)
+    assert rows[-1] == {"step": 3} | expected
+
+
+def test_an_adapter_of_a_bfloat16_model_is_all_that_is_trained(trained):
+    assert trained(adapter="lora", dtype=torch.bfloat16)[-1]["step"] == 3
 
 
 def test_what_a_defence_keeps_is_measured_and_not_what_goes_on_training(

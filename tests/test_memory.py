@@ -1,5 +1,6 @@
 """What memory says from shapes alone, held against what a process of its own really takes."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -121,7 +122,7 @@ def test_trained_numbers_are_those_that_an_optimizer_gets(name, train_rest):
 def test_a_trained_number_takes_sixteen_bytes_and_a_frozen_one_its_own():
     config = LlamaConfig(**MIDDLE)
     n, owned = memory.n_numbers(config), memory.n_owned(config)
-    whole = memory.Trained.all_of(config, torch.float32)
+    whole = memory.Trained.units_of(config, 1.0, True, torch.float32)
     assert whole.weights + whole.gradients + whole.moments == 16 * n
     fifth = memory.Trained.units_of(config, 0.2, False, torch.bfloat16)
     assert fifth.n_trained == round(0.2 * owned)
@@ -129,6 +130,8 @@ def test_a_trained_number_takes_sixteen_bytes_and_a_frozen_one_its_own():
     assert fifth.gradients + fifth.moments == 12 * fifth.n_trained
     assert fifth.peak(10**9) == fifth.weights + fifth.moments + 10**9
     assert fifth.peak(0) == fifth.weights + fifth.moments + fifth.gradients
+    narrow = memory.Trained.units_of(config, 1.0, True, torch.bfloat16)
+    assert narrow == dataclasses.replace(whole, dtype=torch.bfloat16), "blocks are float32"
 
 
 # --------------------------------------------------------------------------------------------- plan

@@ -207,6 +207,19 @@ def test_a_training_that_does_not_fit_is_refused_before_it_starts(monkeypatch):
         parameters.check_room_for_training(stage, values | {"model": model})
 
 
+def test_a_training_that_does_not_fit_on_a_gpu_is_refused_before_it_starts(monkeypatch):
+    """In bfloat16, too, what is trained of units is held in float32."""
+    monkeypatch.setattr(parameters, "preferred_device", lambda: "cuda")
+    needed, values = 4 * embedded.MODELS[ALIGNED].n_bytes_float32, OF_05 | {"model": ALIGNED}
+    for n_free, fits in ((needed, True), (needed - 1, False)):
+        monkeypatch.setattr(room, "_free_on_gpu", lambda device, free=n_free: free)
+        if fits:
+            parameters.check_trainable("05_transfer", values)
+            continue
+        with pytest.raises(OSError, match=r"GiB of GPU memory, and .* a larger GPU$"):
+            parameters.check_trainable("05_transfer", values)
+
+
 def test_what_is_tested_after_training_once_more_was_prefilled_before():
     parameters.check({"prefill_tokens": [1, 4], "recovery_prefills": [4]})
     with pytest.raises(

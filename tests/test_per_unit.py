@@ -117,6 +117,18 @@ def test_where_only_empty_any_all():
     assert mask.any() and not mask.all()
 
 
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_the_first_module_that_is_not_finite_is_named_in_the_order_of_the_model(bad):
+    a = values(0)
+    assert a.require_finite("scores") is a
+    a["attention"][2, 1] = a["mlp"][1, 3] = a["mlp"][1, 4] = bad
+    with pytest.raises(ValueError, match=r"^scores of 2 mlp units of block 1 are nan or infinite"):
+        a.require_finite("scores")
+    a["attention"][1, 5] = bad
+    with pytest.raises(ValueError, match=r"^scores of 1 attention units of block 1 are nan"):
+        a.require_finite("scores")
+
+
 def test_rows_of_layers_are_stacked():
     rows = {kind: list(tensor) for kind, tensor in values(0).items()}
     assert PerUnit.of_layers(rows).equals(values(0))

@@ -244,7 +244,7 @@ def test_a_notebook_lacking_a_parameter_of_its_own_is_refused():
 def test_every_profile_names_known_parameters_of_the_right_type(profile, monkeypatch):
     monkeypatch.setattr(run.parameters, "check_reachable", lambda name: None)
     monkeypatch.setattr(run.parameters, "check_room", lambda *where: None)
-    monkeypatch.setattr(run.parameters, "check_room_to_train", lambda stage, name: None)
+    monkeypatch.setattr(run.parameters, "check_room_to_train", lambda *where: None)
     monkeypatch.setattr(run.parameters, "checked_config", lambda name: transformers.LlamaConfig())
     monkeypatch.setattr(run.parameters, "load_tokenizer", lambda name: None)
     monkeypatch.setattr(

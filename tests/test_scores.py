@@ -117,6 +117,14 @@ def test_a_module_of_one_channel_has_no_spread():
     ]
 
 
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_one_score_that_is_not_finite_takes_no_module_with_it(bad):
+    score = PerUnit({kind: random(*shape) for kind, shape in SHAPES.items()})
+    score["mlp"][1, 3] = bad
+    with pytest.raises(ValueError, match="scores of 1 mlp units of block 1 are nan or infinite"):
+        zscore_per_module(score)
+
+
 def test_weighted_norm_is_flaps():
     """As FLAP's code has it: (|W| * sqrt(scaler_inp)).mean(0), scaler_inp the mean squared input of
     the channel.

@@ -83,6 +83,15 @@ def test_size_for_a_target():
     assert size_for([], 1.0) is None
 
 
+def test_a_value_of_nan_is_no_gain():
+    values = {(): 0.0, (0,): math.nan, (1,): 2.0, (2,): 1.0, (1, 2): 3.0}
+
+    def value(chosen: list[int]) -> float:
+        return values.get(tuple(chosen), math.nan)
+
+    assert [step.chosen for step in lazy_greedy(value, [0, 1, 2])] == [1, 2]
+
+
 @pytest.mark.parametrize("negative", [-1.0, 0.0])
 def test_nothing_is_taken_that_does_not_gain(negative):
     assert lazy_greedy(lambda chosen: negative * len(chosen), range(3)) == []

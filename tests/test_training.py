@@ -966,6 +966,23 @@ def test_each_way_of_training_is_remembered_by_itself(
             load_or_train(str(saved_llama), tokenizer, data_for(other), CONFIG, **other)
 
 
+def test_all_of_a_bfloat16_model_is_trained_as_units_of_it_are(own_cache, saved_llama, tokenizer):
+    """In bfloat16 alone, no step of this size would move a weight by more than its own rounding."""
+    config = SFTConfig(learning_rate=1e-5, max_steps=20, batch_size=4, warmup_steps=0)
+    given = (str(saved_llama), tokenizer, examples_of(12), config)
+    model, _, _ = load_or_train(*given, dtype=torch.bfloat16)
+    start, plain = (loading.load(str(saved_llama), torch.bfloat16)[0] for _ in range(2))
+    train_sft(plain, tokenizer, examples_of(12), config)
+
+    def share_moved(trained: nn.Module) -> float:
+        pairs = zip(trained.model.layers, start.model.layers, strict=True)
+        moved = [(a.mlp.up_proj.weight != b.mlp.up_proj.weight).float().mean() for a, b in pairs]
+        return float(torch.stack(moved).mean())
+
+    assert model.dtype == torch.bfloat16
+    assert share_moved(model) > 2 * share_moved(plain)
+
+
 @pytest.mark.parametrize("way", [way for way in WAYS.values() if "only" in way])
 def test_frozen_units_of_a_remembered_model_are_the_bases(
     own_cache, saved_llama, tokenizer, llama, way

@@ -106,6 +106,12 @@ def test_learning_leaves_the_model_as_it_was(llama):
     assert all(parameter.grad is None for parameter in llama.parameters())
 
 
+def test_a_gradient_that_is_not_finite_is_refused(llama):
+    models.blocks_of(llama)[1].mlp.up_proj.weight.data[3] = torch.nan
+    with pytest.raises(ValueError, match=r"^gradients of .* are nan or infinite"):
+        unit_masks.learn_mask(llama, [step(0)], 3)
+
+
 def test_no_step_is_refused(llama):
     with pytest.raises(ValueError, match="at least one step"):
         unit_masks.learn_mask(llama, [], 3)

@@ -21,7 +21,7 @@ from ssah_utils.interventions import ablated, without_units
 from ssah_utils.partial_parameters import Partial, PartialParameter
 from ssah_utils.per_unit import KINDS, PerUnit
 from ssah_utils.training import SFTConfig, train_dpo, train_sft
-from ssah_utils.unit_training import count_trainable, freezing, training_only
+from ssah_utils.unit_training import count_trainable, freezing, training_all, training_only
 from tests import mixtures
 from tests.conftest import VOCABULARY, n_hooks, parameters_of, same_parameters, tiny_model
 from tests.test_training import PAIRS, PlainTrainer, examples_of
@@ -400,6 +400,9 @@ def test_steps_too_small_for_bfloat16_add_up(llama):
     with training_only(model, chosen):
         moved = share_moved(model)
     assert moved > 2 * share_moved(plain)
+    whole = tiny_model("llama").bfloat16()
+    with training_all(whole):
+        assert share_moved(whole) > 1.5 * share_moved(tiny_model("llama").bfloat16())
 
 
 @pytest.mark.parametrize("choose", [scattered, every])
@@ -409,6 +412,55 @@ def test_whatever_is_trained_of_a_bfloat16_model_is_kept_in_float32(llama, choos
         assert {parameter.dtype for parameter in llama.parameters() if parameter.requires_grad} == {
             torch.float32
         }
+
+
+# -------------------------------------------------------------------------------- nothing is frozen
+
+
+def test_all_of_a_float32_model_is_trained_as_it_is(any_model):
+    before = list(any_model.named_parameters())
+    with training_all(any_model) as inside:
+        assert inside is any_model
+        assert list(any_model.named_parameters()) == before
+        assert not parts_of(any_model)
+
+
+def test_all_of_a_bfloat16_model_is_trained_with_its_units_in_float32(any_model):
+    any_model.bfloat16()
+    n, before = count_trainable(any_model), parameters_of(any_model)
+    with training_all(any_model):
+        blocks = [part.block for part in parts_of(any_model)]
+        assert blocks and {block.dtype for block in blocks} == {torch.float32}
+        assert count_trainable(any_model) == n
+        steps(any_model)
+    assert count_trainable(any_model) == n and not parts_of(any_model)
+    after = dict(any_model.named_parameters())
+    assert all(one.dtype == torch.bfloat16 for one in after.values())
+    moved = {name: (after[name] != one).float().mean() for name, one in before.items()}
+    assert all(share > 0.5 for name, share in moved.items() if "down_proj" in name)
+
+
+def test_training_all_is_freezing_a_unit_that_does_nothing(llama):
+    """Weights of zero have no gradient here, so that to freeze them takes nothing away."""
+    frozen, mlp = one_unit(llama), llama.model.layers[1].mlp
+    with torch.no_grad():
+        for rows in (mlp.down_proj.weight.T, mlp.gate_proj.weight, mlp.up_proj.weight):
+            rows[5] = 0
+    reference = copy.deepcopy(llama.bfloat16())
+    with freezing(reference, frozen):
+        expected = steps(reference, 12)
+    with training_all(llama):
+        assert steps(llama, 12) == expected
+    assert same_parameters(llama, parameters_of(reference))
+
+
+def test_training_all_inside_of_another_block_is_refused(llama):
+    llama.bfloat16()
+    with (
+        training_only(llama, scattered(llama)),
+        pytest.raises(ValueError, match="leave that block"),
+    ):
+        training_all(llama).__enter__()
 
 
 # --------------------------------------------------------------------- neither gradients nor states

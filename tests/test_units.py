@@ -381,6 +381,35 @@ def test_more_units_than_can_be_ranked_are_refused():
         units.top_units(score, 0.75)
 
 
+def test_units_without_a_score_are_chosen_by_no_ranking():
+    """In plain sorting, nan comes before all numbers."""
+    score = scores(0)
+    score["mlp"][0, 0] = score["attention"][1, 2] = torch.nan
+    score["mlp"][2, 1], score["mlp"][1, 1] = -torch.inf, torch.inf
+    for fraction in (0.1, 45 / 48):
+        chosen = units.top_units(score, fraction)
+        assert chosen.count() == round(fraction * 48) and chosen["mlp"][1, 1]
+        assert (score.where(chosen, 0.0) > -torch.inf).all()
+    with pytest.raises(ValueError, match="but only 45 units are there to choose from"):
+        units.top_units(score, 46 / 48)
+    whole = PerUnit({"mlp": torch.arange(2**53, 2**53 + 4)[None]})
+    assert units.top_units(whole, 0.25).names() == ["mlp/0/3"]
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("which", [0, 1])
+def test_contrasts_need_two_scores_of_every_unit(bad, which):
+    both = [scores(0), scores(1)]
+    both[which]["mlp"][2, 3] = bad
+    for contrasted in (
+        lambda: partition(*both),
+        lambda: units.set_difference(*both, 0.1),
+        lambda: units.training_budgets(*both, 0.2, 0.1),
+    ):
+        with pytest.raises(ValueError, match="scores of 1 mlp units of block 2 are nan or infin"):
+            contrasted()
+
+
 def test_training_budgets_are_ends_of_the_scores_and_a_random_set_of_the_same_shape():
     generator = torch.Generator().manual_seed(3)
     z_safety, z_utility = (

@@ -10,7 +10,7 @@ sequences, sets of units and measurements. Does not know data sets or notebooks.
 import contextlib
 import functools
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -187,7 +187,7 @@ def train_and_measure(
         with hooked_training.with_kept_weights(fast, subject, hooks):
             rows.append({"step": step} | measure(fast, probes, asked))
 
-    with _kept(subject, frozen):
+    with contextlib.nullcontext() if adapter else _kept(subject, frozen):
         hooks = defences.hooks_of(defence, subject, examples, config)
         made = functools.partial(hooked_training.HookedTrainer, hooks)
         looking = (training.AtSteps(steps, look),)
@@ -267,14 +267,11 @@ class FineTuning:
         return attribution.unit_gradients(subject, batches)
 
 
-@contextlib.contextmanager
-def _kept(model: nn.Module, frozen: PerUnit | None) -> Iterator[None]:
-    """Units frozen inside the block, where any are given."""
+def _kept(model: nn.Module, frozen: PerUnit | None) -> contextlib.AbstractContextManager[nn.Module]:
+    """Units frozen inside the block, where any are given; either way all else is trained alike."""
     if frozen is None:
-        yield
-        return
-    with unit_training.freezing(model, frozen):
-        yield
+        return unit_training.training_all(model)
+    return unit_training.freezing(model, frozen)
 
 
 # ------------------------------------------------------------------------------------------- tables

@@ -253,46 +253,37 @@ def _loss(model: nn.Module, batch: int, length: int, n_labels: int) -> Tensor:
 class Trained:
     """How many numbers of a model are trained, and in how many bytes each is held.
 
-    ``n_frozen`` are the others, in ``dtype``. AdamW keeps two moments of each trained number, in
-    the precision of that number.
+    A trained number is float32, as blocks are (``partial_parameters``), and AdamW keeps two moments
+    of it. ``n_frozen`` are the others, in ``dtype``.
     """
 
     n_trained: int
     n_frozen: int
-    trained_dtype: torch.dtype
     dtype: torch.dtype
-
-    @classmethod
-    def all_of(cls, config: PretrainedConfig, dtype: torch.dtype) -> "Trained":
-        """All parameters, in one precision."""
-        return cls(n_numbers(config), 0, dtype, dtype)
 
     @classmethod
     def units_of(
         cls, config: PretrainedConfig, fraction: float, train_rest: bool, dtype: torch.dtype
     ) -> "Trained":
-        """A share of the units, and with ``train_rest`` all that belongs to none.
-
-        A trained number is float32, as blocks are (``partial_parameters``).
-        """
+        """A share of the units, and with ``train_rest`` all that belongs to none."""
         everything, owned = n_numbers(config), n_owned(config)
         n_trained = round(fraction * owned) + (everything - owned) * train_rest
-        return cls(n_trained, everything - n_trained, torch.float32, dtype)
+        return cls(n_trained, everything - n_trained, dtype)
 
     @property
     def weights(self) -> int:
         """Bytes of all weights."""
-        return self.n_trained * self.trained_dtype.itemsize + self.n_frozen * self.dtype.itemsize
+        return self.n_trained * torch.float32.itemsize + self.n_frozen * self.dtype.itemsize
 
     @property
     def gradients(self) -> int:
         """Bytes of all gradients, at the end of a backward pass."""
-        return self.n_trained * self.trained_dtype.itemsize
+        return self.n_trained * torch.float32.itemsize
 
     @property
     def moments(self) -> int:
         """Bytes of AdamW's state."""
-        return ADAM * self.n_trained * self.trained_dtype.itemsize
+        return ADAM * self.n_trained * torch.float32.itemsize
 
     def peak(self, activations: int) -> int:
         """Bytes at most in a step with such activations.
@@ -312,7 +303,8 @@ def n_owned(config: PretrainedConfig) -> int:
     model = without_weights(config)
     shape, places = models.shape_of(model), {}
     for writer in models.writers(model):
-        for parameter, dimensions, own in models.owned_entries(writer, shape):
+        for module, name, dimensions, own in models.owned_entries(writer, shape):
+            parameter = getattr(module, name)
             found = places.setdefault(id(parameter), (parameter, dimensions, set()))
             found[2].update(own.tolist())
     return sum(

@@ -212,17 +212,14 @@ class Planned:
         dtype = torch.float32
         if self.machine.gpus and not precision.trains_in_float32(n, self.machine.gpus[0]):
             dtype = torch.bfloat16
-        if kind == "all":
-            held = memory.Trained.all_of(self.config, dtype)
-        elif kind == "freezing":
-            held = memory.Trained.units_of(self.config, 1 - frozen, True, dtype)
-        else:
-            held = memory.Trained.units_of(self.config, trained, False, dtype)
+        shares = {"all": 1.0, "freezing": 1 - frozen, "redundant": trained}
+        trains_rest = kind != "redundant"
+        held = memory.Trained.units_of(self.config, shares[kind], trains_rest, dtype)
         batch, length = self.largest("batch_size"), self.longest + self.n_response_tokens
         attention = "" if self.machine.gpus else "eager"  # as training.train_sft sets it
         is_autocast = dtype == torch.float32 and self.machine.native == torch.bfloat16
         shapes = memory.Shapes(self.config, dtype, attention)
-        work = memory.training(batch, length, batch * self.n_response_tokens, kind != "redundant")
+        work = memory.training(batch, length, batch * self.n_response_tokens, trains_rest)
         activations = shapes.peak(work, is_autocast)
         state = held.moments + held.gradients
         title = TITLES[kind].format(frozen=frozen, trained=trained)

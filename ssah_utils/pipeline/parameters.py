@@ -334,8 +334,8 @@ def check_room_for(stage: str, values: dict) -> None:
 def check_room_for_training(stage: str, values: dict) -> None:
     """``OSError`` where training what a notebook trains does not fit into the memory here."""
     trained = trained_model(values)
-    if trained and preferred_device() == "cpu":  # on a GPU precision is chosen by what fits
-        check_room_to_train(stage, trained)
+    if trained:
+        check_room_to_train(stage, trained, preferred_device())
 
 
 # ----------------------------------------------------------------------------------- once a process

@@ -214,10 +214,10 @@ def test_a_training_that_does_not_fit_on_a_gpu_is_refused_before_it_starts(monke
     for n_free, fits in ((needed, True), (needed - 1, False)):
         monkeypatch.setattr(room, "_free_on_gpu", lambda device, free=n_free: free)
         if fits:
-            parameters.check_trainable("05_transfer", values)
+            parameters.check_room_for_training("05_transfer", values)
             continue
         with pytest.raises(OSError, match=r"GiB of GPU memory, and .* a larger GPU$"):
-            parameters.check_trainable("05_transfer", values)
+            parameters.check_room_for_training("05_transfer", values)
 
 
 def test_what_is_tested_after_training_once_more_was_prefilled_before():

@@ -116,6 +116,7 @@ def plan(options: argparse.Namespace) -> int:
 
 
 def figures(options: argparse.Namespace) -> int:
+    """2 where there is nothing to draw from or no place to draw into; nothing is drawn then."""
     extras.require("notebooks")
     from ssah_utils.pipeline import redraw
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
 
 def is_shared_out(tensor: Tensor) -> bool:
@@ -111,6 +112,8 @@ class Lists:
                 shared = zip(info.shared_modules, info.shared_param_names, strict=True)
                 for place in ((info.module, info.param_name), *shared):
                     self.places[place] = (group, one)
+        # of every parameter that was made ordinary, the part of it that FSDP2 had made a parameter
+        self.parts = WeakTensorKeyDictionary()
 
     def has(self, module: nn.Module, name: str) -> bool:
         """Whether FSDP2 shares out a parameter, and nobody else does as well."""
@@ -130,8 +133,13 @@ class Lists:
         was._post_load_hook_handle.remove()
         values = all_of(was.sharded_param).to(was.device)
         required = was.sharded_param.requires_grad
-        module._parameters[name] = nn.Parameter(values, requires_grad=required)
+        ordinary = module._parameters[name] = nn.Parameter(values, requires_grad=required)
+        self.parts[ordinary] = TensorWeakRef(was.sharded_param)  # its memory is to be given back
         return seat
+
+    def as_held(self, parameter: Tensor) -> Tensor | None:
+        """A parameter as an optimizer holds it that was made before; None where nobody does."""
+        return self.parts[parameter]() if parameter in self.parts else parameter
 
     def put(self, seat: Seat | None, module: nn.Module, *names: str, placement=None) -> None:
         """Let FSDP2 share out ordinary parameters of a module; with no seat, do nothing."""

@@ -191,6 +191,26 @@ def sharded(rank: int, name: str, rest: bool, when: str, **how) -> dict:
     return found
 
 
+def early(rank: int) -> dict:
+    """What an optimizer says, inside and afterwards, that was made of a sharded model before."""
+    model, chosen = tiny_model("llama"), scattered(tiny_model("llama"))
+    start = parameters_of(model)
+    by_blocks(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+
+    def inside() -> None:
+        with unit_training.training_only(model, chosen):
+            run(model, optimizer, BATCHES[:1], rank, 2)
+
+    found = {"inside": said(inside), "whole": furthest(full_parameters(model), start)}
+    optimizer.zero_grad()
+    found["after"] = said(lambda: run(model, optimizer, BATCHES[:1], rank, 2))
+    found["still whole"] = furthest(full_parameters(model), start)
+    found["anew"] = said(lambda: run(model, adamw(model), BATCHES[:1], rank, 2))
+    found["moved"] = furthest(full_parameters(model), start)
+    return found
+
+
 def adamw(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
 
@@ -497,6 +517,7 @@ def main(rank: int, folder: str, *only: str) -> None:
     ):
         case = (rank, name, rest, when)
         jobs[f"FSDP2, {name}, {rest}, {when}"] = lambda case=case: sharded(*case)
+    jobs["early"] = lambda: early(rank)
     kept = {"reshard_after_forward": False}
     jobs["FSDP2, kept gathered"] = lambda: sharded(rank, "llama", True, "inside", **kept)
     settings = {"forward_sync_buffers": False, "static_graph": True, "bucket_cap_mb": 1}

@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from ssah_utils import precision, training
+from ssah_utils import guards, precision, training
 from ssah_utils.files import ROOT
 from tests.conftest import tiny_model
 from tests.test_training import examples_of
@@ -146,6 +146,15 @@ def test_leaving_gives_an_ordinary_model_that_is_still_in_shards(found, case):
         one = of_rank[f"FSDP2, {case}"]
         assert one["still"]
         assert one["after"] < 2 * ROUNDING  # it goes on to be trained as a whole
+
+
+def test_an_optimizer_of_shards_made_before_is_refused_inside_and_afterwards(found):
+    for of_rank in found:
+        one = of_rank["early"]
+        assert one["inside"] == f"ValueError: {guards.MADE_BEFORE}"
+        assert one["after"] == f"ValueError: {guards.REPLACED}"
+        assert one["whole"] == one["still whole"] == 0
+        assert one["anew"] == "nothing" and one["moved"] > 0
 
 
 @pytest.mark.parametrize("name", ["llama", "mixtral"])

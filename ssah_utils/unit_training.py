@@ -93,10 +93,14 @@ def _cut_inside(
         if is_sharded and not ranks.all_come(TOGETHER):
             error.add_note("Other ranks are elsewhere, so the sharded model was not put together.")
             raise
+        # FSDP2 says so at its first forward pass, where it is told of the parameters inside
+        is_refused = isinstance(error, AssertionError) and shards.Lists(model).has_two_precisions
         try:
             _leave(model, plain, required, watch)
         except (ValueError, RuntimeError) as another:  # or a rank is gone
             error.add_note(str(another))
+        if is_refused:
+            raise ValueError(shards.TWO_PRECISIONS) from error
         raise
     _leave(model, plain, required, watch)
 
@@ -159,6 +163,7 @@ def _leave(
     # by name: some parameters may have been exchanged inside
     for name, parameter in plain.named_parameters():
         parameter.requires_grad_(required.get(name, parameter.requires_grad))
+    lists.widen()
     lists.close()
     guards.follow_parameters(model)
 

@@ -44,6 +44,8 @@ READS_DATA = {
     "ssah_utils.evaluation",
     "ssah_utils.judge.learned",
 }
+# Of these, hooks change no output; in ``experts`` they let others see the units.
+HARMLESS_HOOKS = ("transformers.", "accelerate.", "ssah_utils.experts")
 SILENT = {"progress", "report"}  # arguments that only show how far a function is
 T = TypeVar("T")
 
@@ -176,11 +178,16 @@ def _is_tied(model: nn.Module) -> bool:
 
 
 def refuse_hooks(model: nn.Module, name: str) -> None:
-    """``ValueError`` for a model with hooks of which nobody knows what they change."""
+    """``ValueError`` for a model with hooks of which nobody knows what they change.
+
+    Those of ``interventions`` are in its fingerprint.
+    """
     for module in model.modules():
-        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
+        before = module._forward_pre_hooks.values()
+        unknown = [hook for hook in before if not fingerprints.hook_values(hook)]
+        for hook in (*module._forward_hooks.values(), *unknown):
             owner = getattr(hook, "__module__", None) or type(hook).__module__
-            if not hasattr(hook, "fill") and not owner.startswith(("transformers.", "accelerate.")):
+            if not owner.startswith(HARMLESS_HOOKS):
                 raise ValueError(
                     f"the model '{name}' has a hook of {owner}, which has no identity:"
                     " remove it first"

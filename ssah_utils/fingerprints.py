@@ -80,16 +80,22 @@ def fingerprint(model: nn.Module) -> str:
     with ThreadPoolExecutor() as pool:  # neither rounding nor hashing needs the interpreter
         hashes = dict(zip(distinct, pool.map(hash_of, distinct.values()), strict=True))
     held = [
-        [plain_name(name), *map(_hash_of_values, hook.values)]
+        [plain_name(name), *map(_hash_of_values, hook_values(hook))]
         for name, module in plain.named_modules()
         for hook in module._forward_pre_hooks.values()
-        if isinstance(getattr(hook, "values", None), tuple)
+        if hook_values(hook)
     ]
     by_name = {name: hashes[place] for name, place in places.items()}
     for name, module in repacked.items():  # one at a time: as numbers they may not all fit
         weight = quantised.weight_of(module, plain.dtype)
         by_name[f"{plain_name(name)}.weight"] = _hash_of_values(weight)
     return sha256_of([plain.config.model_type, config, by_name, held])[:16]
+
+
+def hook_values(hook: object) -> tuple[Tensor, ...]:
+    """The numbers of a hook that holds or multiplies units; none of any other hook."""
+    values = getattr(hook, "values", None)
+    return values if isinstance(values, tuple) else ()
 
 
 def _hash_of_values(tensor: Tensor) -> str:

@@ -8,7 +8,7 @@ torch. Does not know units.
 
 import functools
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +43,10 @@ MADE_BEFORE = (
 USED_AFTER = (
     "an optimizer of some units is used after their block was left, where it trains nothing:"
     " make one anew"
+)
+REPLACED = (
+    "an optimizer is older than a block in which units of a model in shards were trained, and holds"
+    " parameters that the model has no more: make one anew"
 )
 IDLE = f"an optimizer holds only parameters that are not trained here: {MAKE_IT_INSIDE}"
 
@@ -146,12 +150,13 @@ OPEN: weakref.WeakSet["Watch"] = weakref.WeakSet()
 class Watch:
     """What the optimizers that step inside a block, and after it, are held against.
 
-    ``replaced``: every parameter with which the model does not compute while the block is open, and
-    the module whose ``block`` stands in for it: wrappers may exchange that parameter, too.
+    ``replaced``: every parameter with which the model does not compute while the block is open, as
+    optimizers hold it, and the module whose ``block`` stands in for it: wrappers may exchange that
+    parameter, too.
     """
 
-    def __init__(self, model: nn.Module, replaced: Sequence[tuple[Tensor, nn.Module]]) -> None:
-        self.model, self.replaced = weakref.ref(model), replaced
+    def __init__(self, model: nn.Module, replaced: Iterable[tuple[Tensor, nn.Module]]) -> None:
+        self.model = weakref.ref(model)
         self.is_trained = False  # whether any optimizer has stepped on a trained parameter
         self.idle: weakref.WeakSet = weakref.WeakSet()  # optimizers that stepped, but on none
         for whole, part in replaced:
@@ -159,15 +164,20 @@ class Watch:
         OPEN.add(self)
         _look_at_every_step()
 
-    def close(self, owners: list[tuple[nn.Module, str]]) -> None:
+    def close(self, owners: Mapping[nn.Module, tuple[nn.Module, str]]) -> None:
         """The block is left: the parameters that stood in are replaced from now on.
 
-        ``owners``: of every replaced parameter, the module that holds it again, and its name there.
+        ``owners``: by the module whose ``block`` stood in, the module that holds the whole again,
+        and its name there. It is the parameter of before, unless the model is in shards by now.
         """
         OPEN.discard(self)
-        for (whole, part), (module, name) in zip(self.replaced, owners, strict=True):
-            del STAND_INS[whole]
-            STAND_INS[part.block] = (module, name, USED_AFTER)
+        for whole, (part, _, _) in list(STAND_INS.items()):
+            if part in owners and shards.is_shared_out(part.block):
+                STAND_INS[whole] = (*owners[part], REPLACED)
+            elif part in owners:
+                del STAND_INS[whole]
+        for part, owner in owners.items():
+            STAND_INS[part.block] = (*owner, USED_AFTER)
 
 
 @functools.cache

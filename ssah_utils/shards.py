@@ -5,11 +5,20 @@ that list or to put one on it. So this is the only module that reads and writes 
 its tensors (DTensor). Does not know units.
 """
 
+import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
+
+TWO_PRECISIONS = (
+    "FSDP2 cannot train these units: what units own is trained in float32, the rest of the model in"
+    " another precision, and it takes only one: load the model in float32, or launch with"
+    " --mixed_precision bf16"
+)
 
 
 def is_shared_out(tensor: Tensor) -> bool:
@@ -111,6 +120,36 @@ class Lists:
                 shared = zip(info.shared_modules, info.shared_param_names, strict=True)
                 for place in ((info.module, info.param_name), *shared):
                     self.places[place] = (group, one)
+        # of every parameter that was made ordinary, the part of it that FSDP2 had made a parameter
+        self.parts = WeakTensorKeyDictionary()
+
+    def _trained(self) -> Iterator[list[Any]]:
+        """The trained parameters (FSDPParam) of every group: FSDP2 takes one precision of them."""
+        for state in self.states:
+            for group in state._fsdp_param_groups:
+                yield [one for one in group.fsdp_params if one.sharded_param.requires_grad]
+
+    @property
+    def has_two_precisions(self) -> bool:
+        """Whether FSDP2 would refuse what is trained."""
+        return any(len({one.sharded_param.dtype for one in own}) > 1 for own in self._trained())
+
+    def widen(self) -> None:
+        """Let what is trained together be in the widest of its precisions.
+
+        Whoever shards a model out may turn what is trained to float32, as accelerate does under
+        mixed precision; what was frozen then follows when it is to be trained again.
+        """
+        for own in list(self._trained()):
+            dtypes = [one.sharded_param.dtype for one in own]
+            widest = functools.reduce(torch.promote_types, dtypes, torch.bool)
+            for one in own:
+                if one.sharded_param.dtype == widest:
+                    continue
+                module, name = one._module_info.module, one._module_info.param_name
+                seat = self.take(module, name)
+                module._parameters[name].data = module._parameters[name].data.to(widest)
+                self.put(seat, module, name, placement=one.fsdp_placement)
 
     def has(self, module: nn.Module, name: str) -> bool:
         """Whether FSDP2 shares out a parameter, and nobody else does as well."""
@@ -130,8 +169,13 @@ class Lists:
         was._post_load_hook_handle.remove()
         values = all_of(was.sharded_param).to(was.device)
         required = was.sharded_param.requires_grad
-        module._parameters[name] = nn.Parameter(values, requires_grad=required)
+        ordinary = module._parameters[name] = nn.Parameter(values, requires_grad=required)
+        self.parts[ordinary] = TensorWeakRef(was.sharded_param)  # its memory is to be given back
         return seat
+
+    def as_held(self, parameter: Tensor) -> Tensor | None:
+        """A parameter as an optimizer holds it that was made before; None where nobody does."""
+        return self.parts[parameter]() if parameter in self.parts else parameter
 
     def put(self, seat: Seat | None, module: nn.Module, *names: str, placement=None) -> None:
         """Let FSDP2 share out ordinary parameters of a module; with no seat, do nothing."""
@@ -155,6 +199,8 @@ class Lists:
 
     def close(self) -> None:
         """``ValueError`` where FSDP2 cannot gather what is on its lists now."""
+        if self.has_two_precisions:
+            raise ValueError(TWO_PRECISIONS)
         for state in self.states:
             if state._is_root is None:
                 continue  # FSDP2 looks at its lists at the first forward pass

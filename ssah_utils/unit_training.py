@@ -83,20 +83,24 @@ def _cut_inside(
     required = {name: parameter.requires_grad for name, parameter in plain.named_parameters()}
     watch = None
     try:
-        _cut_all(model, plain, trainable, train_rest)
+        replaced = _cut_all(model, plain, trainable, train_rest)
         guards.follow_parameters(model)
-        replaced = [(part.original[0], part) for _, _, part in _parts(plain)]
         watch = guards.Watch(plain, replaced)
+        del replaced  # what nobody else holds is given back
         yield
     except BaseException as error:
         is_sharded = any(shards.is_shared_out(part.block) for _, _, part in _parts(plain))
         if is_sharded and not ranks.all_come(TOGETHER):
             error.add_note("Other ranks are elsewhere, so the sharded model was not put together.")
             raise
+        # FSDP2 says so at its first forward pass, where it is told of the parameters inside
+        is_refused = isinstance(error, AssertionError) and shards.Lists(model).has_two_precisions
         try:
             _leave(model, plain, required, watch)
         except (ValueError, RuntimeError) as another:  # or a rank is gone
             error.add_note(str(another))
+        if is_refused:
+            raise ValueError(shards.TWO_PRECISIONS) from error
         raise
     _leave(model, plain, required, watch)
 
@@ -116,8 +120,13 @@ def _common_ground(model: nn.Module, trainable: PerUnit, train_rest: bool) -> di
     }
 
 
-def _cut_all(model: nn.Module, plain: nn.Module, trainable: PerUnit, train_rest: bool) -> None:
-    """Make the given units all that is trained of the matrices that units own."""
+def _cut_all(
+    model: nn.Module, plain: nn.Module, trainable: PerUnit, train_rest: bool
+) -> list[tuple[Tensor, PartialParameter]]:
+    """Make the given units all that is trained of the matrices that units own.
+
+    Returns what optimizers may hold of these matrices, and what replaces it.
+    """
     uses = Counter(id(parameter) for _, parameter in plain.named_parameters(remove_duplicate=False))
     lists = shards.Lists(model)
     for parameter in plain.parameters():
@@ -137,6 +146,8 @@ def _cut_all(model: nn.Module, plain: nn.Module, trainable: PerUnit, train_rest:
         else:
             partial_linear.cut_linear(linear, trained, by_columns, lists)
     lists.close()
+    held = [(lists.as_held(part.original[0]), part) for _, _, part in _parts(plain)]
+    return [(whole, part) for whole, part in held if whole is not None]
 
 
 def _leave(
@@ -146,12 +157,13 @@ def _leave(
     parts, lists = list(_parts(plain)), shards.Lists(model)
     guards.refuse_out_of_reach([(part, "block") for _, _, part in parts], lists)
     if watch is not None:
-        watch.close([(module, name) for module, name, _ in parts])
+        watch.close({part: (module, name) for module, name, part in parts})
     for module in [one for one in plain.modules() if isinstance(one, Partial)]:
         partial_parameters.merge(module, lists)
     # by name: some parameters may have been exchanged inside
     for name, parameter in plain.named_parameters():
         parameter.requires_grad_(required.get(name, parameter.requires_grad))
+    lists.widen()
     lists.close()
     guards.follow_parameters(model)
 

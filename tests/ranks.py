@@ -191,6 +191,75 @@ def sharded(rank: int, name: str, rest: bool, when: str, **how) -> dict:
     return found
 
 
+def early(rank: int) -> dict:
+    """What an optimizer says, inside and afterwards, that was made of a sharded model before."""
+    model, chosen = tiny_model("llama"), scattered(tiny_model("llama"))
+    start = parameters_of(model)
+    by_blocks(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+
+    def inside() -> None:
+        with unit_training.training_only(model, chosen):
+            run(model, optimizer, BATCHES[:1], rank, 2)
+
+    found = {"inside": said(inside), "whole": furthest(full_parameters(model), start)}
+    optimizer.zero_grad()
+    found["after"] = said(lambda: run(model, optimizer, BATCHES[:1], rank, 2))
+    found["still whole"] = furthest(full_parameters(model), start)
+    found["anew"] = said(lambda: run(model, adamw(model), BATCHES[:1], rank, 2))
+    found["moved"] = furthest(full_parameters(model), start)
+    return found
+
+
+def narrow(rank: int) -> dict:
+    """A bfloat16 model of which blocks, in float32, and the rest are trained together."""
+    found = {}
+    for when in ("before", "inside"):
+        model = tiny_model("llama").bfloat16()
+        chosen, start = scattered(model), parameters_of(model)
+        if when == "before":
+            by_blocks(model)
+
+        def go(model=model, chosen=chosen, when=when) -> None:
+            with unit_training.freezing(model, chosen):
+                if when == "inside":
+                    by_blocks(model)
+                run(model, adamw(model), BATCHES[:1], rank, 2)
+
+        found[when] = said(go)
+        found[f"{when}, whole"] = furthest(full_parameters(model), start)
+    return found
+
+
+def mixed(rank: int) -> dict:
+    """The same model as ``accelerate launch --mixed_precision bf16`` prepares it."""
+    PartialState(cpu=True)  # its loggers ask for it
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        cpu_ram_efficient_loading=False,
+        mixed_precision_policy="bf16",
+    )
+    accelerator = types.SimpleNamespace(
+        state=types.SimpleNamespace(fsdp_plugin=plugin),
+        device=torch.device("cpu"),
+        mixed_precision="bf16",
+        is_main_process=rank == 0,
+    )
+    model = tiny_model("llama").bfloat16()
+    frozen, start = scattered(model), parameters_of(model)
+    with unit_training.freezing(model, frozen):
+        fsdp_utils.fsdp2_prepare_model(accelerator, model)
+        run(model, adamw(model), BATCHES, rank, 2)
+    after = {name: one.bfloat16() for name, one in full_parameters(model).items()}
+    masks = trainable_entries(tiny_model("llama"), ~frozen, True)
+    return {
+        "frozen": all(torch.equal(after[k][~masks[k]], start[k][~masks[k]]) for k in after),
+        "moved": furthest(after, start),
+        "goes on": said(lambda: run(model, adamw(model), BATCHES[:1], rank, 2)),
+    }
+
+
 def adamw(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
 
@@ -497,6 +566,9 @@ def main(rank: int, folder: str, *only: str) -> None:
     ):
         case = (rank, name, rest, when)
         jobs[f"FSDP2, {name}, {rest}, {when}"] = lambda case=case: sharded(*case)
+    jobs["early"] = lambda: early(rank)
+    jobs["narrow"] = lambda: narrow(rank)
+    jobs["mixed"] = lambda: mixed(rank)
     kept = {"reshard_after_forward": False}
     jobs["FSDP2, kept gathered"] = lambda: sharded(rank, "llama", True, "inside", **kept)
     settings = {"forward_sync_buffers": False, "static_graph": True, "bucket_cap_mb": 1}

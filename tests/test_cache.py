@@ -15,10 +15,11 @@ import pandas as pd
 import pytest
 import torch
 
-from ssah_utils import cache, defences, evaluation, training, units
+from ssah_utils import cache, defences, evaluation, interventions, models, training, units
 from ssah_utils.cache import cache_key, cached, closure, code_of, identity_of
 from ssah_utils.experiments import measured_training, panel
-from ssah_utils.per_unit import PerUnit
+from ssah_utils.per_unit import KINDS, PerUnit
+from tests.conftest import tiny_model
 
 CALLS: list[object] = []
 # fields that the walk through the inputs of a measured training varies
@@ -495,3 +496,24 @@ def test_tied_weights_rotary_precision_and_hooks_are_part_of_a_model(llama):
         identity_of(llama, "subject")
     handle.remove()
     assert identity_of(llama) == first
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2_moe"])
+def test_a_model_whose_units_are_changed_is_another_model(name):
+    """Its fingerprint counts what they are held at, or multiplied by."""
+    model = tiny_model(name)
+    shape = models.shape_of(model)
+    sizes = {kind: (shape.n_layers, shape.n_channels(kind)) for kind in KINDS}
+    chosen = PerUnit(
+        {kind: torch.arange(n).repeat(m, 1) % 3 == 0 for kind, (m, n) in sizes.items()}
+    )
+    found = [identity_of(model)["model"]]
+    for changed in (
+        interventions.ablated(model, chosen),
+        interventions.multiplied(model, chosen, 0.5),
+        interventions.multiplied(model, chosen, 2.0),
+    ):
+        with changed:
+            found.append(identity_of(model)["model"])
+    assert len(set(found)) == 4
+    assert identity_of(model)["model"] == found[0]

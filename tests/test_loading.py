@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -33,6 +34,14 @@ def test_load_reads_a_folder(saved_llama, llama, token_ids):
     half, _ = loading.load(str(saved_llama), dtype=torch.bfloat16)
     assert half.dtype == torch.bfloat16
     assert fingerprints.fingerprint(half) == fingerprints.fingerprint(llama)
+
+
+def test_every_rank_is_given_the_weights(saved_llama, llama, monkeypatch):
+    """Also where accelerate's FSDP asks for the first one's alone: zeros would be another model."""
+    monkeypatch.setattr(transformers.modeling_utils, "is_fsdp_enabled", lambda: True)
+    monkeypatch.setattr(transformers.modeling_utils, "is_local_dist_rank_0", lambda: False)
+    model, _ = loading.load(str(saved_llama))
+    assert same_parameters(model, parameters_of(llama))
 
 
 def test_a_folder_is_found_by_its_path(saved_llama):

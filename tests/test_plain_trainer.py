@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -52,26 +53,30 @@ def test_frozen_units_survive_a_plain_script(saved_llama, llama, data, tmp_path)
             assert not (old.weight[:, ~kept] == new.weight[:, ~kept]).any()
 
 
-def test_two_processes_train_what_one_does(saved_llama, llama, data, tmp_path):
-    """By ``accelerate launch``: each on half of every batch."""
+# The launcher starts several processes for GPUs alone; the script itself asks for the CPU.
+GUIDE = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
+SHOWN = re.search(r"^accelerate launch (--.*?) my_script\.py", GUIDE, re.M | re.S)[1]
+LAUNCHED = {
+    "whole": ("tests.plain_trainer", ["--multi_gpu", "--num_processes", "2"]),
+    "in shards": (
+        "tests.sharded_trainer",
+        SHOWN.replace("--num_processes 8", "--num_processes 2").replace("\\\n", " ").split(),
+    ),
+}
+
+
+@pytest.mark.parametrize(("script", "how"), LAUNCHED.values(), ids=LAUNCHED)
+def test_two_processes_train_what_one_does(saved_llama, llama, data, tmp_path, script, how):
+    """By ``accelerate launch``, in shards as the guide says: each on half of every batch."""
     unit_files.save_set(tmp_path / "units.safetensors", chosen_of(llama), llama, "a set", seed=0)
     given = [str(saved_llama), str(tmp_path / "units.safetensors"), str(data)]
     plain_trainer.main(*given, str(tmp_path / "one"), 4)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    # which starts several processes for GPUs alone; the script itself asks for the CPU
-    how = [
-        "--multi_gpu",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-        "--main_process_port",
-        port,
-    ]
-    script = ["-m", "tests.plain_trainer", *given, str(tmp_path / "two"), "2"]
-    launch = [sys.executable, "-m", "accelerate.commands.launch", *how, *script]
+    how = [*how, "--num_machines", "1", "--main_process_port", port]
+    called = ["-m", script, *given, str(tmp_path / "two"), "2"]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", *how, *called]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     done = subprocess.run(launch, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]

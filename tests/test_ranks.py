@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from ssah_utils import precision, training
+from ssah_utils import guards, precision, shards, training
 from ssah_utils.files import ROOT
 from tests.conftest import tiny_model
 from tests.test_training import examples_of
@@ -146,6 +146,29 @@ def test_leaving_gives_an_ordinary_model_that_is_still_in_shards(found, case):
         one = of_rank[f"FSDP2, {case}"]
         assert one["still"]
         assert one["after"] < 2 * ROUNDING  # it goes on to be trained as a whole
+
+
+def test_an_optimizer_of_shards_made_before_is_refused_inside_and_afterwards(found):
+    for of_rank in found:
+        one = of_rank["early"]
+        assert one["inside"] == f"ValueError: {guards.MADE_BEFORE}"
+        assert one["after"] == f"ValueError: {guards.REPLACED}"
+        assert one["whole"] == one["still whole"] == 0
+        assert one["anew"] == "nothing" and one["moved"] > 0
+
+
+def test_two_precisions_in_shards_are_refused_in_one_line(found):
+    for of_rank in found:
+        one = of_rank["narrow"]
+        assert one["before"] == one["inside"] == f"ValueError: {shards.TWO_PRECISIONS}"
+        assert one["before, whole"] == one["inside, whole"] == 0
+
+
+def test_mixed_precision_trains_a_bfloat16_model_in_shards(found):
+    for of_rank in found:
+        one = of_rank["mixed"]
+        assert one["frozen"] and one["moved"] > 0
+        assert one["goes on"] == "nothing"
 
 
 @pytest.mark.parametrize("name", ["llama", "mixtral"])

@@ -58,9 +58,11 @@ def training_only(
     must also ask for ``state_dict()`` together, and leaving gives a model that is still sharded.
 
     Raises ``ValueError`` for a model sharded otherwise (FSDP 1, DeepSpeed ZeRO-3, tensor
-    parallelism), also when that happens inside; where the processes differ; for a set that is not
-    of the model's shape, leaves nothing to train, or is everything; and for a matrix that is
-    shared, quantised or no plain linear map. Raises ``TypeError`` for a set of numbers.
+    parallelism), also when that happens inside; for one in bfloat16 under FSDP2 whose rest is
+    trained, at the latest in its first forward pass, unless that is mixed precision; where the
+    processes differ; for a set that is not of the model's shape, leaves nothing to train, or is
+    everything; and for a matrix that is shared, quantised or no plain linear map. Raises
+    ``TypeError`` for a set of numbers.
     """
     guards.refuse_sharded(model)
     guards.refuse_quantised(model)

@@ -21,6 +21,7 @@ KERNELS = {
     "units",
     "search",
     "stats",
+    "crossed",
     "frontier",
     "frozen_sets",
     "sweeps",

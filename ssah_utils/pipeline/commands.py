@@ -51,7 +51,8 @@ def sweep(options: argparse.Namespace) -> int:
 
     try:
         seeds, models = sweep.seeds_of(options.seeds), run.named(options.models)
-        here = sweep.executor_of(options.executor, options.workflow_profile) == "local"
+        content = sweep.read_workflow_profile(options.workflow_profile)
+        here = sweep.executor_of(options.executor, content) == "local"
         found = sweep.members(options.profile, seeds, models, options.set, options.only, here)
         fits = partial(sweep.at_a_time, found, only=options.only)
         how = sweep.engine_for(

@@ -285,7 +285,7 @@ def said_of_power(power: pd.DataFrame) -> str:
     several = weak[weak["seeds_needed"].notna()]  # of one run, nobody knows how much seeds differ
     by_seeds = several[np.isfinite(several["seeds_needed"])]
     by_requests = weak[np.isfinite(weak["times_requests"])]
-    neither = several.drop(by_seeds.index).drop(by_requests.index, errors="ignore")
+    neither = several[~several.index.isin(by_seeds.index.union(by_requests.index))]
     enough = by_seeds["seeds_needed"].median()
     seeds = f" (half of them with {enough:.0f})" if len(by_seeds) else ""
     of_seeds = (

@@ -263,12 +263,15 @@ def shell(member: Member, stage: Stage) -> str:
 # ------------------------------------------------------------------------------------------- engine
 
 
-def read_workflow_profile(folder: Path) -> dict:
-    """A Snakemake profile; ``ValueError`` or ``OSError`` in one line where it is none.
+def read_workflow_profile(folder: Path | None) -> dict:
+    """A Snakemake profile, empty for no folder; ``ValueError`` or ``OSError`` in one line where it
+    is none.
 
     Of several files in it, the one that Snakemake itself takes: config.v8+.yaml is for version 8
     and newer ones, and comes before config.yaml there.
     """
+    if folder is None:
+        return {}
     ours = int(installed_versions(["snakemake"])["snakemake"].partition(".")[0] or 0)
     by_version = {}
     for path in folder.glob("config*.yaml"):
@@ -287,9 +290,8 @@ def read_workflow_profile(folder: Path) -> dict:
     return content
 
 
-def executor_of(asked: str, profile: Path | None) -> str:
-    """What runs the jobs: what was asked for, else what the profile of Snakemake names."""
-    content = read_workflow_profile(profile) if profile else {}
+def executor_of(asked: str, content: dict) -> str:
+    """What runs the jobs: what was asked for, else what a profile of Snakemake says."""
     return asked or content.get("executor") or "local"
 
 
@@ -305,8 +307,8 @@ def engine_for(
     ``fits``: given how many jobs at a time these ask of this machine, says how many it shall be.
     ``ValueError`` for an executor that is not installed, ``OSError`` for a profile without a file.
     """
-    content = read_workflow_profile(profile) if profile else {}
-    executor = executor_of(executor, profile)
+    content = read_workflow_profile(profile)
+    executor = executor_of(executor, content)
     engine.check_executor(executor)
     jobs = jobs or content.get("jobs") or 0
     if type(jobs) is not int or jobs < 0 or threads < 0:

@@ -51,7 +51,8 @@ def defence_tables() -> dict[str, pd.DataFrame]:
 
 
 def test_every_mechanism_has_a_colour_of_its_own_and_a_name():
-    mechanisms = {mechanism for _, mechanism, _ in defence_names.NAMED.values()}
+    named = {mechanism for _, mechanism, _ in defence_names.NAMED.values()}
+    mechanisms = named | {defence_names.MIXED}
     assert mechanisms | {"both"} == set(defences.MECHANISM_COLOURS) == set(defences.MECHANISM_NAMES)
 
 

@@ -24,6 +24,7 @@ from ssah_utils.defences import (
 from ssah_utils.experiments.defence_names import (
     COMBINED,
     FULL,
+    MIXED,
     NAMED,
     NEED_UNALIGNED,
     ONLY_CONTROLS,
@@ -129,12 +130,12 @@ def methods(
             f"{100 * share:g}% refusals mixed in",
             {"defence": Mixed(share, refusals)},
         )
-        found[name] = TrainingMethod(name, title, "data", control, how_mixed)
+        found[name] = TrainingMethod(name, title, MIXED, control, how_mixed)
         title, how_mixed = (
             f"{100 * share:g}% harmless mixed in",
             {"defence": Mixed(share, harmless)},
         )
-        found[control] = TrainingMethod(control, title, "data", FULL, how_mixed, True)
+        found[control] = TrainingMethod(control, title, MIXED, FULL, how_mixed, True)
     return found
 
 

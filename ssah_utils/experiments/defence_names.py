@@ -7,6 +7,7 @@ from ssah_utils.frozen_sets import RANDOM
 
 FULL = "nothing"  # full fine-tuning, with no defence
 COMBINED = "combination"
+MIXED = "data"  # what the methods of ``mixed_names`` act on
 SOME = "safety_some_complex"
 NEED_UNALIGNED = ("vector", "vector_dare", "vector_random", "safe_lora")
 ONLY_CONTROLS = (

@@ -126,16 +126,15 @@ def methods(
     found = {name: _named(name, own_how, words) for name, own_how in how.items()}
     for share in strengths.mixed:
         name, control = mixed_names(share)
-        title, how_mixed = (
-            f"{100 * share:g}% refusals mixed in",
-            {"defence": Mixed(share, refusals)},
-        )
-        found[name] = TrainingMethod(name, title, MIXED, control, how_mixed)
-        title, how_mixed = (
-            f"{100 * share:g}% harmless mixed in",
-            {"defence": Mixed(share, harmless)},
-        )
-        found[control] = TrainingMethod(control, title, MIXED, FULL, how_mixed, True)
+        for one, kind, examples, other in (
+            (name, "refusals", refusals, control),
+            (control, "harmless", harmless, FULL),
+        ):
+            title, how_mixed = (
+                f"{100 * share:g}% {kind} mixed in",
+                {"defence": Mixed(share, examples)},
+            )
+            found[one] = TrainingMethod(one, title, MIXED, other, how_mixed, one == control)
     return found
 
 
